@@ -1,0 +1,157 @@
+"""Everyone's vocabulary: findings, batches, features, and the base classes that towers and readers come in by.
+
+Shapes: B studies, M texts, N image tokens, D embedding width, C channels, H rows, W columns, S slices.
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from medvl.geometry import Letterbox
+
+FINDINGS: tuple[str, ...] = (
+    "cardiomegaly",
+    "pleural_effusion",
+    "consolidation",
+    "pneumothorax",
+    "lung_nodule",
+    "edema",
+    "atelectasis",
+    "rib_fracture",
+    "support_device",
+    "emphysema",
+)
+"""Finding names as they stand in manifests, results and JSON."""
+
+RESEARCH_USE = "research use, not for diagnosis"
+
+State = Literal["present", "absent", "uncertain"]
+Side = Literal["left", "right", "bilateral"]
+Severity = Literal["mild", "moderate", "severe"]
+
+
+@dataclass(frozen=True)
+class Fact:
+    """What is true of a study, in words a report can be made from: one finding, its state and where it is."""
+
+    finding: str
+    state: State
+    side: Side | None = None
+    location: str | None = None  # free anatomical words: "upper lobe", "lateral seventh rib"
+    severity: Severity | None = None
+    size_mm: float | None = None
+    kind: str | None = None  # which one, where the finding is a family: "pacemaker", "endotracheal tube"
+
+
+@dataclass(frozen=True)
+class ImageBatch:
+    """What an image tower takes.
+
+    ``pixels`` is (B, C, H, W) for X-ray and (B, C, S, H, W) for CT, float, as preprocessing made it.
+    ``valid`` is (B, H, W) bool for X-ray, False on letterbox padding; (B, S) bool for CT, False on padded slices; None: all valid.
+    """
+
+    pixels: Tensor
+    valid: Tensor | None = None
+
+    def to(self, device: torch.device | str) -> ImageBatch:
+        """The same batch on another device."""
+        return ImageBatch(self.pixels.to(device), None if self.valid is None else self.valid.to(device))
+
+
+@dataclass(frozen=True)
+class ImageFeatures:
+    """What an image tower returns. ``pooled`` and ``tokens`` are not normalised."""
+
+    pooled: Tensor  # (B, D), one vector per study
+    tokens: Tensor | None = None  # (B, N, D), same space as pooled; None if the tower keeps none
+    grid: tuple[int, ...] | None = None  # (H, W) for X-ray, (S, H, W) for CT; prod(grid) == N
+    token_valid: Tensor | None = None  # (B, N) bool, False where a token saw only padding; None: all valid
+
+    def replace(self, **changes: Any) -> ImageFeatures:
+        """A copy with the named fields changed."""
+        return replace(self, **changes)
+
+
+@dataclass(frozen=True)
+class TextBatch:
+    """What a report tower takes: M texts as strings; the tower owns its tokenizer."""
+
+    texts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class TextFeatures:
+    """What a report tower returns. ``pooled`` is not normalised."""
+
+    pooled: Tensor  # (M, D)
+    tokens: Tensor | None = None  # (M, L, D); None if the tower keeps none
+    token_valid: Tensor | None = None  # (M, L) bool, False on padding
+
+
+@dataclass(frozen=True)
+class ImageSample:
+    """One image, read and preprocessed, with the record that lays a map back on its native pixels."""
+
+    pixels: Tensor  # (C, H, W) float32
+    valid: Tensor  # (H, W) bool, False on letterbox padding
+    transform: Letterbox  # native pixels <-> tower pixels
+    view: str | None = None  # PA, AP, lateral; None if the file does not say
+    warnings: tuple[str, ...] = ()
+
+
+class ImageEncoder(nn.Module, abc.ABC):
+    """Base of image towers: :class:`ImageBatch` in, :class:`ImageFeatures` of width ``embed_dim`` out."""
+
+    embed_dim: int
+
+    @abc.abstractmethod
+    def forward(self, batch: ImageBatch) -> ImageFeatures:
+        """Encode B images."""
+
+
+class ReportEncoder(nn.Module, abc.ABC):
+    """Base of report towers: :class:`TextBatch` in, :class:`TextFeatures` of width ``embed_dim`` out."""
+
+    embed_dim: int
+
+    @abc.abstractmethod
+    def forward(self, batch: TextBatch) -> TextFeatures:
+        """Encode M texts."""
+
+
+class ImageReader(abc.ABC):
+    """Base of readers: a file on disk to what a tower takes. One reader serves training and inference.
+
+    ``suffixes`` names the files that a folder argument is searched for (lower case, with the dot).
+    """
+
+    suffixes: ClassVar[frozenset[str]] = frozenset()
+
+    @abc.abstractmethod
+    def read(self, path: Path) -> ImageSample:
+        """Read and preprocess one file.
+
+        Raises:
+            UnreadableImageError: the file cannot be read; the message names the path, what was expected and what came.
+        """
+
+    @abc.abstractmethod
+    def native(self, path: Path) -> Tensor:
+        """(H, W) float32 in 0..1, the image in native pixels as a person would be shown it (bright = dense)."""
+
+    @abc.abstractmethod
+    def collate(self, samples: Sequence[ImageSample]) -> ImageBatch:
+        """Stack samples to a batch."""
+
+
+class UnreadableImageError(ValueError):
+    """A file that could not be read as an image; its message is safe to show (no header values that identify)."""
