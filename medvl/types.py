@@ -6,6 +6,8 @@ Shapes: B studies, M texts, N image tokens, D embedding width, C channels, H row
 from __future__ import annotations
 
 import abc
+import functools
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -108,7 +110,57 @@ class ImageSample:
     warnings: tuple[str, ...] = ()
 
 
-class ImageEncoder(nn.Module, abc.ABC):
+class Configurable:
+    """Base of everything a saved model is rebuilt from: it remembers the arguments it was made with.
+
+    A subclass needs nothing but a plain constructor with typed arguments that JSON can hold (or that are themselves configurable).
+    """
+
+    _init_args: dict[str, Any]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        original = cls.__dict__.get("__init__")
+        if original is None:
+            return
+        signature = inspect.signature(original)
+
+        @functools.wraps(original)
+        def remembering(self: Configurable, *args: Any, **kwargs: Any) -> None:
+            if "_init_args" not in self.__dict__:  # the outermost constructor is the one that was called
+                bound = signature.bind(self, *args, **kwargs)
+                bound.apply_defaults()
+                object.__setattr__(self, "_init_args", dict(list(bound.arguments.items())[1:]))
+            original(self, *args, **kwargs)
+
+        cls.__init__ = remembering  # type: ignore[method-assign]
+
+    def spec(self) -> dict[str, Any]:
+        """``class_path`` and ``init_args``, ready for JSON.
+
+        Raises:
+            TypeError: an argument that JSON cannot hold.
+        """
+        kind = type(self)
+        arguments = {name: _jsonable(value, f"{kind.__name__}.{name}") for name, value in self.__dict__.get("_init_args", {}).items()}
+        return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": arguments}
+
+
+def _jsonable(value: Any, name: str) -> Any:
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Configurable):
+        return value.spec()
+    if isinstance(value, dict):
+        return {str(key): _jsonable(item, name) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_jsonable(item, name) for item in value]
+    raise TypeError(f"{name} is a {type(value).__name__}, which a config.json cannot hold; use plain values or a Configurable")
+
+
+class ImageEncoder(Configurable, nn.Module, abc.ABC):
     """Base of image towers: :class:`ImageBatch` in, :class:`ImageFeatures` of width ``embed_dim`` out."""
 
     embed_dim: int
@@ -118,7 +170,7 @@ class ImageEncoder(nn.Module, abc.ABC):
         """Encode B images."""
 
 
-class ReportEncoder(nn.Module, abc.ABC):
+class ReportEncoder(Configurable, nn.Module, abc.ABC):
     """Base of report towers: :class:`TextBatch` in, :class:`TextFeatures` of width ``embed_dim`` out."""
 
     embed_dim: int
@@ -127,8 +179,39 @@ class ReportEncoder(nn.Module, abc.ABC):
     def forward(self, batch: TextBatch) -> TextFeatures:
         """Encode M texts."""
 
+    def precompute(self, texts: Sequence[str]) -> None:  # noqa: B027 - a tower that caches nothing has nothing to do
+        """Told before training which texts will come, so that a frozen trunk can embed them once."""
 
-class ImageReader(abc.ABC):
+
+class Similarity(Configurable, nn.Module, abc.ABC):
+    """Base of similarities. ``parts`` are trained each under the objective; their mean is the score."""
+
+    @abc.abstractmethod
+    def parts(self, images: ImageFeatures, texts: TextFeatures) -> dict[str, Tensor]:
+        """Name -> (B, M) logits, float32."""
+
+    @abc.abstractmethod
+    def maps(self, images: ImageFeatures, texts: TextFeatures) -> Tensor:
+        """(B, M, *grid) logits of every token, NaN where a token saw only padding.
+
+        Raises:
+            ValueError: the image tower keeps no tokens.
+        """
+
+    def forward(self, images: ImageFeatures, texts: TextFeatures) -> Tensor:
+        """(B, M) scores: the mean of the parts."""
+        return torch.stack(list(self.parts(images, texts).values())).mean(0)
+
+
+class TextSource(Configurable, abc.ABC):
+    """Base of what turns a report into the texts to train on."""
+
+    @abc.abstractmethod
+    def texts(self, report: str | None, findings: str | None, impression: str | None) -> tuple[str, ...]:
+        """The texts that are true of the study; empty if the report says nothing usable."""
+
+
+class ImageReader(Configurable, abc.ABC):
     """Base of readers: a file on disk to what a tower takes. One reader serves training and inference.
 
     ``suffixes`` names the files that a folder argument is searched for (lower case, with the dot).
@@ -143,6 +226,10 @@ class ImageReader(abc.ABC):
         Raises:
             UnreadableImageError: the file cannot be read; the message names the path, what was expected and what came.
         """
+
+    @abc.abstractmethod
+    def read_array(self, array: Any) -> ImageSample:
+        """Preprocess an (H, W) array that the caller has read, bright = dense."""
 
     @abc.abstractmethod
     def native(self, path: Path) -> Tensor:

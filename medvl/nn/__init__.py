@@ -1,0 +1,1 @@
+"""Building blocks on tensors: similarities between features, token helpers, projections."""

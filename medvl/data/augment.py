@@ -1,0 +1,63 @@
+"""Changes to training images that keep a report true: no left-right flip, and small enough to leave every finding in the picture.
+
+Shapes: B images, C channels, H rows, W columns.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from medvl.types import Configurable, ImageBatch
+
+
+class Augment(Configurable):
+    """Random rotation, scale, shift, contrast, brightness and noise, each image its own, uniform in the ranges given.
+
+    Args:
+        rotation_deg: largest rotation to either side.
+        scale: largest relative change of size (0.1: 0.9 to 1.1).
+        shift: largest shift as a fraction of the side.
+        contrast: largest relative change of contrast about zero, the mean of a normalised image.
+        brightness: largest offset, in normalised units.
+        noise: standard deviation of Gaussian noise, in normalised units, uniform from 0 to this.
+    """
+
+    def __init__(
+        self,
+        rotation_deg: float = 7.0,
+        scale: float = 0.1,
+        shift: float = 0.05,
+        contrast: float = 0.2,
+        brightness: float = 0.2,
+        noise: float = 0.05,
+    ) -> None:
+        self.rotation_deg, self.scale, self.shift = rotation_deg, scale, shift
+        self.contrast, self.brightness, self.noise = contrast, brightness, noise
+
+    def __call__(self, images: ImageBatch, rng: np.random.Generator) -> ImageBatch:
+        """A changed copy of 2D images; what moves in from outside is 0 and not valid."""
+        pixels = images.pixels
+        b, _, h, w = pixels.shape
+        angle = np.deg2rad(rng.uniform(-self.rotation_deg, self.rotation_deg, b))
+        zoom = 1 / rng.uniform(1 - self.scale, 1 + self.scale, b)
+        shift = rng.uniform(-2 * self.shift, 2 * self.shift, (b, 2))  # grid_sample's coordinates run from -1 to 1
+        aspect = h / w
+        theta = np.stack(
+            [
+                np.stack([zoom * np.cos(angle), -zoom * np.sin(angle) * aspect, shift[:, 0]], axis=1),
+                np.stack([zoom * np.sin(angle) / aspect, zoom * np.cos(angle), shift[:, 1]], axis=1),
+            ],
+            axis=1,
+        )
+        valid = torch.ones(b, h, w, dtype=torch.bool) if images.valid is None else images.valid
+        grid = F.affine_grid(torch.from_numpy(theta).float(), [b, 1, h, w], align_corners=False)
+        moved = F.grid_sample(torch.cat([pixels, valid[:, None].float()], dim=1), grid, align_corners=False)
+        gain = torch.from_numpy(rng.uniform(1 - self.contrast, 1 + self.contrast, (b, 1, 1, 1))).float()
+        offset = torch.from_numpy(rng.uniform(-self.brightness, self.brightness, (b, 1, 1, 1))).float()
+        sigma = torch.from_numpy(rng.uniform(0, self.noise, (b, 1, 1, 1))).float()
+        noise = torch.from_numpy(rng.standard_normal(pixels.shape, dtype=np.float32))
+        inside = moved[:, -1:] > 0.5
+        changed = torch.where(inside, moved[:, :-1] * gain + offset + sigma * noise, 0.0)
+        return ImageBatch(changed, inside[:, 0])

@@ -1,0 +1,110 @@
+"""Similarities: how an image's features and a text's become one logit, and the map that this logit is made of.
+
+Shapes: B images, M texts, N image tokens, D embedding width. Logits are cosines divided by a learned temperature.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from medvl.types import ImageFeatures, Similarity, TextFeatures
+
+
+class Temperature(nn.Module):
+    """A learned divisor of cosines, kept as its logarithm and clamped to [low, high].
+
+    The clamp passes the gradient that leads back inside, so a temperature at its bound is not stuck there.
+    """
+
+    def __init__(self, init: float = 0.07, low: float = 0.01, high: float = 1.0) -> None:
+        super().__init__()
+        if not 0 < low <= init <= high:
+            raise ValueError(f"temperature {init} is not in [{low}, {high}]")
+        self.log = nn.Parameter(torch.tensor(math.log(init)))
+        self.low, self.high = math.log(low), math.log(high)
+
+    def forward(self) -> Tensor:
+        """The divisor, a scalar."""
+        inside = self.log.clamp(self.low, self.high)
+        return (self.log + (inside - self.log).detach()).exp()
+
+
+class PooledSimilarity(Similarity):
+    """Cosine of the pooled vectors (CLIP, arXiv:2103.00020); a map is the cosine of each token."""
+
+    def __init__(self, temperature: float = 0.07) -> None:
+        super().__init__()
+        self.temperature = Temperature(temperature)
+
+    def parts(self, images: ImageFeatures, texts: TextFeatures) -> dict[str, Tensor]:
+        """One part, ``pooled``."""
+        return {"pooled": unit(images.pooled) @ unit(texts.pooled).T / self.temperature()}
+
+    def maps(self, images: ImageFeatures, texts: TextFeatures) -> Tensor:
+        """Cosine of every token with the text, over the temperature."""
+        return lay_on_grid(token_cosines(images, texts) / self.temperature(), images)
+
+
+class TokenSimilarity(Similarity):
+    """Pooled cosine beside a soft maximum over tokens, so that a logit is made of the very map that explains it.
+
+    The token part is a log-mean-exp of token cosines at sharpness r (multiple-instance pooling, arXiv:1411.6228, eq. 6):
+        l_ij = 1/(r tau) log 1/N sum_n exp(r cos(token_in, text_j)),
+    between the mean (r -> 0) and the maximum (r -> infinity); r is learned and clamped. Tokens on padding do not count.
+    """
+
+    def __init__(self, temperature: float = 0.07, sharpness: float = 10.0, pooled: bool = True) -> None:
+        super().__init__()
+        self.temperature = Temperature(temperature)
+        self.token_temperature = Temperature(temperature)
+        self.log_sharpness = nn.Parameter(torch.tensor(math.log(sharpness)))
+        self.pooled = pooled
+
+    def parts(self, images: ImageFeatures, texts: TextFeatures) -> dict[str, Tensor]:
+        """Parts ``pooled`` (unless switched off) and ``tokens``."""
+        cosines = token_cosines(images, texts)  # (B, M, N)
+        sharpness = self.log_sharpness.clamp(0.0, math.log(100.0)).exp()
+        scaled = cosines * sharpness
+        if images.token_valid is None:
+            count: Tensor | float = float(cosines.shape[-1])
+        else:
+            scaled = scaled.masked_fill(~images.token_valid[:, None], -torch.inf)
+            count = images.token_valid.sum(1, keepdim=True).float()
+        soft_max = (scaled.logsumexp(-1) - torch.as_tensor(count, device=scaled.device).log()) / sharpness
+        parts = {"tokens": soft_max / self.token_temperature()}
+        if self.pooled:
+            parts["pooled"] = unit(images.pooled) @ unit(texts.pooled).T / self.temperature()
+        return parts
+
+    def maps(self, images: ImageFeatures, texts: TextFeatures) -> Tensor:
+        """Token cosines over the temperature, before the soft maximum."""
+        return lay_on_grid(token_cosines(images, texts) / self.token_temperature(), images)
+
+
+def unit(x: Tensor) -> Tensor:
+    """L2-normalised along the last axis, in float32 at least."""
+    return F.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1)
+
+
+def token_cosines(images: ImageFeatures, texts: TextFeatures) -> Tensor:
+    """(B, M, N) cosines of every token with every text, float32.
+
+    Raises:
+        ValueError: the image tower keeps no tokens.
+    """
+    if images.tokens is None:
+        raise ValueError("this image tower keeps no tokens: token similarities and maps need ImageFeatures.tokens")
+    return unit(texts.pooled) @ unit(images.tokens).transpose(1, 2)
+
+
+def lay_on_grid(scores: Tensor, images: ImageFeatures) -> Tensor:
+    """(B, M, N) to (B, M, *grid), NaN where a token saw only padding."""
+    if images.grid is None:
+        raise ValueError("ImageFeatures.grid is missing: tokens cannot be laid out without it")
+    if images.token_valid is not None:
+        scores = scores.masked_fill(~images.token_valid[:, None], torch.nan)
+    return scores.unflatten(-1, images.grid)

@@ -1,0 +1,108 @@
+"""What a run leaves on disk: a checkpoint to resume from, and the model that validation chose, as safetensors."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.callbacks import Callback
+
+from medvl.model import write_atomically
+from medvl.training.data import StudyDataModule
+from medvl.training.module import AlignmentModule
+
+RESUME = "resume.ckpt"
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Lightning's checkpoints, whole or not at all, and never unpickled: tensors and plain values only."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any | None = None) -> None:
+        """Write beside the target, flush to disk, rename."""
+        buffer = io.BytesIO()
+        torch.save(checkpoint, buffer)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(Path(path), buffer.getvalue())
+
+    def load_checkpoint(
+        self, path: str | os.PathLike[str], map_location: Any | None = lambda storage, loc: storage, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read with ``weights_only=True``, whatever the caller asked."""
+        return torch.load(path, map_location=map_location, weights_only=True)  # type: ignore[no-any-return]
+
+
+class ResumePoint(Callback):
+    """Write ``resume.ckpt`` every so many steps and at the end of each epoch.
+
+    Args:
+        folder: the run's folder.
+        every_n_steps: steps between two checkpoints.
+    """
+
+    def __init__(self, folder: Path, every_n_steps: int = 200) -> None:
+        if every_n_steps < 1:
+            raise ValueError(f"every_n_steps is {every_n_steps}, expected at least 1")
+        self.path, self.every_n_steps = folder / RESUME, every_n_steps
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Save where the step count says so."""
+        if trainer.global_step % self.every_n_steps == 0 or trainer.is_last_batch:
+            trainer.save_checkpoint(self.path)
+
+
+class KeepBest(Callback):
+    """Write the model whenever the validation loss is the lowest so far; without validation, the last one.
+
+    Args:
+        folder: the run's folder; gets ``model.safetensors`` and ``config.json``.
+        monitor: logged value to minimise.
+        best: False writes the last model whatever validation says.
+    """
+
+    def __init__(self, folder: Path, monitor: str = "val/loss", best: bool = True) -> None:
+        self.folder, self.monitor, self.best = folder, monitor, best
+        self.lowest: float | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The lowest value so far, for a resumed run."""
+        return {"lowest": self.lowest}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from the lowest value so far."""
+        self.lowest = state_dict["lowest"]
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Compare, and write if better."""
+        if trainer.sanity_checking or not self.best or self.monitor not in trainer.callback_metrics:
+            return
+        value = float(trainer.callback_metrics[self.monitor])
+        if self.lowest is None or value < self.lowest:
+            self.lowest = value
+            self._write(trainer, pl_module, chosen_by=self.monitor, value=value)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Without a validated model, write the last."""
+        if self.lowest is None:
+            self._write(trainer, pl_module, chosen_by="last step", value=None)
+
+    def _write(self, trainer: L.Trainer, pl_module: L.LightningModule, chosen_by: str, value: float | None) -> None:
+        assert isinstance(pl_module, AlignmentModule)
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        assert isinstance(data, StudyDataModule)
+        if not trainer.is_global_zero:
+            return
+        training = pl_module.training
+        pl_module.dual_encoder(data.reader).save(
+            self.folder,
+            chosen_by=chosen_by,
+            value=value,
+            step=trainer.global_step,
+            epoch=trainer.current_epoch,
+            manifest_sha256=None if data.manifest is None else data.manifest.sha256,
+        )
+        pl_module.train(training)

@@ -1,0 +1,153 @@
+"""The Lightning data module over a study manifest.
+
+A batch is a pure function of (seed, epoch, position), and the position is the trainer's step, so a run resumed from any step goes on
+with the very next batch.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch.utils.data import DataLoader
+
+from medvl.data.augment import Augment
+from medvl.data.manifest import ColumnMap, Manifest, SplitFractions, StudyImage, read_manifest
+from medvl.data.studies import Collate, EpochBatches, Item, Skipped, StudyDataset
+from medvl.model import write_atomically
+from medvl.types import ImageReader, TextSource
+
+REJECTED = "rejected.csv"
+
+
+class StudyLoader(DataLoader[Item]):
+    """A loader that Lightning may treat as resumable: its position comes from the trainer's step, so it has no state of its own."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing: see the class."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing: see the class."""
+
+
+class StudyDataModule(L.LightningDataModule):
+    """Training, validation and test studies of one manifest.
+
+    Args:
+        manifest: CSV or Parquet, see :func:`medvl.data.manifest.read_manifest`.
+        reader: reads and preprocesses an image; saved with the weights.
+        texts: turns a report into the sentences that are true of its study.
+        columns: how the table names its columns, if not as we do; a YAML file.
+        splits: fractions to split by patient where the table has no split column.
+        modality: which rows to use.
+        batch_size: images per batch and process.
+        sentences_per_image: drawn per image and epoch; None takes all.
+        augment: changes training images; None leaves them.
+        cache: keep decoded images in memory.
+        workers: loader processes; with ``cache`` 0 is fastest.
+        seed: of order, sentences and augmentation.
+    """
+
+    def __init__(
+        self,
+        manifest: str,
+        reader: ImageReader,
+        texts: TextSource,
+        columns: str | None = None,
+        splits: SplitFractions | None = None,
+        modality: str = "xray",
+        batch_size: int = 64,
+        sentences_per_image: int | None = None,
+        augment: Augment | None = None,
+        cache: bool = True,
+        workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.manifest_path, self.reader, self.texts = Path(manifest), reader, texts
+        self.columns = None if columns is None else ColumnMap.from_yaml(Path(columns))
+        self.splits, self.modality = splits, modality
+        self.batch_size, self.sentences_per_image, self.augment = batch_size, sentences_per_image, augment
+        self.cache, self.workers, self.seed = cache, workers, seed
+        self.sets: dict[str, StudyDataset] = {}
+        self.manifest: Manifest | None = None
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read the manifest; rows that cannot be used are listed, never silently dropped."""
+        if self.sets:
+            return
+        self.manifest = read_manifest(self.manifest_path, columns=self.columns, splits=self.splits, strict=False)
+        for split in ("train", "val", "test"):
+            chosen = self.manifest.select(split=split, modality=self.modality)
+            drawn = self.sentences_per_image if split == "train" else None
+            self.sets[split] = StudyDataset(chosen, self.reader, self.texts, drawn, self.seed, self.cache)
+
+    def read_images(self, splits: tuple[str, ...], progress: Callable[[], None] = lambda: None) -> None:
+        """Read every image of the splits once, so that unreadable files are known, and listed, before training starts."""
+        for split in splits:
+            self.sets[split].drop_unreadable(progress)
+
+    def skipped(self) -> list[Skipped]:
+        """Everything that was left out, and why."""
+        assert self.manifest is not None
+        rejected = [Skipped(bad.row, bad.study_id or "", bad.path or "", bad.reason) for bad in self.manifest.rejected]
+        return rejected + [skip for data in self.sets.values() for skip in data.skipped]
+
+    def write_skipped(self, folder: Path) -> int:
+        """Write ``rejected.csv`` if anything was left out; how many."""
+        skipped = self.skipped()
+        if skipped:
+            text = io.StringIO()
+            table = csv.writer(text)
+            table.writerow(["row", "study_id", "path", "reason"])
+            table.writerows([s.row, s.study_id, s.path, s.reason] for s in skipped)
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(folder / REJECTED, text.getvalue().encode())
+        return len(skipped)
+
+    def all_texts(self) -> list[str]:
+        """The different sentences of all splits."""
+        return list(dict.fromkeys(text for data in self.sets.values() for found in data.texts for text in found))
+
+    def images(self, split: str) -> list[StudyImage]:
+        """The rows a split serves."""
+        return self.sets[split].images
+
+    def train_dataloader(self) -> StudyLoader:
+        """Batches of the epoch that the trainer is in, from the step that it is at; Lightning asks anew every epoch."""
+        data = self.sets["train"]
+        if not len(data):
+            raise ValueError(f"{self.manifest_path}: no usable {self.modality} image in split 'train'; see {REJECTED} for what was left out")
+        trainer = self.trainer
+        rank, world = (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
+        batches = EpochBatches(len(data), self.batch_size, self.seed, rank=rank, world_size=world)
+        if trainer is not None:
+            done = trainer.global_step * trainer.accumulate_grad_batches
+            batches.epoch, batches.start = divmod(done, len(batches))
+        return StudyLoader(
+            data,
+            batch_sampler=batches,
+            collate_fn=Collate(self.reader, self.augment, self.seed),
+            num_workers=self.workers,
+            generator=torch.Generator().manual_seed(self.seed),
+        )
+
+    def val_dataloader(self) -> StudyLoader | list[StudyLoader]:
+        """Validation studies in order, all their sentences."""
+        return self._in_order("val")
+
+    def test_dataloader(self) -> StudyLoader | list[StudyLoader]:
+        """Test studies in order, all their sentences."""
+        return self._in_order("test")
+
+    def _in_order(self, split: str) -> StudyLoader | list[StudyLoader]:
+        data = self.sets[split]
+        if not len(data):
+            return []
+        return StudyLoader(data, batch_size=self.batch_size, collate_fn=Collate(self.reader), num_workers=self.workers)

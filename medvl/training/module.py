@@ -1,0 +1,106 @@
+"""The Lightning module that aligns two towers, and nothing that inference needs.
+
+Shapes: B images, M different texts of the batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+
+from medvl.data.studies import StudyBatch
+from medvl.losses import MultiPositiveInfoNCE
+from medvl.model import DualEncoder
+from medvl.types import ImageEncoder, ImageReader, ReportEncoder, Similarity
+
+
+class AlignmentModule(L.LightningModule):
+    """Align an image tower with a report tower under a contrastive objective over a similarity.
+
+    Args:
+        image, report, similarity: the parts of the :class:`medvl.model.DualEncoder` that is trained.
+        loss: the objective.
+        learning_rate: peak of AdamW's rate, after linear warm-up, before a half cosine down to ``final_rate`` of it.
+        weight_decay: on matrices only; biases, norms and temperatures are not decayed.
+        warmup: fraction of all steps.
+        final_rate: fraction of the peak that the cosine ends at.
+        seed: of everything drawn inside a step (dropout), joined with the step and the rank, so that a resumed run draws the same.
+    """
+
+    def __init__(
+        self,
+        image: ImageEncoder,
+        report: ReportEncoder,
+        similarity: Similarity,
+        loss: MultiPositiveInfoNCE,
+        learning_rate: float = 1e-3,
+        weight_decay: float = 0.05,
+        warmup: float = 0.05,
+        final_rate: float = 0.01,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.image, self.report, self.similarity, self.loss = image, report, similarity, loss
+        self.learning_rate, self.weight_decay = learning_rate, weight_decay
+        self.warmup, self.final_rate, self.seed = warmup, final_rate, seed
+
+    def dual_encoder(self, reader: ImageReader) -> DualEncoder:
+        """The trained towers with the reader that fed them, ready to be saved; shares the weights."""
+        return DualEncoder(self.image, self.report, self.similarity, reader)
+
+    def on_train_batch_start(self, batch: StudyBatch, batch_idx: int) -> None:
+        """Make what is drawn in this step a function of (seed, step, rank)."""
+        key = hashlib.blake2b(f"{self.seed}:{self.global_step}:{self.global_rank}".encode(), digest_size=7).digest()
+        torch.manual_seed(int.from_bytes(key, "little"))
+
+    def training_step(self, batch: StudyBatch, batch_idx: int) -> Tensor:
+        """Loss of one batch."""
+        return self._step(batch, "train")
+
+    def validation_step(self, batch: StudyBatch, batch_idx: int) -> Tensor:
+        """The same loss on validation studies."""
+        return self._step(batch, "val")
+
+    def test_step(self, batch: StudyBatch, batch_idx: int) -> Tensor:
+        """The same loss on test studies."""
+        return self._step(batch, "test")
+
+    def _step(self, batch: StudyBatch, stage: str) -> Tensor:
+        parts = self.similarity.parts(self.image(batch.images), self.report(batch.texts))
+        losses = self.loss(parts, batch.positives)
+        count = batch.positives.shape[0]
+        self.log_dict({f"{stage}/{name}": value.detach() for name, value in losses.items()}, batch_size=count, sync_dist=stage != "train")
+        self.log(f"{stage}_loss", losses["loss"].detach(), prog_bar=True, logger=False, batch_size=count, sync_dist=stage != "train")
+        return losses["loss"]
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW with warm-up and cosine, stepped per batch."""
+        trained = [p for p in self.parameters() if p.requires_grad]
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in trained if p.ndim > 1], "weight_decay": self.weight_decay},
+            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=self.learning_rate)
+        total = max(1, int(self.trainer.estimated_stepping_batches))
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, total, self.warmup, self.final_rate))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def warmup_cosine(step: int, total: int, warmup: float, final_rate: float) -> float:
+    """Factor of the peak rate: linear to 1 over the first ``warmup`` of ``total`` steps, then half a cosine to ``final_rate``."""
+    rise = max(1, round(warmup * total))
+    if step < rise:
+        return (step + 1) / rise
+    progress = min(1.0, (step - rise) / max(1, total - rise))
+    return final_rate + (1 - final_rate) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def trainable(module: nn.Module) -> int:
+    """How many weights the optimiser moves."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)

@@ -1,0 +1,100 @@
+"""A small radiograph tower that trains from scratch on a CPU in minutes.
+
+Shapes: B studies, H x W pixels, D embedding width. A residual trunk reads the image at strides 4, 8 and 16 and a top-down path
+(feature pyramid, arXiv:1612.03144) brings what the coarse levels know back to stride 4, so that a nodule of a few pixels has tokens
+of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from medvl.nn.tokens import cell_valid
+from medvl.types import ImageBatch, ImageEncoder, ImageFeatures
+
+
+class ConvEncoder(ImageEncoder):
+    """Residual trunk with a feature pyramid; tokens at stride 4, ``pooled`` from mean and maximum of every level.
+
+    Args:
+        embed_dim: width D of pooled vector and tokens.
+        widths: channels at strides 4, 8 and 16.
+        blocks: residual blocks per stride.
+        in_chans: channels of the image.
+        drop_rate: dropout before the pooled projection.
+    """
+
+    stride = 4
+
+    def __init__(
+        self,
+        embed_dim: int = 128,
+        widths: Sequence[int] = (64, 128, 256),
+        blocks: Sequence[int] = (2, 2, 2),
+        in_chans: int = 1,
+        drop_rate: float = 0.1,
+    ) -> None:
+        super().__init__()
+        if len(widths) != len(blocks):
+            raise ValueError(f"widths {tuple(widths)} and blocks {tuple(blocks)} differ in length")
+        self.embed_dim = embed_dim
+        half = widths[0] // 2
+        self.stem = nn.Sequential(_conv(in_chans, half, stride=2), _conv(half, widths[0], stride=2))
+        stages, before = [], widths[0]
+        for level, (width, depth) in enumerate(zip(widths, blocks, strict=True)):
+            strides = [1 if level == 0 else 2] + [1] * (depth - 1)
+            stages.append(nn.Sequential(*(_Residual(before if i == 0 else width, width, s) for i, s in enumerate(strides))))
+            before = width
+        self.stages = nn.ModuleList(stages)
+        self.lateral = nn.ModuleList(nn.Conv2d(width, embed_dim, 1) for width in widths)
+        self.smooth = nn.Sequential(  # depthwise then pointwise: joins the levels where tokens are many, at a ninth of a full 3 x 3
+            nn.Conv2d(embed_dim, embed_dim, 5, padding=2, groups=embed_dim, bias=False),
+            nn.BatchNorm2d(embed_dim),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(embed_dim, embed_dim, 1),
+        )
+        self.pool = nn.Sequential(nn.Dropout(drop_rate), nn.Linear(2 * sum(widths), embed_dim))
+
+    def forward(self, batch: ImageBatch) -> ImageFeatures:
+        """``batch.pixels`` (B, C, H, W), H and W multiples of 16.
+
+        Raises:
+            ValueError: sides that are no multiple of 16.
+        """
+        if batch.pixels.shape[-1] % 16 or batch.pixels.shape[-2] % 16:
+            raise ValueError(f"ConvEncoder takes sides that are multiples of 16, got {tuple(batch.pixels.shape[-2:])}")
+        x = self.stem(batch.pixels.contiguous(memory_format=torch.channels_last))
+        levels: list[Tensor] = []
+        for stage in self.stages:
+            x = stage(x)
+            levels.append(x)
+        pooled = self.pool(torch.cat([stat for level in levels for stat in (level.mean((2, 3)), level.amax((2, 3)))], dim=1))
+        top = self.lateral[-1](levels[-1])
+        for lateral, level in zip(list(self.lateral)[-2::-1], levels[-2::-1], strict=True):
+            top = F.interpolate(top, scale_factor=2.0, mode="bilinear", align_corners=False) + lateral(level)
+        tokens = top + self.smooth(top)
+        grid = (tokens.shape[2], tokens.shape[3])
+        valid = None if batch.valid is None else cell_valid(batch.valid, grid)
+        return ImageFeatures(pooled=pooled, tokens=tokens.flatten(2).transpose(1, 2), grid=grid, token_valid=valid)
+
+
+def _conv(inputs: int, outputs: int, stride: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
+
+
+class _Residual(nn.Module):
+    """Two 3 x 3 convolutions and a shortcut (ResNet basic block, arXiv:1512.03385)."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+        super().__init__()
+        self.first = _conv(inputs, outputs, stride)
+        self.second = nn.Sequential(nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False), nn.BatchNorm2d(outputs))
+        same = inputs == outputs and stride == 1
+        self.shortcut = nn.Identity() if same else nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.second(self.first(x)) + self.shortcut(x))
