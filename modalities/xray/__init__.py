@@ -1,0 +1,21 @@
+"""Radiographs: the reader and the towers. Nothing heavy is loaded until it is asked for."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from modalities.xray.conv import ConvEncoder as ConvEncoder
+    from modalities.xray.reader import XrayReader as XrayReader
+    from modalities.xray.towers import TimmEncoder as TimmEncoder
+
+_LAZY = {"ConvEncoder": "conv", "TimmEncoder": "towers", "XrayReader": "reader"}
+__all__ = ["ConvEncoder", "TimmEncoder", "XrayReader"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)

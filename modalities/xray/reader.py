@@ -1,0 +1,263 @@
+"""Radiographs on disk or in memory to what a tower takes, with the record that lays a map back on native pixels.
+
+Shapes: H x W native pixels, S the side of the tower's square, C channels. Grey is float32 in 0..1, bright = dense. Nothing is ever
+flipped left to right.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from medvl.geometry import Letterbox
+from medvl.types import ImageBatch, ImageReader, ImageSample, UnreadableImageError
+
+MAX_PICTURE_PIXELS = 2**27
+"""Largest PNG, JPEG or TIFF that is decoded; half of what DICOM may have, as a small file can unfold to it."""
+
+CLIP_PERCENTILES = (0.01, 0.99)
+"""Tails left out when an image is standardised: markers, metal and collimator edges say nothing of the exposure."""
+
+PICTURE_MAGIC = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"II*\x00", b"MM\x00*", b"II+\x00", b"MM\x00+")
+NO_SUFFIX_TO_PROBE = frozenset(
+    {".csv", ".tsv", ".parquet", ".json", ".jsonl", ".txt", ".md", ".html", ".yaml", ".gz", ".nii", ".npy", ".zip"}
+)
+
+
+@dataclass(frozen=True)
+class _Native:
+    """Grey pixels as shown, before any resizing."""
+
+    pixels: NDArray[np.float32]
+    view: str | None
+    warnings: tuple[str, ...]
+
+
+class XrayReader(ImageReader):
+    """Reads DICOM, PNG, JPEG and TIFF radiographs; letterboxes to ``size`` and normalises.
+
+    Args:
+        size: side S of the square the tower takes.
+        channels: C; the grey image is repeated.
+        normalise: ``image`` standardises each image over its own pixels, clipped to its percentiles 1 and 99 first, so that exposure
+            and window do not matter; ``fixed`` subtracts ``mean`` and divides by ``std``, as published weights expect.
+        mean: of 0..1 grey, one number or one per channel; only for ``fixed``.
+        std: likewise.
+    Raises:
+        ValueError: sizes below 1, a ``std`` that is not positive, or as many numbers as there are no channels.
+
+    Letterbox padding is 0 after either normalisation.
+    """
+
+    suffixes: ClassVar[frozenset[str]] = frozenset({".dcm", ".dicom", ".png", ".jpg", ".jpeg", ".tif", ".tiff"})
+
+    def __init__(
+        self,
+        size: int = 224,
+        channels: int = 1,
+        normalise: Literal["image", "fixed"] = "image",
+        mean: float | Sequence[float] = 0.5,
+        std: float | Sequence[float] = 0.25,
+    ) -> None:
+        if size < 1 or channels < 1:
+            raise ValueError(f"size {size} and channels {channels} must be at least 1")
+        if normalise not in ("image", "fixed"):
+            raise ValueError(f"normalise is {normalise!r}, expected 'image' or 'fixed'")
+        self.size, self.channels, self.normalise = size, channels, normalise
+        self.mean, self.std = _per_channel(mean, channels, "mean"), _per_channel(std, channels, "std")
+        if (self.std <= 0).any():
+            raise ValueError(f"std is {std}, expected positive numbers")
+
+    def read(self, path: Path) -> ImageSample:
+        """One file to a sample.
+
+        Raises:
+            UnreadableImageError: not a file of these formats, damaged, more than one frame, or absurdly large.
+        """
+        return self._sample(_read_native(Path(path)))
+
+    def read_array(self, array: ArrayLike, view: str | None = None) -> ImageSample:
+        """One (H, W) array, bright = dense, to a sample.
+
+        Floats within 0..1 and booleans are taken as they are; unsigned integers are divided by the top of the bits in use (8, or as many
+        as the largest value needs), with a warning where those are fewer than the dtype's; all else goes from its lowest to its
+        highest value, with a warning.
+
+        Raises:
+            ValueError: not two axes, empty, or values that are not finite.
+        """
+        pixels, notes = grey_from_array(np.asarray(array))
+        return self._sample(_Native(pixels, view, notes))
+
+    def native(self, path: Path) -> Tensor:
+        """(H, W) float32 in 0..1 in native pixels, as shown.
+
+        Raises:
+            UnreadableImageError: as :meth:`read`.
+        """
+        return torch.from_numpy(_read_native(Path(path)).pixels)
+
+    def collate(self, samples: Sequence[ImageSample]) -> ImageBatch:
+        """Samples of this reader to ``pixels`` (B, C, S, S) and ``valid`` (B, S, S).
+
+        Raises:
+            ValueError: no samples, or samples of another size or channel count.
+        """
+        if not samples:
+            raise ValueError("no samples to collate")
+        expected = (self.channels, self.size, self.size)
+        for sample in samples:
+            if tuple(sample.pixels.shape) != expected:
+                raise ValueError(f"a sample has shape {tuple(sample.pixels.shape)}, this reader makes {expected}")
+        return ImageBatch(torch.stack([s.pixels for s in samples]), torch.stack([s.valid for s in samples]))
+
+    def find_images(self, folder: Path) -> list[Path]:
+        """Every file under ``folder`` that this reader reads, sorted: by suffix, or by DICOM's mark where the suffix says nothing.
+
+        Tables, hidden files, DICOMDIR and subfolders named ``masks`` are passed over; links to folders are not followed.
+        """
+        found: list[Path] = []
+        for root, folders, files in os.walk(folder):
+            folders[:] = sorted(f for f in folders if f != "masks" and not f.startswith("."))
+            found += [Path(root, name) for name in sorted(files) if self._reads(Path(root, name))]
+        return sorted(found)
+
+    def _reads(self, path: Path) -> bool:
+        suffix = path.suffix.lower()
+        if path.name.startswith(".") or path.name.upper() == "DICOMDIR":
+            return False
+        if suffix in self.suffixes:
+            return True
+        return suffix not in NO_SUFFIX_TO_PROBE and _head(path)[128:132] == b"DICM"
+
+    def _sample(self, native: _Native) -> ImageSample:
+        rows, cols = native.pixels.shape
+        transform = Letterbox((rows, cols), self.size)
+        valid = transform.valid()
+        image = transform.apply(torch.from_numpy(native.pixels)[None])
+        inside = image[:, valid]  # (1, pixels)
+        if self.normalise == "image":
+            normal = _standardise(inside).expand(self.channels, -1)
+        else:
+            normal = (inside - self.mean[:, None]) / self.std[:, None]
+        pixels = torch.zeros(self.channels, self.size, self.size)
+        pixels[:, valid] = normal
+        return ImageSample(pixels=pixels, valid=valid, transform=transform, view=native.view, warnings=native.warnings)
+
+
+def grey_from_array(array: NDArray[Any]) -> tuple[NDArray[np.float32], tuple[str, ...]]:
+    """(H, W) numbers to float32 in 0..1 by the rule of :meth:`XrayReader.read_array`, and what was assumed.
+
+    Raises:
+        ValueError: not two axes, empty, not real numbers, or not finite.
+    """
+    if array.ndim != 2 or array.size == 0 or array.dtype.kind not in "buif":
+        raise ValueError(f"array has shape {array.shape} and dtype {array.dtype}, expected real numbers of shape (H, W)")
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise ValueError(f"array of shape {array.shape} holds NaN or infinite values, expected finite ones")
+    low, high = float(array.min()), float(array.max())
+    if array.dtype.kind == "b" or (array.dtype.kind == "f" and low >= 0 and high <= 1):
+        return array.astype(np.float32), ()
+    if array.dtype.kind in "ui" and low >= 0:
+        bits, room = max(8, int(high).bit_length()), array.dtype.itemsize * 8 - (array.dtype.kind == "i")
+        notes = (f"values need {bits} of {room} bits; scaled by {2**bits - 1}",) if bits < room else ()
+        return (array / np.float64(2**bits - 1)).astype(np.float32), notes
+    span = high - low
+    note = f"{array.dtype} values from {low:g} to {high:g} have no agreed range; scaled from lowest to highest"
+    return ((array.astype(np.float64) - low) / (span or 1)).astype(np.float32), (note,)
+
+
+def _standardise(inside: Tensor) -> Tensor:
+    """(1, pixels) clipped to its percentiles 1 and 99, to mean 0 and standard deviation 1; all 0 for a constant image."""
+    ends = torch.quantile(inside[0, :: max(1, inside.shape[1] // 2**16)], torch.tensor(CLIP_PERCENTILES))
+    clipped = inside.clamp(float(ends[0]), float(ends[1]))
+    return (clipped - clipped.mean()) / clipped.std(correction=0).clamp_min(1e-4)
+
+
+def _per_channel(value: float | Sequence[float], channels: int, name: str) -> Tensor:
+    numbers = [float(v) for v in value] if isinstance(value, Sequence) else [float(value)] * channels
+    if len(numbers) != channels:
+        raise ValueError(f"{name} has {len(numbers)} numbers for {channels} channels")
+    return torch.tensor(numbers)
+
+
+def _head(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(132)
+    except OSError:
+        return b""
+
+
+def _read_native(path: Path) -> _Native:
+    """By what the file holds, not by its suffix: DICOM's mark, a picture's signature, else a DICOM dataset without preamble."""
+    if not path.is_file():
+        raise UnreadableImageError(f"{path}: {'is a folder, expected a file' if path.is_dir() else 'no such file'}")
+    head = _head(path)
+    if head[128:132] != b"DICM" and head.startswith(PICTURE_MAGIC):
+        return _read_picture(path)
+    if head[128:132] != b"DICM" and path.suffix.lower() not in (".dcm", ".dicom", ""):
+        raise UnreadableImageError(f"{path}: expected a DICOM, PNG, JPEG or TIFF file, its first bytes are of none of these")
+    from modalities.dicom import read_radiograph
+
+    radiograph = read_radiograph(path)
+    return _Native(radiograph.pixels, radiograph.view, radiograph.warnings)
+
+
+def _read_picture(path: Path) -> _Native:
+    """A PNG, JPEG or TIFF of 8 or 16 bits, or TIFF of floats, to grey."""
+    from PIL import Image
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            with Image.open(path, formats=("PNG", "JPEG", "TIFF")) as picture:
+                if picture.width * picture.height > MAX_PICTURE_PIXELS:
+                    raise UnreadableImageError(
+                        f"{path}: {picture.height} x {picture.width} pixels, more than the {MAX_PICTURE_PIXELS} that are decoded"
+                    )
+                return _grey_picture(picture)
+        except UnreadableImageError:
+            raise
+        except Exception as error:  # damaged files raise anything; their texts may quote embedded comments
+            raise UnreadableImageError(f"{path}: not a readable PNG, JPEG or TIFF image ({type(error).__name__})") from None
+
+
+def _grey_picture(picture: Any) -> _Native:
+    from PIL import ImageOps
+
+    notes: list[str] = []
+    if getattr(picture, "n_frames", 1) > 1:
+        notes.append(f"holds {picture.n_frames} images; the first was read")
+    white_is_zero = getattr(picture, "tag_v2", {}).get(262) == 0 and picture.mode not in ("1", "L")  # Pillow inverts those two itself
+    if picture.getexif().get(274, 1) != 1:
+        notes.append("turned as its EXIF orientation says")
+        picture = ImageOps.exif_transpose(picture)
+    if picture.mode in ("RGBA", "LA", "PA", "La", "RGBa") and picture.getchannel("A").getextrema()[0] < 255:
+        notes.append("transparency ignored")
+    if picture.mode == "1":
+        picture = picture.convert("L")
+    if picture.mode in ("L", "LA"):
+        array = np.asarray(picture if picture.mode == "L" else picture.getchannel("L"))
+    elif picture.mode.startswith("I") or picture.mode == "F":
+        array = np.asarray(picture)
+        if picture.mode == "I" and array.min() >= 0 and array.max() < 2**16:
+            array = array.astype(np.uint16)  # Pillow opens some 16-bit files as 32-bit integers
+    else:
+        colour = np.asarray(picture.convert("RGB"))
+        if (colour[..., 0] != colour[..., 1]).any() or (colour[..., 0] != colour[..., 2]).any():
+            notes.append("colour image turned to grey; a photograph or a screen capture may differ from the original")
+        array = np.asarray(picture.convert("RGB").convert("L"))
+    pixels, scaling = grey_from_array(array)
+    if white_is_zero:
+        pixels = 1 - pixels
+    return _Native(pixels, None, (*notes, *scaling))
