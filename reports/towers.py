@@ -169,7 +169,7 @@ def model_folder(model: str, revision: str | None = None, local_files_only: bool
     missing = [f"{what} ({' or '.join(files)})" for what, files in needed.items() if not any(any(folder.glob(f)) for f in files)]
     if missing:
         raise FileNotFoundError(
-            f"report tower {model!r}: {folder} lacks {', '.join(missing)}. Save the model with save_pretrained(..., safe_serialization=True) "
+            f"report tower {model!r}: {folder} lacks {', '.join(missing)}. Save the model with save_pretrained(folder) "
             "and its tokenizer beside it; pickled weights (.bin) are not read"
         )
     return folder
