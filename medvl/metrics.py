@@ -280,7 +280,8 @@ def recall_at_k(
     """Recall@K over the full pool, with patient-level intervals over queries (the pool stays as it is).
 
     Strict pairs: ``relevant`` has one True a query. Duplicates as hits: True wherever the item says the same. Ties are counted at their
-    expectation over a random order of the tied items, so a model that scores everything alike is at chance, not at 0 or 1.
+    expectation over a random order of the tied items, so a model that scores everything alike is at chance, not at 0 or 1. A matrix product
+    may give equal items that differ in the last bit: round before, or they are ordered by noise.
 
     Args:
         similarity: (Q, G), higher is nearer.
