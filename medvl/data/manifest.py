@@ -459,6 +459,8 @@ def _read_csv(table: Path, data: bytes, *, gzipped: bool, delimiter: str) -> tup
         raise ManifestError(f"manifest {table}: byte {error.start} is not UTF-8; save the table as UTF-8") from None
     except (OSError, EOFError) as error:
         raise ManifestError(f"manifest {table}: not a whole gzip file: {error}") from None
+    if "\0" in text:  # Python 3.10's csv stops here, later ones read on
+        raise ManifestError(f"manifest {table}: line {text[: text.index(chr(0))].count(chr(10)) + 1}: null byte; is this a text table?")
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
         header = [name.strip() for name in next(reader, [])]
