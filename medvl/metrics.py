@@ -19,6 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 
 _CHUNK = 4_000_000  # weights held at once, about 32 MB
 MACRO = "macro"
+PatientIds = Sequence[Hashable] | NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -115,14 +116,14 @@ def mean_statistic(values: ArrayLike) -> Statistic:
 
 
 def bootstrap_interval(
-    statistic: Statistic, patient_ids: Sequence[Hashable], *, repeats: int = 1000, seed: int = 0, level: float = 0.95
+    statistic: Statistic, patient_ids: PatientIds, *, repeats: int = 1000, seed: int = 0, level: float = 0.95
 ) -> Interval:
     """One metric with its patient-level interval; see :func:`bootstrap_intervals`."""
     return bootstrap_intervals({"": statistic}, patient_ids, repeats=repeats, seed=seed, level=level)[""]
 
 
 def bootstrap_intervals(
-    statistics: Mapping[str, Statistic], patient_ids: Sequence[Hashable], *, repeats: int = 1000, seed: int = 0, level: float = 0.95
+    statistics: Mapping[str, Statistic], patient_ids: PatientIds, *, repeats: int = 1000, seed: int = 0, level: float = 0.95
 ) -> dict[str, Interval]:
     """Metrics of one table with percentile intervals from the same resamples of its patients, and their mean under ``MACRO``.
 
@@ -166,7 +167,7 @@ def auroc_intervals(
     labels: NDArray[np.float64],
     scores: NDArray[np.float64],
     names: Sequence[str],
-    patient_ids: Sequence[Hashable],
+    patient_ids: PatientIds,
     *,
     repeats: int = 1000,
     seed: int = 0,
@@ -192,7 +193,7 @@ def auroc_intervals(
 def mean_intervals(
     values: NDArray[np.float64],
     names: Sequence[str],
-    patient_ids: Sequence[Hashable],
+    patient_ids: PatientIds,
     *,
     repeats: int = 1000,
     seed: int = 0,
@@ -271,7 +272,7 @@ def recall_at_k(
     similarity: NDArray[np.floating[Any]],
     relevant: NDArray[np.bool_],
     ks: Sequence[int],
-    patient_ids: Sequence[Hashable],
+    patient_ids: PatientIds,
     *,
     repeats: int = 1000,
     seed: int = 0,
@@ -340,7 +341,7 @@ def _checked(labels: ArrayLike, scores: ArrayLike) -> tuple[NDArray[np.bool_], N
     return given.astype(bool), values
 
 
-def _patients(patient_ids: Sequence[Hashable]) -> tuple[int, NDArray[np.int64]]:
+def _patients(patient_ids: PatientIds) -> tuple[int, NDArray[np.int64]]:
     """Number of patients, and each row's patient as a number that does not hang on the order of the rows."""
     names, member = np.unique(np.asarray([str(name) for name in patient_ids]), return_inverse=True)
     if not len(names):

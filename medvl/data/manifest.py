@@ -26,7 +26,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -216,8 +216,8 @@ class ManifestError(ValueError):
 
 
 @dataclass(frozen=True)
-class Manifest:
-    """The good rows of a table, in its order, and what was left out."""
+class Manifest(Sequence[StudyImage]):
+    """The good rows of a table, in its order, and what was left out. A sequence of its rows."""
 
     rows: tuple[StudyImage, ...] = field(repr=False)
     root: Path
@@ -232,7 +232,11 @@ class Manifest:
     def __iter__(self) -> Iterator[StudyImage]:
         return iter(self.rows)
 
-    def __getitem__(self, index: int) -> StudyImage:
+    @overload
+    def __getitem__(self, index: int) -> StudyImage: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[StudyImage, ...]: ...
+    def __getitem__(self, index: int | slice) -> StudyImage | tuple[StudyImage, ...]:
         return self.rows[index]
 
     @property
@@ -240,9 +244,7 @@ class Manifest:
         """How many rows have no report text. Training on pairs drops them and says how many."""
         return sum(not row.text for row in self.rows)
 
-    def select(
-        self, *, split: Split | Sequence[Split] | None = None, modality: Modality | None = None, with_report: bool = False
-    ) -> Manifest:
+    def select(self, *, split: str | Sequence[str] | None = None, modality: str | None = None, with_report: bool = False) -> Manifest:
         """The rows of these splits and this modality, and if ``with_report`` only those with text; None keeps all.
 
         Raises:
