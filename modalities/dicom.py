@@ -192,7 +192,7 @@ def _chain(dataset: Any, notes: _Notes) -> NativeRadiograph:
 
 
 def _decode(dataset: Any, notes: _Notes) -> NDArray[Any]:
-    """(H, W) or (H, W, 3) stored values; unused high bits are cleared and the sign restored."""
+    """(H, W) or (H, W, 3) stored values; pydicom clears the unused high bits, where old overlays lie, and extends the sign."""
     try:
         stored = dataset.pixel_array
     except Exception as error:
@@ -203,16 +203,7 @@ def _decode(dataset: Any, notes: _Notes) -> NDArray[Any]:
     expected = (int(dataset.Rows), int(dataset.Columns))
     if stored.shape[:2] != expected:
         raise notes.refuse(f"declares {expected} pixels, but {stored.shape[:2]} were decoded")
-    allocated, bits = stored.dtype.itemsize * 8, int(dataset.get("BitsStored") or 0)
-    if not 0 < bits < allocated or stored.ndim == 3 or dataset.get("HighBit", bits - 1) != bits - 1:
-        return stored
-    if dataset.file_meta.TransferSyntaxUID.is_encapsulated:  # a codec gives values, not words with spare bits
-        return stored
-    spare = allocated - bits
-    clean = np.right_shift(np.left_shift(stored, spare), spare)  # arithmetic for signed, so the sign is extended
-    if not np.array_equal(clean, stored):
-        notes.warn(f"bits above the {bits} stored were in use (old overlays); cleared")
-    return clean
+    return stored
 
 
 def _shown(dataset: Any, stored: NDArray[Any], notes: _Notes) -> NDArray[np.float32]:
