@@ -130,7 +130,11 @@ class Configurable:
             if "_init_args" not in self.__dict__:  # the outermost constructor is the one that was called
                 bound = signature.bind(self, *args, **kwargs)
                 bound.apply_defaults()
-                object.__setattr__(self, "_init_args", dict(list(bound.arguments.items())[1:]))
+                given = dict(list(bound.arguments.items())[1:])
+                for name, parameter in signature.parameters.items():
+                    if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+                        given.update(given.pop(name))
+                object.__setattr__(self, "_init_args", given)
             original(self, *args, **kwargs)
 
         cls.__init__ = remembering  # type: ignore[method-assign]
@@ -192,7 +196,7 @@ class Similarity(Configurable, nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def maps(self, images: ImageFeatures, texts: TextFeatures) -> Tensor:
-        """(B, M, *grid) logits of every token, NaN where a token saw only padding.
+        """(B, M, *grid) cosine of every token with the text, in [-1, 1]; NaN where a token saw only padding.
 
         Raises:
             ValueError: the image tower keeps no tokens.

@@ -45,8 +45,8 @@ class PooledSimilarity(Similarity):
         return {"pooled": unit(images.pooled) @ unit(texts.pooled).T / self.temperature()}
 
     def maps(self, images: ImageFeatures, texts: TextFeatures) -> Tensor:
-        """Cosine of every token with the text, over the temperature."""
-        return lay_on_grid(token_cosines(images, texts) / self.temperature(), images)
+        """Cosine of every token with the text."""
+        return lay_on_grid(token_cosines(images, texts), images)
 
 
 class TokenSimilarity(Similarity):
@@ -81,8 +81,8 @@ class TokenSimilarity(Similarity):
         return parts
 
     def maps(self, images: ImageFeatures, texts: TextFeatures) -> Tensor:
-        """Token cosines over the temperature, before the soft maximum."""
-        return lay_on_grid(token_cosines(images, texts) / self.token_temperature(), images)
+        """The token cosines that the soft maximum is taken of."""
+        return lay_on_grid(token_cosines(images, texts), images)
 
 
 def unit(x: Tensor) -> Tensor:

@@ -96,7 +96,6 @@ class KeepBest(Callback):
         assert isinstance(data, StudyDataModule)
         if not trainer.is_global_zero:
             return
-        training = pl_module.training
         pl_module.dual_encoder(data.reader).save(
             self.folder,
             chosen_by=chosen_by,
@@ -105,4 +104,3 @@ class KeepBest(Callback):
             epoch=trainer.current_epoch,
             manifest_sha256=None if data.manifest is None else data.manifest.sha256,
         )
-        pl_module.train(training)

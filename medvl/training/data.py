@@ -71,7 +71,7 @@ class StudyDataModule(L.LightningDataModule):
     ) -> None:
         super().__init__()
         self.manifest_path, self.reader, self.texts = Path(manifest), reader, texts
-        self.columns = None if columns is None else ColumnMap.from_yaml(Path(columns))
+        self.columns = None if columns is None else ColumnMap.load(columns)
         self.splits, self.modality = splits, modality
         self.batch_size, self.sentences_per_image, self.augment = batch_size, sentences_per_image, augment
         self.cache, self.workers, self.seed = cache, workers, seed
@@ -96,7 +96,7 @@ class StudyDataModule(L.LightningDataModule):
     def skipped(self) -> list[Skipped]:
         """Everything that was left out, and why."""
         assert self.manifest is not None
-        rejected = [Skipped(bad.row, bad.study_id or "", bad.path or "", bad.reason) for bad in self.manifest.rejected]
+        rejected = [Skipped(bad.row, bad.study_id, bad.path, "; ".join(bad.reasons)) for bad in self.manifest.rejected]
         return rejected + [skip for data in self.sets.values() for skip in data.skipped]
 
     def write_skipped(self, folder: Path) -> int:
@@ -118,6 +118,10 @@ class StudyDataModule(L.LightningDataModule):
     def images(self, split: str) -> list[StudyImage]:
         """The rows a split serves."""
         return self.sets[split].images
+
+    def batches_per_epoch(self, world_size: int = 1) -> int:
+        """Training batches of an epoch on each process."""
+        return len(EpochBatches(len(self.sets["train"]), self.batch_size, world_size=world_size))
 
     def train_dataloader(self) -> StudyLoader:
         """Batches of the epoch that the trainer is in, from the step that it is at; Lightning asks anew every epoch."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from medvl.data.studies import StudyBatch
 from medvl.losses import MultiPositiveInfoNCE
 from medvl.model import DualEncoder
+from medvl.training.data import StudyDataModule
 from medvl.types import ImageEncoder, ImageReader, ReportEncoder, Similarity
 
 
@@ -79,6 +80,20 @@ class AlignmentModule(L.LightningModule):
         self.log(f"{stage}_loss", losses["loss"].detach(), prog_bar=True, logger=False, batch_size=count, sync_dist=stage != "train")
         return losses["loss"]
 
+    def total_steps(self) -> int:
+        """Optimiser steps of the whole run.
+
+        Lightning's own estimate would make the training loader here, before the step that a resumed run is at has been restored.
+        """
+        trainer = self.trainer
+        if trainer.max_steps > 0:
+            return trainer.max_steps
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        assert isinstance(data, StudyDataModule)
+        batches, limit = data.batches_per_epoch(trainer.world_size), trainer.limit_train_batches
+        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+        return max(1, -(-batches // trainer.accumulate_grad_batches) * (trainer.max_epochs or 1))
+
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW with warm-up and cosine, stepped per batch."""
         trained = [p for p in self.parameters() if p.requires_grad]
@@ -87,7 +102,7 @@ class AlignmentModule(L.LightningModule):
             {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
         ]
         optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=self.learning_rate)
-        total = max(1, int(self.trainer.estimated_stepping_batches))
+        total = self.total_steps()
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, total, self.warmup, self.final_rate))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

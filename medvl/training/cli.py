@@ -1,0 +1,151 @@
+"""``fit``, ``validate`` and ``test`` of a recipe: LightningCLI over our module and data module, with runs that can be killed and resumed.
+
+A run's folder holds ``config.yaml`` (the resolved recipe), ``model.safetensors`` and ``config.json`` (what :func:`medvl.load` reads),
+``resume.ckpt``, ``logs/`` and, if anything was left out, ``rejected.csv``.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import LearningRateMonitor, RichProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, Logger
+from rich.console import Console
+from rich.progress import Progress
+
+from medvl.model import WEIGHTS, write_atomically
+from medvl.training.callbacks import RESUME, AtomicCheckpointIO, KeepBest, ResumePoint
+from medvl.training.data import REJECTED, StudyDataModule
+from medvl.training.module import AlignmentModule
+
+RESOLVED = "config.yaml"
+log = logging.getLogger(__name__)
+
+
+class SaveResolvedConfig(SaveConfigCallback):
+    """Write the resolved recipe beside the weights."""
+
+    def __init__(self, parser: LightningArgumentParser, config: Any, **kwargs: Any) -> None:
+        super().__init__(parser, config, **{**kwargs, "save_to_log_dir": False})
+
+    def save_config(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """``config.yaml`` in the run's folder, from fits only."""
+        if stage == "fit":
+            text = self.parser.dump(self.config, skip_none=False)
+            folder = Path(self.config.out)
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(folder / RESOLVED, text.encode())
+
+
+class AlignmentCLI(LightningCLI):
+    """LightningCLI with a run folder, exact resuming, and inputs that are checked, listed and counted before the first step."""
+
+    rejected = 0
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Arguments of the run itself."""
+        parser.add_argument("--out", type=str, default="runs/last", help="folder of the run: weights, resolved recipe, logs, checkpoint")
+        parser.add_argument("--resume", type=bool, default=False, help="go on from the run's resume.ckpt, if there is one")
+        parser.add_argument("--checkpoint_every", type=int, default=200, help="steps between two writings of resume.ckpt")
+        parser.add_argument("--keep_best", type=bool, default=True, help="keep the model of lowest validation loss; false keeps the last")
+        parser.add_argument("--tensorboard", type=bool, default=False, help="log for TensorBoard too (extra 'tensorboard')")
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """The trainer with our callbacks, loggers and checkpoint format."""
+        config = self.config_init[self.subcommand]
+        out = Path(config.out)
+        loggers: list[Logger] = [CSVLogger(out, name="logs")]
+        if config.tensorboard:
+            loggers.append(_tensorboard(out))
+        callbacks: list[Any] = [RichProgressBar(leave=False)]
+        if self.subcommand == "fit":
+            callbacks += [ResumePoint(out, config.checkpoint_every), KeepBest(out, best=config.keep_best), LearningRateMonitor("step")]
+        chosen = config.trainer
+        return super().instantiate_trainer(
+            callbacks=[*(chosen.callbacks or []), *callbacks] if chosen.enable_progress_bar is not False else [*(chosen.callbacks or []), *callbacks[1:]],
+            logger=loggers if chosen.logger is None else chosen.logger,
+            plugins=[*(chosen.plugins or []), AtomicCheckpointIO()],
+            default_root_dir=str(out),
+            **kwargs,
+        )
+
+    def before_fit(self) -> None:
+        """Read every image once, list what cannot be used, embed the texts of a frozen tower, and find the checkpoint."""
+        self._prepare(("train", "val"))
+        config = self.config_init[self.subcommand]
+        checkpoint = Path(config.out) / RESUME
+        if config.resume:
+            if checkpoint.is_file():
+                config.ckpt_path = str(checkpoint)
+            else:
+                log.warning("%s: nothing to resume from, starting anew", checkpoint)
+
+    def before_validate(self) -> None:
+        """Take the weights that the run kept."""
+        self._prepare(("val",))
+        self._load_kept()
+
+    def before_test(self) -> None:
+        """Take the weights that the run kept."""
+        self._prepare(("test",))
+        self._load_kept()
+
+    def _load_kept(self) -> None:
+        from safetensors.torch import load_file
+
+        weights = Path(self.config_init[self.subcommand].out) / WEIGHTS
+        if not weights.is_file():
+            raise FileNotFoundError(f"{weights} does not exist; run `medvl fit` with the same --out first")
+        self.model.dual_encoder(self.datamodule.reader).load_state_dict(load_file(weights), strict=True)
+
+    def _prepare(self, splits: tuple[str, ...]) -> None:
+        data = self.datamodule
+        assert isinstance(data, StudyDataModule)
+        data.setup()
+        console = Console(stderr=True)
+        with Progress(console=console, transient=True) as progress:
+            task = progress.add_task("reading images", total=sum(len(data.sets[split]) for split in splits))
+            data.read_images(splits, lambda: progress.advance(task))
+            self.model.report.precompute(data.all_texts())
+        self.rejected = data.write_skipped(Path(self.config_init[self.subcommand].out))
+        counts = ", ".join(f"{len(data.sets[split])} {split}" for split in splits)
+        console.print(f"images: {counts}" + (f"; {self.rejected} left out, see {REJECTED}" if self.rejected else ""))
+
+
+def _tensorboard(out: Path) -> Logger:
+    from lightning.pytorch.loggers import TensorBoardLogger
+
+    try:
+        return TensorBoardLogger(out, name="tensorboard")
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("TensorBoard is not installed; install the extra: pip install 'medvl[tensorboard]'") from error
+
+
+def run(subcommand: str, args: list[str]) -> int:
+    """Run ``fit``, ``validate`` or ``test`` with the command line ``args``.
+
+    Returns:
+        0, or 1 if some inputs were left out.
+    """
+    cli = AlignmentCLI(
+        AlignmentModule,
+        StudyDataModule,
+        subclass_mode_data=True,
+        save_config_callback=SaveResolvedConfig,
+        save_config_kwargs={"overwrite": True},
+        seed_everything_default=0,
+        trainer_defaults={
+            "reload_dataloaders_every_n_epochs": 1,  # the loader is made for the step that the trainer is at
+            "use_distributed_sampler": False,  # ours knows its rank
+            "num_sanity_val_steps": 0,
+            "enable_checkpointing": False,  # ours: ResumePoint and KeepBest
+            "enable_model_summary": False,
+        },
+        args=[subcommand, *args],
+        parser_kwargs={"prog": "medvl"},
+    )
+    return 1 if cli.rejected else 0

@@ -1,0 +1,166 @@
+"""The main job on data that needs no download: phantoms, training, evaluation on held-out patients, and a page to look at.
+
+``OUT`` gets data/ (a phantom folder), model/ (what :func:`medvl.load` reads), results.json, predictions.csv, retrieval.csv and report.html.
+"""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from medvl.data.manifest import Manifest, StudyImage, read_manifest
+from medvl.metrics import auroc
+from medvl.model import DualEncoder, load, write_atomically
+from reports.prompts import PromptSet, load_prompts
+from reports.text_source import ReportSentences
+from tasks.baseline import logistic_scores, thumbnails
+from tasks.evaluation import Predictions, predict, results, write
+
+RECIPE = "xray_phantom.yaml"
+TRAIN_STUDIES, VAL_STUDIES, TEST_STUDIES = 4000, 200, 500
+EPOCHS = 8
+
+
+@dataclass(frozen=True)
+class DemoSize:
+    """How much the demo makes and trains."""
+
+    train: int = TRAIN_STUDIES
+    val: int = VAL_STUDIES
+    test: int = TEST_STUDIES
+    epochs: int = EPOCHS
+    pixels: int = 128
+
+
+def recipe_path(name: str) -> Path:
+    """A recipe that comes with the package."""
+    return Path(str(importlib.resources.files("tasks") / "recipes" / name))
+
+
+def run_demo(out: Path, seed: int = 0, size: DemoSize | None = None, console: Console | None = None) -> dict[str, Any]:
+    """Make phantoms, train on them, evaluate on held-out patients, write the page; what is done already is kept, so a stopped demo goes on.
+
+    Returns:
+        What ``results.json`` holds.
+    """
+    size, console = size or DemoSize(), console or Console(stderr=True)
+    seconds: dict[str, float] = {}
+
+    def timed(name: str, work: Callable[[], Any]) -> Any:
+        start = time.monotonic()
+        console.print(f"[bold]{name}[/bold]")
+        value = work()
+        seconds[name] = round(time.monotonic() - start, 1)
+        return value
+
+    table = timed("phantoms", lambda: _phantoms(out / "data", seed, size, console))
+    timed("training", lambda: _train(table, out / "model", seed, size))
+    model = load(out / "model")
+    manifest = read_manifest(table)
+    prompts = load_prompts()
+    test = manifest.select(split="test", modality="xray")
+    predictions: Predictions = timed("evaluation", lambda: _predict(model, test, prompts, console))
+    baseline = timed("baseline", lambda: baseline_auroc(model, manifest, predictions))
+    measured = {
+        **results(predictions, seed=seed),
+        "baseline": {"what": "logistic regression on a 16 x 16 thumbnail, trained on the labels of the training studies", **baseline},
+        "facts": {
+            "data": "synthetic",
+            "seed": seed,
+            "studies": {"train": size.train, "val": size.val, "test": size.test},
+            "epochs": size.epochs,
+            "prompts": {"version": prompts.version, "sha256": prompts.sha256},
+            "manifest_sha256": manifest.sha256,
+            "model": json.loads((out / "model" / "config.json").read_text())["provenance"],
+            "seconds": seconds,
+        },
+    }
+    write(predictions, measured, out)
+    timed("page", lambda: _page(out / "report.html", model, predictions, measured))
+    write_atomically(out / "results.json", (json.dumps(measured, indent=2, allow_nan=False) + "\n").encode())
+    return measured
+
+
+def _phantoms(folder: Path, seed: int, size: DemoSize, console: Console) -> Path:
+    from tasks.phantoms import write_cohort
+
+    total = size.train + size.val + size.test
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("studies", total=total)
+        return write_cohort(
+            folder,
+            total,
+            seed,
+            size=size.pixels,
+            counts={"train": size.train, "val": size.val, "test": size.test},
+            progress=lambda done=1: progress.advance(task, done),
+        )
+
+
+def _train(table: Path, folder: Path, seed: int, size: DemoSize) -> None:
+    from medvl.training.cli import run
+
+    finished = folder / "finished.json"
+    stamp = json.dumps({"manifest": str(table), "seed": seed, "epochs": size.epochs})
+    if finished.is_file() and finished.read_text() == stamp:
+        return
+    arguments = {
+        "config": recipe_path(RECIPE),
+        "seed_everything": seed,
+        "out": folder,
+        "resume": "true",
+        "trainer.max_epochs": size.epochs,
+        "trainer.precision": fastest_precision(),
+        "data.init_args.manifest": table,
+        "data.init_args.seed": seed,
+        "model.seed": seed,
+    }
+    run("fit", [f"--{name}={value}" for name, value in arguments.items()])
+    write_atomically(finished, stamp.encode())
+
+
+def fastest_precision() -> str:
+    """bf16 autocast where the processor has it in hardware, else float32."""
+    if torch.cuda.is_available():
+        return "bf16-mixed" if torch.cuda.is_bf16_supported() else "32-true"
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return "bf16-mixed" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "32-true"
+
+
+def _predict(model: DualEncoder, rows: tuple[StudyImage, ...], prompts: PromptSet, console: Console) -> Predictions:
+    with Progress(console=console, transient=True) as progress:
+        task = progress.add_task("test images", total=len(rows))
+        return predict(model, rows, prompts, ReportSentences(), progress=lambda done: progress.advance(task, done))
+
+
+def baseline_auroc(model: DualEncoder, manifest: Manifest, predictions: Predictions) -> dict[str, Any]:
+    """AUROC per finding and its mean of the thumbnail baseline, trained on the manifest's training images, on the predicted ones."""
+    train = manifest.select(split="train", modality="xray")
+    small, tested = (thumbnails(torch.stack([model.read(row.path).pixels for row in rows])) for rows in (train, predictions.rows))
+    labels = np.array([[row.labels.get(name, np.nan) for name in predictions.findings] for row in train])
+    scores = logistic_scores(small, labels, tested)
+    per_finding = {}
+    for j, name in enumerate(predictions.findings):
+        known = np.isin(predictions.labels[:, j], (0, 1))
+        per_finding[name] = auroc(predictions.labels[known, j], scores[known, j])
+    values = [value for value in per_finding.values() if np.isfinite(value)]
+    return {
+        "macro_auroc": float(np.mean(values)) if values else None,
+        "per_finding": {name: value if np.isfinite(value) else None for name, value in per_finding.items()},
+    }
+
+
+def _page(path: Path, model: DualEncoder, predictions: Predictions, measured: dict[str, Any]) -> None:
+    from tasks.page import build_demo_page
+
+    build_demo_page(path, model=model, predictions=predictions, results=measured, baseline=measured["baseline"], facts=measured["facts"])

@@ -1,0 +1,305 @@
+"""Evaluation of a model on labelled studies: zero-shot AUROC, pointing game, retrieval; every figure with n and a patient-level interval.
+
+Shapes: N images, F findings, R reports. What is predicted is kept apart from what is measured: ``predictions.csv`` and ``retrieval.csv``
+hold everything that ``results.json`` is computed from, besides labels and masks of the data.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from medvl.data.manifest import StudyImage
+from medvl.metrics import MACRO, Interval, Retrieval, auroc_intervals, mean_intervals, peak, pointing_game, recall_at_k
+from medvl.model import DualEncoder, batches, write_atomically
+from medvl.types import RESEARCH_USE, ImageFeatures, TextSource, UnreadableImageError
+from reports.prompts import PromptSet
+from tasks.grounding import native_maps
+from tasks.retrieval import build_index, image_to_reports, studies_of
+from tasks.zero_shot import PromptBank, encode_prompts, score
+
+FOCAL_FRACTION = 0.25
+"""A finding is focal if its mask covers less than this share of the image in the median positive study; only these are pointed at."""
+RECALL_AT = (1, 5, 10)
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a model says of N images about F findings, and what is known of them."""
+
+    findings: tuple[str, ...]
+    rows: tuple[StudyImage, ...]  # N
+    labels: NDArray[np.float64]  # (N, F): 1, 0, -1 uncertain, NaN not mentioned
+    scores: NDArray[np.float64]  # (N, F)
+    peaks: tuple[tuple[tuple[int, int] | None, ...], ...]  # N x F: row and column of the map's peak in native pixels
+    hits: NDArray[np.float64]  # (N, F): 1 peak in the mask, 0 beside it, NaN without a mask
+    mask_fraction: NDArray[np.float64]  # (N, F): share of the image that the mask covers, NaN without a mask
+    retrieval: RetrievalScores | None
+    rejected: tuple[tuple[StudyImage, str], ...]  # images that could not be read, and why
+
+
+@dataclass(frozen=True)
+class RetrievalScores:
+    """Similarity of N images with R reports, and which of them belong together."""
+
+    similarity: NDArray[np.float64]  # (N, R)
+    own: NDArray[np.bool_]  # (N, R): the report of the image's own study
+    same: NDArray[np.bool_]  # (N, R): a report that says the same, sentence for sentence
+
+
+@torch.inference_mode()
+def predict(
+    model: DualEncoder,
+    rows: Sequence[StudyImage],
+    prompts: PromptSet,
+    source: TextSource,
+    *,
+    findings: Sequence[str] | None = None,
+    batch_size: int = 32,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Predictions:
+    """Score, point and compare every image of ``rows``.
+
+    Args:
+        prompts: prompt pairs; the map of a finding is that of its positive prompts less that of its negative ones.
+        source: splits reports into sentences for retrieval.
+        findings: which to score; None takes those of the prompts that any row has a label for.
+        progress: called with the number of images done.
+    Raises:
+        ValueError: no image that can be read.
+    """
+    labelled = {name for row in rows for name in row.labels}
+    names = tuple(findings) if findings is not None else tuple(name for name in prompts.findings if name in labelled)
+    bank = encode_prompts(model, prompts, names)
+    index_of = studies_of(rows, source)
+    index = build_index(model, index_of) if index_of else None
+
+    read: list[StudyImage] = []
+    rejected: list[tuple[StudyImage, str]] = []
+    scores, peaks, hits, fractions, similarities = [], [], [], [], []
+    for part in batches(rows, batch_size):
+        samples = []
+        for row in part:
+            try:
+                samples.append(model.read(row.path))
+                read.append(row)
+            except UnreadableImageError as error:
+                rejected.append((row, str(error)))
+        if samples:
+            features = model.encode_samples(samples)
+            scores.append(score(model, features, bank).double().cpu().numpy())
+            maps = finding_maps(model, features, bank)
+            if index is not None:
+                similarities.append(image_to_reports(model, features, index)[0].double().cpu().numpy())
+            for row, sample, grids in zip(read[-len(samples) :], samples, maps, strict=True):
+                found = [_pointed(row, name, native) for name, native in zip(names, native_maps(grids, sample.transform), strict=True)]
+                peaks.append(tuple(at for at, _, _ in found))
+                hits.append([hit for _, hit, _ in found])
+                fractions.append([fraction for _, _, fraction in found])
+        progress(len(part))
+    if not read:
+        raise ValueError(f"none of {len(rows)} images could be read; first: {rejected[0][1] if rejected else 'no images were given'}")
+    return Predictions(
+        findings=names,
+        rows=tuple(read),
+        labels=np.array([[row.labels.get(name, math.nan) for name in names] for row in read], dtype=np.float64),
+        scores=np.concatenate(scores),
+        peaks=tuple(peaks),
+        hits=np.array(hits),
+        mask_fraction=np.array(fractions),
+        retrieval=_pairs(read, index_of, np.concatenate(similarities)) if index is not None else None,
+        rejected=tuple(rejected),
+    )
+
+
+def finding_maps(model: DualEncoder, images: ImageFeatures, bank: PromptBank) -> torch.Tensor:
+    """(B, F, *grid): token cosines with a finding's positive prompts less those with its negative prompts, each averaged."""
+    maps = model.similarity.maps(images, bank.features)  # (B, P, *grid)
+    return torch.einsum("fp,bp...->bf...", bank.positive - bank.negative, maps)
+
+
+def _pointed(row: StudyImage, name: str, scores: NDArray[np.float32]) -> tuple[tuple[int, int] | None, float, float]:
+    """Peak of the map, whether it lies in the finding's mask (NaN without one), and the share of the image that the mask covers."""
+    at = peak(scores)
+    mask = finding_mask(row, name, scores.shape)
+    if mask is None:
+        return at, math.nan, math.nan
+    return at, pointing_game(at, mask), float(mask.mean())
+
+
+def finding_mask(row: StudyImage, name: str, shape: tuple[int, ...]) -> NDArray[np.bool_] | None:
+    """The mask of a finding that is present, from its mask file or boxes, in the image's own pixels; None if there is none.
+
+    Raises:
+        ValueError: a mask of another shape than the image.
+    """
+    if row.labels.get(name) != 1:
+        return None
+    mask = np.zeros(shape, dtype=bool)
+    if name in row.masks:
+        from PIL import Image
+
+        with Image.open(row.masks[name]) as picture:
+            mask = np.asarray(picture.convert("L")) > 0
+        if mask.shape != shape:
+            raise ValueError(f"study {row.study_id}: the mask of {name} has {mask.shape} pixels, the image {shape}; masks are in native pixels")
+    for box in row.boxes:
+        if box.finding == name:
+            mask = mask | box.mask((shape[0], shape[1]))
+    return mask if mask.any() else None
+
+
+def _pairs(rows: Sequence[StudyImage], index: Sequence[tuple[str, tuple[str, ...]]], similarity: NDArray[np.float64]) -> RetrievalScores:
+    """Keep the images that have a report in the index and mark what belongs together."""
+    sentences = {study: frozenset(found) for study, found in index}
+    ids = np.array([study for study, _ in index], dtype=object)
+    own = np.array([row.study_id == ids for row in rows], dtype=bool)
+    same = np.array([[sentences.get(row.study_id) == sentences[study] for study in ids] for row in rows], dtype=bool)
+    return RetrievalScores(similarity, own, same)
+
+
+def results(predictions: Predictions, *, repeats: int = 1000, seed: int = 0) -> dict[str, Any]:
+    """Every metric of a prediction, JSON-ready (NaN as null)."""
+    patients = [row.patient_id for row in predictions.rows]
+    names = predictions.findings
+    found: dict[str, Any] = {
+        "notice": RESEARCH_USE,
+        "images": len(predictions.rows),
+        "studies": len({row.study_id for row in predictions.rows}),
+        "patients": len(set(patients)),
+        "rejected": len(predictions.rejected),
+        "interval": {"level": 0.95, "method": "percentile bootstrap over patients", "repeats": repeats, "seed": seed},
+        "calibrated": False,
+    }
+    if names:
+        areas = auroc_intervals(predictions.labels, predictions.scores, names, patients, repeats=repeats, seed=seed)
+        found["zero_shot"] = {
+            **_macro("macro_auroc", areas),
+            "per_finding": {name: {"auroc": _number(areas[name].value), **_interval(areas[name])} for name in names},
+        }
+        found["grounding"] = _grounding(predictions, patients, repeats, seed)
+    if predictions.retrieval is not None:
+        found["retrieval"] = _retrieval(predictions, patients, repeats, seed)
+    return found
+
+
+def _grounding(predictions: Predictions, patients: list[str], repeats: int, seed: int) -> dict[str, Any]:
+    names = predictions.findings
+    masked = [j for j, name in enumerate(names) if not np.isnan(predictions.hits[:, j]).all()]
+    median = {names[j]: float(np.nanmedian(predictions.mask_fraction[:, j])) for j in masked}
+    focal = [name for name in median if median[name] < FOCAL_FRACTION]
+    columns = [names.index(name) for name in focal]
+    found: dict[str, Any] = {"focal_findings": focal, "focal_below_median_mask_fraction": FOCAL_FRACTION, "tolerance_px": 0, "per_finding": {}}
+    if masked:
+        every = mean_intervals(predictions.hits[:, masked], [names[j] for j in masked], patients, repeats=repeats, seed=seed)
+        found["per_finding"] = {
+            name: {"pointing_game": _number(every[name].value), **_interval(every[name]), "focal": name in focal, "median_mask_fraction": median[name]}
+            for name in median
+        }
+    if focal:
+        hits = predictions.hits[:, columns]
+        found.update(_macro("pointing_game_macro", mean_intervals(hits, focal, patients, repeats=repeats, seed=seed)))
+    return found
+
+
+def _retrieval(predictions: Predictions, patients: list[str], repeats: int, seed: int) -> dict[str, Any]:
+    scores = predictions.retrieval
+    assert scores is not None
+    images = scores.own.any(1)  # images whose study has a report
+    pids = np.array(patients, dtype=object)
+    found: dict[str, Any] = {}
+    columns = scores.own.any(0)  # reports whose study has an image that could be read
+    similarity, own, same = (part[images][:, columns] for part in (scores.similarity, scores.own, scores.same))
+    first = own.argmax(0)  # an image of each report's study
+    for direction, matrix, strict, loose, ids in (
+        ("image_to_report", similarity, own, same, pids[images]),
+        ("report_to_image", similarity.T, own.T, same.T, pids[images][first]),
+    ):
+        exact = recall_at_k(matrix, strict, RECALL_AT, ids, repeats=repeats, seed=seed)
+        duplicates = recall_at_k(matrix, loose, RECALL_AT, ids, repeats=repeats, seed=seed)
+        found[direction] = {
+            "rule": "strict: the report of the image's own study",
+            **_recall(exact),
+            "duplicates_as_hits": {"rule": "any report with the same sentences", **_recall(duplicates)},
+        }
+    return found
+
+
+def _recall(measured: Retrieval) -> dict[str, Any]:
+    flat: dict[str, Any] = {"pool": measured.pool, "chance": _number(measured.chance[RECALL_AT[-1]]), "median_rank": float(np.median(measured.ranks))}
+    for k, interval in measured.recall.items():
+        flat[f"recall_at_{k}"] = _number(interval.value)
+        flat[f"recall_at_{k}_interval"] = {**_interval(interval), "chance": _number(measured.chance[k])}
+    return flat
+
+
+def _macro(name: str, intervals: dict[str, Interval]) -> dict[str, Any]:
+    """The mean over findings as a bare number under ``name``, its interval beside it."""
+    mean = intervals.get(MACRO) or next(iter(intervals.values()))
+    return {name: _number(mean.value), f"{name}_interval": _interval(mean)}
+
+
+def _interval(interval: Interval) -> dict[str, Any]:
+    found: dict[str, Any] = {"ci_low": _number(interval.ci_low), "ci_high": _number(interval.ci_high), "n": interval.n}
+    return found if interval.n_positive is None else {**found, "n_positive": interval.n_positive}
+
+
+def _number(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def write(predictions: Predictions, measured: dict[str, Any], folder: Path) -> None:
+    """Write ``results.json``, ``predictions.csv``, ``retrieval.csv`` and, if any image was unreadable, ``rejected.csv``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_csv(
+        folder / "predictions.csv",
+        ["study_id", "finding", "label", "score", "peak_row", "peak_col", "path"],
+        (
+            [row.study_id, name, _label(predictions.labels[i, j]), repr(float(predictions.scores[i, j])), *(predictions.peaks[i][j] or ("", "")), row.path.name]
+            for i, row in enumerate(predictions.rows)
+            for j, name in enumerate(predictions.findings)
+        ),
+    )
+    if predictions.retrieval is not None:
+        pairs = predictions.retrieval
+        _write_csv(
+            folder / "retrieval.csv",
+            ["study_id", "rank_strict", "rank_duplicates", "pool"],
+            (
+                [row.study_id, _rank(pairs.similarity[i], pairs.own[i]), _rank(pairs.similarity[i], pairs.same[i]), pairs.similarity.shape[1]]
+                for i, row in enumerate(predictions.rows)
+                if pairs.own[i].any()
+            ),
+        )
+    if predictions.rejected:
+        _write_csv(folder / "rejected.csv", ["row", "study_id", "reason"], ([row.row, row.study_id, why] for row, why in predictions.rejected))
+    write_atomically(folder / "results.json", (json.dumps(measured, indent=2, allow_nan=False) + "\n").encode())
+
+
+def _rank(similarity: NDArray[np.float64], relevant: NDArray[np.bool_]) -> float:
+    """Expected rank of the best relevant report, 1 the best; ties in random order."""
+    best = similarity[relevant].max()
+    tied, tied_relevant = int((similarity == best).sum()), int((similarity[relevant] == best).sum())
+    return float((similarity > best).sum() + (tied + 1) / (tied_relevant + 1))
+
+
+def _label(value: float) -> str:
+    return "" if math.isnan(value) else str(int(value))
+
+
+def _write_csv(path: Path, header: list[str], lines: Any) -> None:
+    text = io.StringIO()
+    table = csv.writer(text)
+    table.writerow(header)
+    table.writerows(lines)
+    write_atomically(path, text.getvalue().encode())

@@ -1,0 +1,62 @@
+"""Phrase grounding: score image tokens against a phrase and lay the scores back on the image's own pixels.
+
+Shapes: B images, Q phrases, H rows, W columns. Scores are cosines in [-1, 1]; pixels the tower never saw are NaN, not 0.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from medvl.geometry import Letterbox
+from medvl.metrics import peak
+from medvl.model import DualEncoder
+from medvl.types import ImageFeatures
+
+
+@dataclass(frozen=True)
+class SimilarityMap:
+    """How much each native pixel of one image resembles one phrase."""
+
+    phrase: str
+    scores: NDArray[np.float32]  # (rows, columns) of the file, cosines, NaN where the tower did not look
+    peak: tuple[int, int] | None  # row and column of the highest score; None for a map that points nowhere
+
+
+def ground(model: DualEncoder, path: Path, phrases: Sequence[str]) -> list[SimilarityMap]:
+    """Similarity maps of an image file for each phrase.
+
+    Raises:
+        UnreadableImageError: the file cannot be read.
+        ValueError: no phrase, an empty one, or a tower that keeps no tokens.
+    """
+    if not phrases or not all(phrase.strip() for phrase in phrases):
+        raise ValueError("grounding needs at least one phrase, and no empty one")
+    sample = model.read(path)
+    grids = token_maps(model, model.encode_samples([sample]), phrases)[0]
+    maps = native_maps(grids, sample.transform)
+    return [SimilarityMap(phrase, scores, peak(scores)) for phrase, scores in zip(phrases, maps, strict=True)]
+
+
+@torch.inference_mode()
+def token_maps(model: DualEncoder, images: ImageFeatures, phrases: Sequence[str]) -> Tensor:
+    """(B, Q, *grid) cosines of every token with every phrase."""
+    return model.similarity.maps(images, model.encode_text(phrases))
+
+
+def native_maps(grids: Tensor, transform: Letterbox) -> NDArray[np.float32]:
+    """(Q, rows, columns) of one image's (Q, *grid) token maps."""
+    maps: NDArray[np.float32] = transform.map_to_native(grids).cpu().numpy().astype(np.float32)
+    return maps
+
+
+def slug(phrase: str) -> str:
+    """The phrase as a file name: lower case, runs of anything but letters and digits as one underscore."""
+    return re.sub(r"[^a-z0-9]+", "_", phrase.lower()).strip("_")[:80] or "phrase"

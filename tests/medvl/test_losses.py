@@ -1,0 +1,150 @@
+"""The objective against its formula in plain floats, one pair at a time, and against gradients written out by hand."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from medvl.losses import MultiPositiveInfoNCE, info_nce_of_logits, multi_positive_info_nce
+
+
+def one_direction(scores, positives):
+    """L_image of the formula, in plain Python floats."""
+    total = 0.0
+    for row, mask in zip(scores, positives, strict=True):
+        top = max(row)
+        log_z = top + math.log(sum(math.exp(v - top) for v in row))
+        total -= sum(v - log_z for v, m in zip(row, mask, strict=True) if m) / sum(mask)
+    return total / len(scores)
+
+
+def reference(scores, positives):
+    return (one_direction(scores.tolist(), positives.tolist()) + one_direction(scores.T.tolist(), positives.T.tolist())) / 2
+
+
+def reference_gradient(scores, positives):
+    """dL/ds: softmax minus the share of each positive, both directions, written out by hand."""
+    gradient = np.zeros_like(scores)
+    for s, p, g in ((scores, positives, gradient), (scores.T, positives.T, gradient.T)):
+        for i in range(len(s)):
+            e = np.exp(s[i] - s[i].max())
+            g[i] += (e / e.sum() - p[i] / p[i].sum()) / len(s) / 2
+    return gradient
+
+
+@st.composite
+def problems(draw):
+    """Unit vectors and positives in which every row and column has at least one."""
+    b, m, d = draw(st.integers(1, 7)), draw(st.integers(1, 12)), draw(st.integers(2, 9))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    image, text = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (rng.standard_normal((b, d)), rng.standard_normal((m, d))))
+    positives = rng.random((b, m)) < draw(st.floats(0, 0.9))
+    for i in range(max(b, m)):
+        positives[i % b, i % m] = True
+    return image, text, positives
+
+
+@settings(deadline=None, max_examples=60)
+@given(problems(), st.sampled_from([0.01, 0.07, 1.0, 10.0]))
+def test_loss_and_gradients_match_the_formula(problem, temperature):
+    image, text, positives = problem
+    leaves = [torch.from_numpy(x).requires_grad_() for x in (image, text)]
+    loss = multi_positive_info_nce(*leaves, torch.from_numpy(positives), temperature)
+    loss.backward()
+    scores = image @ text.T / temperature
+    assert loss.item() == pytest.approx(reference(scores, positives), rel=1e-6, abs=1e-12)
+    gradient = reference_gradient(scores, positives) / temperature
+    np.testing.assert_allclose(leaves[0].grad.numpy(), gradient @ text, rtol=1e-6, atol=1e-9)
+    np.testing.assert_allclose(leaves[1].grad.numpy(), gradient.T @ image, rtol=1e-6, atol=1e-9)
+
+
+def test_temperature_gets_its_gradient():
+    rng = np.random.default_rng(0)
+    scores, positives = rng.standard_normal((5, 9)), np.eye(5, 9, dtype=bool) | np.eye(5, 9, 4, dtype=bool)
+    positives[0, 8] = True
+    temperature = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    info_nce_of_logits(torch.from_numpy(scores) / temperature, torch.from_numpy(positives)).backward()
+    step = 1e-6
+    numeric = (reference(scores / (0.3 + step), positives) - reference(scores / (0.3 - step), positives)) / (2 * step)
+    assert temperature.grad.item() == pytest.approx(numeric, rel=1e-6)
+
+
+def test_one_positive_each_is_the_clip_loss_of_open_clip():
+    open_clip = pytest.importorskip("open_clip", reason="open_clip_torch is in the extra 'test'")
+    rng = torch.Generator().manual_seed(1)
+    image, text = (torch.nn.functional.normalize(torch.randn(6, 8, generator=rng, dtype=torch.float64), dim=1) for _ in range(2))
+    theirs = open_clip.ClipLoss()(image, text, torch.tensor(1 / 0.07, dtype=torch.float64))
+    assert multi_positive_info_nce(image, text, torch.eye(6, dtype=torch.bool), 0.07).item() == pytest.approx(theirs.item(), rel=1e-9)
+
+
+def test_order_of_the_batch_does_not_matter():
+    rng = np.random.default_rng(3)
+    logits = torch.from_numpy(rng.standard_normal((6, 10)))
+    positives = torch.from_numpy(rng.random((6, 10)) < 0.3) | torch.eye(6, 10, dtype=torch.bool) | torch.eye(6, 10, dtype=torch.bool).flip(0, 1)
+    rows, columns = torch.from_numpy(rng.permutation(6)), torch.from_numpy(rng.permutation(10))
+    shuffled = info_nce_of_logits(logits[rows][:, columns], positives[rows][:, columns])
+    assert shuffled.item() == pytest.approx(info_nce_of_logits(logits, positives).item(), rel=1e-12)
+
+
+def test_ignored_pairs_leave_the_denominators_and_whole_rows_and_columns_drop():
+    rng = np.random.default_rng(4)
+    scores = rng.standard_normal((4, 5))
+    positives = np.eye(4, 5, dtype=bool)
+    ignore = np.zeros((4, 5), dtype=bool)
+    ignore[3], ignore[:, 4], ignore[:, 3], ignore[0, 1] = True, True, True, True
+    positives[3, 3] = False
+    got = info_nce_of_logits(torch.from_numpy(scores), torch.from_numpy(positives), torch.from_numpy(ignore))
+    kept = scores[:3, :3].copy()
+    kept[0, 1] = -1e9
+    assert got.item() == pytest.approx(reference(kept, positives[:3, :3]), rel=1e-9)
+
+
+def test_a_row_or_column_without_a_positive_is_refused():
+    logits = torch.zeros(3, 3)
+    with pytest.raises(ValueError, match=r"1 of 3 images have no positive text \(first: image 2\)"):
+        info_nce_of_logits(logits, torch.tensor([[1, 0, 1], [0, 1, 0], [0, 0, 0]], dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"1 of 3 texts have no positive image \(first: text 1\)"):
+        info_nce_of_logits(logits, torch.tensor([[1, 0, 1], [1, 0, 0], [1, 0, 0]], dtype=torch.bool))
+    with pytest.raises(ValueError, match="both positive and ignored"):
+        info_nce_of_logits(logits, torch.eye(3, dtype=torch.bool), torch.eye(3, dtype=torch.bool))
+    with pytest.raises(ValueError, match="positives must be bool"):
+        info_nce_of_logits(logits, torch.eye(3))
+
+
+def test_huge_logits_stay_finite_in_bfloat16():
+    logits = (torch.eye(4) * 2e4).to(torch.bfloat16).requires_grad_()
+    loss = info_nce_of_logits(logits, torch.eye(4, dtype=torch.bool).flip(0))
+    loss.backward()
+    assert loss.item() == pytest.approx(2e4, rel=1e-2)
+    assert torch.isfinite(logits.grad).all()
+
+
+def test_objective_weighs_the_parts_of_a_similarity():
+    rng = torch.Generator().manual_seed(0)
+    parts = {"pooled": torch.randn(3, 3, generator=rng), "tokens": torch.randn(3, 3, generator=rng)}
+    positives = torch.eye(3, dtype=torch.bool)
+    losses = MultiPositiveInfoNCE({"pooled": 3.0, "tokens": 1.0})(parts, positives)
+    expected = (3 * reference(parts["pooled"].double().numpy(), positives.numpy()) + reference(parts["tokens"].double().numpy(), positives.numpy())) / 4
+    assert losses["loss"].item() == pytest.approx(expected, rel=1e-6)
+    with pytest.raises(ValueError, match="no_such"):
+        MultiPositiveInfoNCE({"no_such": 1.0})(parts, positives)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_cuda_equals_cpu():
+    rng = np.random.default_rng(0)
+    image, text = (torch.nn.functional.normalize(torch.from_numpy(rng.standard_normal((16, 32))).float(), dim=1) for _ in range(2))
+    positives = torch.eye(16, dtype=torch.bool)
+    values, gradients = [], []
+    for device in ("cpu", "cuda"):
+        leaf = image.to(device).requires_grad_()
+        loss = multi_positive_info_nce(leaf, text.to(device), positives.to(device), 0.07)
+        loss.backward()
+        values.append(loss.item())
+        gradients.append(leaf.grad.cpu())
+    assert values[0] == pytest.approx(values[1], rel=1e-5)
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-6)

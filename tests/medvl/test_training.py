@@ -1,0 +1,252 @@
+"""Training: what a batch holds, that a killed run goes on exactly, and what a run leaves on disk."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+
+import medvl
+from medvl.data.augment import Augment
+from medvl.data.manifest import read_manifest
+from medvl.data.studies import Collate, Draw, EpochBatches, StudyDataset
+from medvl.types import ImageBatch
+from modalities.xray.reader import XrayReader
+from reports.text_source import ReportSentences
+
+STEPS = 12  # of a whole run: 24 training studies, batches of 8, 4 epochs
+
+
+@pytest.fixture(scope="session")
+def studies(tmp_path_factory):
+    """A table of 32 small pictures: a bright square at the left or right, or none, and a report that says so."""
+    root = tmp_path_factory.mktemp("studies")
+    rng = np.random.default_rng(0)
+    lines = []
+    for i in range(32):
+        picture = rng.integers(20, 60, (40, 32), dtype=np.uint8)
+        kind = i % 3
+        if kind:
+            column = 4 if kind == 1 else 20
+            picture[10:18, column : column + 8] = 230
+        Image.fromarray(picture).save(root / f"{i}.png")
+        said = ["No lung nodule.", "There is a nodule in the right lung.", "There is a nodule in the left lung."][kind]
+        split = "train" if i < 24 else "val" if i < 28 else "test"
+        lines.append([f"s{i}", f"p{i}", "xray", f"{i}.png", split, f"{said} The heart is normal. Film {i}.", int(kind > 0)])
+    with (root / "manifest.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["study_id", "patient_id", "modality", "path", "split", "findings", "lung_nodule"], *lines])
+    return root / "manifest.csv"
+
+
+@pytest.fixture(scope="session")
+def recipe(studies, tmp_path_factory):
+    """A recipe of tiny towers, with dropout and augmentation so that randomness would show."""
+    settings = {
+        "trainer": {"max_epochs": 4, "accelerator": "cpu", "enable_progress_bar": False, "log_every_n_steps": 1, "gradient_clip_val": 1.0},
+        "model": {
+            "image": {
+                "class_path": "modalities.xray.conv.ConvEncoder",
+                "init_args": {"embed_dim": 16, "widths": [8, 8, 8], "blocks": [1, 1, 1], "drop_rate": 0.2},
+            },
+            "report": {"class_path": "reports.towers.MiniLmReportEncoder", "init_args": {"embed_dim": 16, "hidden_dim": 16, "dropout": 0.2}},
+            "similarity": {"class_path": "medvl.nn.similarity.TokenSimilarity"},
+            "loss": {"class_path": "medvl.losses.MultiPositiveInfoNCE"},
+        },
+        "data": {
+            "class_path": "medvl.training.data.StudyDataModule",
+            "init_args": {
+                "manifest": str(studies),
+                "reader": {"class_path": "modalities.xray.reader.XrayReader", "init_args": {"size": 32}},
+                "texts": {"class_path": "reports.text_source.ReportSentences"},
+                "batch_size": 8,
+                "sentences_per_image": 2,
+                "augment": {"class_path": "medvl.data.augment.Augment"},
+            },
+        },
+        "checkpoint_every": 1,
+        "keep_best": False,
+    }
+    path = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+@pytest.fixture(scope="session")
+def finished(recipe, tmp_path_factory):
+    """The folder of a run that nobody disturbed."""
+    from medvl.training.cli import run
+
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    assert run("fit", ["--config", str(recipe), "--out", str(out)]) == 0
+    return out
+
+
+def assert_same_weights(one: Path, other: Path):
+    a, b = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def test_equal_sentences_of_two_studies_are_one_text_with_two_positives(studies):
+    data = StudyDataset(read_manifest(studies).select(split="train"), XrayReader(size=32), ReportSentences())
+    batch = Collate(data.reader)([data[i] for i in range(6)])
+    assert len(set(batch.texts.texts)) == len(batch.texts.texts)
+    shared = batch.texts.texts.index("The heart is normal.")
+    assert batch.positives[:, shared].all()
+    for i in range(6):
+        own = {text for text, positive in zip(batch.texts.texts, batch.positives[i].tolist(), strict=True) if positive}
+        assert own == set(data.texts[i])
+
+
+def test_draws_are_a_function_of_seed_epoch_and_image(studies):
+    rows = read_manifest(studies).select(split="train")
+    draws = [StudyDataset(rows, XrayReader(size=32), ReportSentences(), sentences_per_image=1, seed=s) for s in (0, 0, 1)]
+    of = [[data[Draw(epoch, 3)].texts for epoch in range(12)] for data in draws]
+    assert of[0] == of[1] != of[2]
+    assert len(set(of[0])) > 1
+    assert all(len(texts) == 1 for texts in of[0])
+
+
+def test_batches_cover_an_epoch_once_and_ranks_share_it():
+    whole = [d.index for batch in EpochBatches(24, 4, seed=3) for d in batch]
+    assert sorted(whole) == list(range(24))
+    shares = [[d.index for batch in EpochBatches(24, 4, seed=3, rank=r, world_size=2) for d in batch] for r in range(2)]
+    assert sorted(shares[0] + shares[1]) == list(range(24))
+    later = EpochBatches(24, 4, seed=3)
+    later.epoch, later.start = 0, 2
+    assert [d.index for batch in later for d in batch] == whole[8:]
+    other = EpochBatches(24, 4, seed=3)
+    other.set_epoch(1)
+    assert [d.index for batch in other for d in batch] != whole
+
+
+def test_augmentation_keeps_left_and_right_and_marks_what_came_from_outside():
+    pixels = torch.zeros(16, 1, 32, 32)
+    pixels[:, :, 12:20, 2:10] = 5.0  # bright at the image's left
+    changed = Augment(rotation_deg=10, scale=0.15, shift=0.1)(ImageBatch(pixels), np.random.default_rng(0))
+    weight = changed.pixels.clamp_min(2.0) - 2.0
+    centre = (weight.sum((1, 2)) * torch.arange(32)).sum(-1) / weight.sum((1, 2, 3))
+    assert (centre < 15).all()
+    assert not changed.valid.all()
+    assert (changed.pixels[:, 0][~changed.valid] == 0).all()
+    again = Augment(rotation_deg=10, scale=0.15, shift=0.1)(ImageBatch(pixels), np.random.default_rng(0))
+    assert torch.equal(changed.pixels, again.pixels)
+
+
+def test_a_run_leaves_a_loadable_model_its_recipe_and_a_log(finished):
+    assert {"model.safetensors", "config.json", "config.yaml", "resume.ckpt", "logs"} <= {p.name for p in finished.iterdir()}
+    model = medvl.load(finished, device="cpu")
+    assert model.image.embed_dim == 16
+    resolved = yaml.safe_load((finished / "config.yaml").read_text())
+    assert resolved["model"]["image"]["init_args"]["widths"] == [8, 8, 8]
+    provenance = json.loads((finished / "config.json").read_text())["provenance"]
+    assert provenance["step"] == STEPS
+    with next((finished / "logs").rglob("metrics.csv")).open() as file:
+        losses = [float(line["train/loss"]) for line in csv.DictReader(file) if line["train/loss"]]
+    assert len(losses) == STEPS
+    assert np.mean(losses[-3:]) < np.mean(losses[:3])
+
+
+def test_the_checkpoint_holds_nothing_that_needs_unpickling(finished):
+    assert torch.load(finished / "resume.ckpt", weights_only=True)["global_step"] == STEPS
+
+
+@pytest.mark.parametrize("stop_at", [2, 3, 7])
+def test_stopped_and_resumed_ends_with_the_same_weights(recipe, finished, tmp_path, stop_at):
+    """Stopped after a step in the middle or at the end of an epoch (3 steps an epoch)."""
+    from medvl.training.cli import run
+
+    arguments = ["--config", str(recipe), "--out", str(tmp_path), "--resume", "true"]
+
+    class StopNow(Exception):
+        pass
+
+    original = torch.optim.AdamW.step
+    calls = {"n": 0}
+
+    def step(self, *args, **kwargs):
+        if calls["n"] == stop_at:
+            raise StopNow
+        calls["n"] += 1
+        return original(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", step)
+        with pytest.raises(StopNow):
+            run("fit", arguments)
+    assert torch.load(tmp_path / "resume.ckpt", weights_only=True)["global_step"] == stop_at
+    assert run("fit", arguments) == 0
+    assert_same_weights(tmp_path, finished)
+
+
+def kill_and_resume(recipe: Path, out: Path, after_step: int) -> None:
+    """SIGKILL a run once its checkpoint says ``after_step`` or later, then let it finish."""
+    code = "import sys; from medvl.training.cli import run; sys.exit(run('fit', sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "--config", str(recipe), "--out", str(out), "--resume", "true"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(medvl.__file__).parents[1]), *sys.path])}
+    with (out / "killed.log").open("wb") as log:
+        process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+        deadline = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline:
+            checkpoint = out / "resume.ckpt"
+            if checkpoint.is_file() and torch.load(checkpoint, weights_only=True)["global_step"] >= after_step:
+                break
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, (out / "killed.log").read_text()
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+
+
+def test_killed_and_resumed_ends_with_the_same_weights(recipe, finished, tmp_path):
+    kill_and_resume(recipe, tmp_path, after_step=2)
+    assert_same_weights(tmp_path, finished)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("after_step", [1, 3, 4, 6, 8])
+def test_killed_anywhere_and_resumed_ends_with_the_same_weights(recipe, finished, tmp_path, after_step):
+    kill_and_resume(recipe, tmp_path, after_step)
+    assert_same_weights(tmp_path, finished)
+
+
+def test_bad_rows_are_listed_counted_and_cost_only_themselves(recipe, studies, tmp_path):
+    from medvl.training.cli import run
+
+    table = studies.parent / "with_bad_rows.csv"
+    lines = studies.read_text().splitlines()
+    (studies.parent / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnot really")
+    lines += ["s90,p90,xray,broken.png,train,No lung nodule.,0", "s91,p91,xray,missing.png,train,No lung nodule.,0"]
+    silent = studies.parent / "silent.png"
+    Image.new("L", (32, 32)).save(silent)
+    lines += ["s92,p92,xray,silent.png,train,,0"]
+    table.write_text("\n".join(lines))
+    code = run("fit", ["--config", str(recipe), "--out", str(tmp_path), f"--data.init_args.manifest={table}", "--trainer.max_epochs=1"])
+    assert code == 1
+    with (tmp_path / "rejected.csv").open() as file:
+        rejected = {line["study_id"]: line["reason"] for line in csv.DictReader(file)}
+    assert set(rejected) == {"s90", "s91", "s92"}
+    assert "no sentence" in rejected["s92"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_one_fit_in_bf16_and_one_encoding_on_cuda(recipe, tmp_path):
+    from medvl.training.cli import run
+
+    assert run("fit", ["--config", str(recipe), "--out", str(tmp_path), "--trainer.accelerator=cuda", "--trainer.precision=bf16-mixed"]) == 0
+    model = medvl.load(tmp_path)
+    assert model.device.type == "cuda"
+    picture = np.random.default_rng(0).random((32, 32), dtype=np.float32)
+    on_cpu = medvl.load(tmp_path, device="cpu")
+    torch.testing.assert_close(model.encode_image(picture).pooled.cpu(), on_cpu.encode_image(picture).pooled, rtol=1e-2, atol=1e-3)
