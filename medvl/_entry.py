@@ -58,7 +58,7 @@ def shadowed(name: str) -> str | None:
     if found == Path(os.path.realpath(ours)):
         return None
     folder = found.parent.parent if found.name == "__init__.py" else found.parent
-    listed = [Path(os.path.realpath(entry)) for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    listed = [Path(os.path.realpath(entry)) for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
     if folder in listed:
         otherwise = f"take {folder} off PYTHONPATH"
     elif folder == Path(os.path.realpath(os.curdir)):

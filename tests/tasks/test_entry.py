@@ -44,7 +44,8 @@ def work(tmp_path):
 def run(*arguments, path, cwd):
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
     environment["PYTHONPATH"] = os.pathsep.join(map(str, path))
-    return subprocess.run([sys.executable, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=60)
+    # -S: without site-packages, so that an installation of the package under test is out of sight
+    return subprocess.run([sys.executable, "-S", *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=60)
 
 
 def test_the_command_runs_and_its_exit_code_comes_through(installed, work):
@@ -97,7 +98,16 @@ def test_such_a_folder_is_named_where_it_does_harm(installed, work):
     assert got.returncode == 1, got.stderr
     got = run("-c", hook + "from medvl._entry import main; main()", path=[metadata], cwd=work)
     assert got.returncode == 2
-    assert f"{work / 'reports'} hides medvl's own package 'reports'" in got.stderr
+    assert f"{work / 'reports'} hides medvl's own package 'reports' ({installed / 'reports'})" in got.stderr
+    assert "run medvl from another folder" in got.stderr
+
+
+def test_without_pythonpath_the_working_folder_is_blamed(installed, work):
+    (work / "tasks.py").touch()
+    code = f"import sys; sys.path.append({str(installed)!r}); from medvl._entry import main; main()"  # "" is first on the path with -c
+    got = run("-c", code, path=[], cwd=work)
+    assert got.returncode == 2
+    assert got.stderr.endswith("Rename it, or run medvl from another folder.\n")
 
 
 def test_an_incomplete_installation_says_so(installed, work):
