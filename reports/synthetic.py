@@ -131,10 +131,7 @@ def _candidates(fact: Fact, group: str, slots: Mapping[str, str]) -> list[str]:
     name = _group_name(group, fact.state)
     found = list(groups.get(f"{name}_bilateral" if fact.side == "bilateral" else name, groups[name]))
     found += groups.get("kinds", {}).get(fact.kind, {}).get(name, [])
-    usable = [text for text in found if slots.keys() >= set(_SLOT.findall(text))]
-    if not usable:
-        raise ValueError(f"no {name} sentence for {fact.finding} can be written without a side, location or severity; give the fact one")
-    return usable
+    return [text for text in found if slots.keys() >= set(_SLOT.findall(text))]
 
 
 def _group_name(group: str, state: State) -> str:
@@ -145,6 +142,7 @@ def _group_name(group: str, state: State) -> str:
 
 def _slots(fact: Fact, size: str | None) -> dict[str, str]:
     adjectives = templates()["adjectives"]
+    several_ribs = (fact.location or "").endswith("ribs")
     values = {
         "side": None if fact.side == "bilateral" else fact.side,
         "location": fact.location,
@@ -153,6 +151,8 @@ def _slots(fact: Fact, size: str | None) -> dict[str, str]:
         "amount": _AMOUNT.get(fact.severity or ""),
         "size": size,
         "kind": fact.kind,
+        "ribs": "ribs" if several_ribs else None,
+        "rib": None if several_ribs else "rib",
     }
     return {name: value for name, value in values.items() if value}
 

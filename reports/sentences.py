@@ -1,0 +1,133 @@
+"""Sentences of a report: where one ends and the next begins, and which of them to train on.
+
+The rules are for radiology: decimals and units, numbered impressions, "Dr." and "vs.", removed words (XXXX, ___), full stops without a
+space after them, line breaks that only wrap. A general splitter gets these wrong, and a wrong split turns a finding into half a sentence.
+"""
+
+from __future__ import annotations
+
+import re
+from itertools import pairwise
+
+from reports.sections import split_sections
+
+_NEVER_ENDS = re.compile(r"dr|mr|mrs|ms|prof|st|vs|approx|esp|incl|e\.g|i\.e|cf|figs?|ca|resp|dept|ext|lat")
+"""Abbreviations after which a sentence goes on, whatever follows."""
+
+_ENDS_BEFORE_CAPITAL = re.compile(r"[ckm]?m|k?g|m[gl]|hrs?|min|sec|[ap]\.?m|etc|inc|pts?|post|ant|sup|inf")
+"""Units and abbreviations that end a sentence if a capital follows, and not if a small letter does."""
+
+_END = re.compile(r"""(?P<stop>[.?!]+)["'”’)\]]*(?=\s|\Z)|(?P<tight>(?<=[a-z][a-z]|XX)[.;](?=[A-Z](?:[a-z]|\s)))""")
+"""A stop before white space, or one without: "bilaterally.There"."""
+
+_PARAGRAPH = re.compile(r"\n[ \t]*\r?\n|\n[ \t]*(?=[-*•][ \t])|\n[ \t]*(?=\(?\d{1,2}[.)]\s)")
+_NUMBER = re.compile(r"(?P<opens>\A\s*|(?<=[.?!;:])\s+|(?<=\s))\(?(?P<n>\d{1,2})[.)]+(?:(?=[A-Z])|\s+)")
+_SECOND = re.compile(r"\s\(?2[.)]\s*[A-Z]")
+_MARKER = re.compile(r"\(?\d{1,2}(?:[.)]+\s+|[.)]+(?=[A-Z]))|[-*•]+\s+")
+_NOT_SPACE = re.compile(r"\S")
+_PLACEHOLDER = re.compile(r"\[\*\*.{0,200}?\*\*\]|_{2,}|\bX{3,}\b|<[^<>\s]*>", re.IGNORECASE)
+
+
+def sentence_spans(text: str) -> tuple[tuple[int, int], ...]:
+    """(start, end) of each sentence in order, list markers included; between the spans there is white space only."""
+    found: list[tuple[int, int]] = []
+    start = 0
+    for paragraph in [*_PARAGRAPH.finditer(text), None]:
+        end = len(text) if paragraph is None else paragraph.start()
+        found += [(start + begin, start + stop) for begin, stop in _split_paragraph(text[start:end])]
+        start = end if paragraph is None else paragraph.end()
+    return tuple(found)
+
+
+def split_sentences(text: str) -> tuple[str, ...]:
+    """Sentences with single spaces, without list markers ("2.", "-"), a run of full stops at the end made one. Never raises."""
+    sentences = (_tidy(text[start:end]) for start, end in sentence_spans(text))
+    return tuple(sentence for sentence in sentences if sentence)
+
+
+def has_content(sentence: str) -> bool:
+    """Whether a letter is left once placeholders of removed words are taken out, and it is no bare label ("Left knee:")."""
+    return any(c.isalpha() for c in _PLACEHOLDER.sub(" ", sentence)) and not sentence.endswith(":")
+
+
+def report_sentences(report: str | None = None, findings: str | None = None, impression: str | None = None) -> tuple[str, ...]:
+    """The sentences of a study to train on: of findings and impression, each once, in order, those without content left out.
+
+    Args:
+        report: a whole report; used when findings and impression are both missing or blank. Its indication, comparison, technique and
+            exam are left out, for they do not describe the image; a text without headings is taken whole.
+        findings: that section, if the table has it apart.
+        impression: likewise.
+    """
+    given = [text for text in (findings, impression) if text and text.strip()]
+    if given:
+        sections = [split_sections(text) for text in given]
+        bodies = [part for s in sections for part in (s.other, s.findings, s.impression)]
+    else:
+        bodies = [split_sections(report or "").body]
+    first: dict[str, str] = {}
+    for sentence in (s for body in bodies for s in split_sentences(body)):
+        if has_content(sentence):
+            first.setdefault(sentence.casefold().rstrip(" .!?"), sentence)
+    return tuple(first.values())
+
+
+def _split_paragraph(text: str) -> list[tuple[int, int]]:
+    markers = _list_numbers(text)
+    inside = {i for start, end in markers for i in range(start, end)}
+    ends = {m.end() for m in _END.finditer(text) if m.start() not in inside and _ends_sentence(text, m)}
+    cuts = sorted({0, len(text)} | ends | {start for start, _ in markers})
+    spans = (_strip(text, start, end) for start, end in pairwise(cuts))
+    return [(start, end) for start, end in spans if start < end]
+
+
+def _list_numbers(text: str) -> list[tuple[int, int]]:
+    """(start, end) of the numbers of a list.
+
+    A number is one of a list if it opens the text or follows a stop; within a line, if it is the next expected, or 1 with a 2 to come.
+    So "1. Clear lungs 2. Old fracture" is two items, and "at level 7. Heart normal" holds no list.
+    """
+    found, last = [], 0
+    for match in _NUMBER.finditer(text):
+        number, following = int(match["n"]), text[match.end() : match.end() + 1]
+        opens = match.start() == 0 or match["opens"] != ""
+        begins = number == 1 and following.isupper() and _SECOND.search(text, match.end())
+        if (opens and not following.islower()) or (last and number == last + 1 and following.isupper()) or begins:
+            found.append((match.start(), match.end()))
+            last = number
+    return found
+
+
+def _ends_sentence(text: str, match: re.Match[str]) -> bool:
+    if match["tight"]:
+        return True
+    begin = match.start()
+    while begin > 0 and (text[begin - 1].isalpha() or text[begin - 1] == "."):
+        begin -= 1
+    before = text[begin : match.start()].lstrip(".").lower()
+    following = _NOT_SPACE.search(text, match.end())
+    after = following[0] if following else ""
+    if not after or match["stop"] != ".":
+        return not after.islower()
+    if _NEVER_ENDS.fullmatch(before) or (before == "no" and after.isdigit()) or _is_initial(text, begin, match.start()):
+        return False
+    if after.islower():
+        return match.end() - match.start() == 1 and len(before) >= 3 and not _ENDS_BEFORE_CAPITAL.fullmatch(before)
+    return True
+
+
+def _is_initial(text: str, start: int, end: int) -> bool:
+    """A single capital such as that of "J. Smith"."""
+    return end - start == 1 and text[start].isupper()
+
+
+def _strip(text: str, start: int, end: int) -> tuple[int, int]:
+    piece = text[start:end]
+    return start + len(piece) - len(piece.lstrip()), end - len(piece) + len(piece.rstrip())
+
+
+def _tidy(sentence: str) -> str:
+    text = " ".join(sentence.split())
+    if marker := _MARKER.match(text):
+        text = text[marker.end() :]
+    return re.sub(r"\s*\.{2,}\Z", ".", text).strip()
