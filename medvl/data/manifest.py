@@ -335,7 +335,7 @@ class _RowReader:
         self._split_column = "split" in names.constants or (names.split is not None and names.split in self._at)
         shares = f"train {splits.train:g}, val {splits.val:g}, test {splits.test:g}, seed {splits.seed}"
         self.split_source = f"column {names.split}" if self._split_column else f"hash of patient_id: {shares}"
-        self._inside = functools.lru_cache(maxsize=None)(self._is_inside)
+        self._inside = functools.lru_cache(maxsize=None)(self._is_inside)  # the same folders come again in row after row
         self._split_of = functools.lru_cache(maxsize=None)(splits.split_of)
 
     def cell(self, record: Sequence[str], name: str) -> str:
@@ -352,7 +352,7 @@ class _RowReader:
         reasons: list[str] = []
         study_id, patient_id = self.cell(record, "study_id"), self.cell(record, "patient_id")
         reasons += [f"{name} is empty" for name, value in (("study_id", study_id), ("patient_id", patient_id)) if not value]
-        modality = _MODALITIES.get(re.sub(r"[\s_-]", "", self.cell(record, "modality").lower()))
+        modality = _modality(self.cell(record, "modality"))
         if modality is None:
             reasons.append("modality is not one of xray (also X-ray, DX, CR, RG) and ct")
         split = _SPLIT_NAMES.get(self.cell(record, "split").lower()) if self._split_column else self._split_of(patient_id)
@@ -408,7 +408,7 @@ class _RowReader:
             return None
         where = os.path.normpath(os.path.join(self.root, value))  # noqa: PTH118 (pathlib would be a third of the reading time)
         try:
-            if not self.allow_outside and not self._inside(where):
+            if not self.allow_outside and not self._is_inside(where):
                 reasons.append(f"{name} leaves the table's folder through a symbolic link")
                 return None
             mode = os.stat(where).st_mode if self.check_files else stat.S_IFREG  # noqa: PTH116
@@ -574,6 +574,10 @@ def _box(item: Mapping[str, Any]) -> Box:
     if not all(map(math.isfinite, (x, y, width, height))) or min(x, y) < 0 or min(width, height) <= 0:
         raise ValueError
     return Box(item["finding"], x, y, width, height)
+
+
+def _modality(cell: str) -> Modality | None:
+    return _MODALITIES.get(re.sub(r"[\s_-]", "", cell.lower()))
 
 
 def _label(cell: str) -> int | None:
