@@ -157,10 +157,35 @@ def _check(dataset: Any, notes: _Notes) -> None:
         need = rows * cols * (2 if subsampled else samples) * bits // 8
         if len(dataset.PixelData) < need:
             raise notes.refuse(f"is cut short: {rows} x {cols} pixels need {need} bytes, it has {len(dataset.PixelData)}")
+    else:
+        coded = _coded_shape(dataset.PixelData)
+        if coded is not None and coded[0] * coded[1] > rows * cols:
+            raise notes.refuse(f"declares {rows} x {cols} pixels, its compressed image would unfold to {coded[0]} x {coded[1]}")
     if sop is not None and not _under(sop, PROJECTION_SOP_CLASSES):
         notes.warn(f"{kind} is no projection radiograph")
     if str(dataset.get("PresentationIntentType", "")).upper() == "FOR PROCESSING":
         notes.warn("raw image FOR PROCESSING: its contrast was not made for display")
+
+
+def _coded_shape(encapsulated: bytes) -> tuple[int, int] | None:
+    """(rows, cols) that a JPEG, JPEG-LS or JPEG 2000 image says of itself, read before a decoder allocates them; None if it does not.
+
+    Source: SIZ of ITU-T T.800 A.5.1, SOF of T.81 B.2.2 and T.87 C.2.2.
+    """
+    from pydicom.encaps import generate_frames
+
+    coded = next(generate_frames(encapsulated, number_of_frames=1), b"")
+    start = coded.find(b"\xff\x4f\xff\x51", 0, 4096)  # JPEG 2000, bare or in a JP2 box
+    if start >= 0 and len(coded) >= start + 24:
+        cols, rows, left, top = (int.from_bytes(coded[start + at : start + at + 4], "big") for at in (8, 12, 16, 20))
+        return rows - top, cols - left
+    at = 2 if coded[:2] == b"\xff\xd8" else len(coded)
+    while at + 9 <= len(coded) and coded[at] == 0xFF:
+        marker = coded[at + 1]
+        if marker == 0xF7 or (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)):
+            return int.from_bytes(coded[at + 5 : at + 7], "big"), int.from_bytes(coded[at + 7 : at + 9], "big")
+        at += 2 + int.from_bytes(coded[at + 2 : at + 4], "big")
+    return None
 
 
 def _chain(dataset: Any, notes: _Notes) -> NativeRadiograph:
@@ -426,5 +451,7 @@ def _uid_name(uid: Any) -> str:
     """A UID's registered name; private ones are not quoted, since they can identify."""
     from pydicom.uid import UID
 
-    name = UID(str(uid or "")).name
-    return name if name and not name[0].isdigit() else "an unregistered class or coding"
+    if not uid:
+        return "no SOP class or coding named"
+    name = UID(str(uid)).name
+    return name if not name[:1].isdigit() else "an unregistered class or coding"

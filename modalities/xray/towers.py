@@ -21,8 +21,9 @@ class TimmEncoder(ImageEncoder):
     token goes through the same head as if it were the whole image, so that pooled and tokens lie in one space: an image whose tokens
     are all equal has a pooled vector equal to each of them. Class and register tokens are left out of ``tokens``.
 
-    The grid covers the square evenly. Backbones that reduce by 3 x 3 convolutions of stride 2 (ResNet) look up to half a token to the
-    upper left of that; patch backbones (ViT, Swin, ConvNeXt) do not.
+    The grid is taken to cover the square evenly. That is so for patch backbones (ViT, Swin, ConvNeXt: off by under 1 pixel by the
+    centre of a token's gradient at 224 pixels); 3 x 3 convolutions of stride 2 look to the upper left of it (ResNet-18 by 16 of a
+    token's 32 pixels, EfficientNet-B0 by 9), so prefer the former where maps matter.
 
     Args:
         name: a timm model name, such as ``vit_small_patch16_224`` or ``convnext_atto``.

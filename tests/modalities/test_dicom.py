@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import warnings
 from pathlib import Path
@@ -11,9 +12,11 @@ import pydicom
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from pydicom.dataset import Dataset, FileMetaDataset
+from pydicom.encaps import encapsulate
 from pydicom.pixels import apply_color_lut, apply_modality_lut, apply_voi_lut
-from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian, RLELossless, generate_uid
+from pydicom.uid import ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian, JPEG2000Lossless, RLELossless, generate_uid
 
 from medvl.types import UnreadableImageError
 from modalities.dicom import NativeRadiograph, has_dicom_magic, read_radiograph
@@ -426,6 +429,26 @@ def test_what_is_no_radiograph_is_refused_by_path_alone(write, twelve_bits, spoi
     assert "ecret" not in message.lower().replace(str(path).lower(), "")
     assert caught.value.__cause__ is None  # a traceback shows no underlying message either
     assert caught.value.__suppress_context__ or caught.value.__context__ is None
+
+
+@pytest.mark.parametrize(
+    ("form", "options", "uid"),
+    [
+        ("JPEG", {}, "1.2.840.10008.1.2.4.50"),
+        ("JPEG2000", {"no_jp2": True}, JPEG2000Lossless),
+        ("JPEG2000", {"no_jp2": False}, JPEG2000Lossless),
+    ],
+)
+def test_a_compressed_image_larger_than_declared_is_refused_before_decoding(write, monkeypatch, form, options, uid):
+    """A kilobyte of JPEG 2000 can unfold to gigabytes, whatever the header says."""
+    coded = io.BytesIO()
+    Image.fromarray(np.zeros((500, 300), np.uint8)).save(coded, format=form, **options)
+    ds = radiograph(np.zeros((8, 8), np.uint8), bits=8)
+    ds.file_meta.TransferSyntaxUID = uid
+    ds.PixelData = encapsulate([coded.getvalue()])
+    monkeypatch.setattr(Dataset, "pixel_array", property(lambda self: pytest.fail("was decoded")))
+    with pytest.raises(UnreadableImageError, match="8 x 8 pixels, its compressed image would unfold to 500 x 300"):
+        read_radiograph(write(ds))
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"\x00" * 132, b"\x00" * 128 + b"DICM", b"a,b\n1,2\n" * 100, bytes(range(256)) * 20])
