@@ -146,7 +146,7 @@ class Chest:
 def cage_profile(anatomy: Anatomy, z: Float) -> tuple[Float, Float]:
     """Inner half width and half depth of the rib cage at heights ``z``; about 0 above the apex."""
     t = np.clip((z - anatomy.apex_z) / (165 * anatomy.scale - anatomy.apex_z), 1e-4, 1.0)
-    shape = (1 - (1 - np.minimum(t / 0.82, 1.0)) ** 2.6) ** 0.6
+    shape = (1 - (1 - np.minimum(t / 0.8, 1.0)) ** 2.7) ** 0.52
     shape = np.where(z > anatomy.apex_z, shape, 1e-3)
     return (anatomy.half_width * shape).astype(np.float32), (anatomy.half_depth * shape**0.75).astype(np.float32)
 
@@ -186,9 +186,9 @@ def _body(grid: Grid, a: Anatomy, z: Float, y: Float, x: Float, half_width: Floa
     """Air, a ring of fat and muscle within: neck, shoulders and trunk as one tapering tube."""
     wall = 9 + a.muscle + a.fat
     s = a.scale
-    heights = np.array([-192, -170, -152, -132, -95, -58, -22]) * s
-    shoulder = np.interp(z.ravel(), heights, [60, 70, 105, 192, 205, 176, 0.0]).astype(np.float32)[:, None, None]
-    neck = np.interp(z.ravel(), heights[:5], [56, 62, 74, 84, 70]).astype(np.float32)[:, None, None]
+    heights = np.array([-192, -172, -158, -140, -112, -75, -45, -15, 15]) * s
+    shoulder = np.interp(z.ravel(), heights, [60, 70, 108, 180, 222, 222, 198, 150, 0.0]).astype(np.float32)[:, None, None]
+    neck = np.interp(z.ravel(), heights[:5], [56, 62, 72, 82, 70]).astype(np.float32)[:, None, None]
     width = np.maximum(half_width + wall, shoulder)
     depth = np.maximum(half_depth + wall + 4, neck + 0.6 * a.fat)
     centre = cage_centre_y(a, z) + 4
@@ -262,15 +262,16 @@ def _cavity(
     width = grid.spacing_mm[2]
     # mediastinum: widest where the great vessels are, thin behind the sternum
     heights = np.array([-190, -110, -80, -62, -44, -20, 10, 60, 200]) * s
-    left = np.interp(z.ravel(), heights, [16, 20, 22, 22, 30, 26, 24, 22, 22]).astype(np.float32)[:, None, None]
-    right = np.interp(z.ravel(), heights, [18, 22, 24, 25, 26, 26, 24, 22, 20]).astype(np.float32)[:, None, None]
-    front = 0.25 + 0.75 * np.exp(-(((y - 8) / 42) ** 2)).astype(np.float32)
+    left = np.interp(z.ravel(), heights, [25, 24, 23, 22, 30, 26, 22, 19, 19]).astype(np.float32)[:, None, None]
+    right = np.interp(z.ravel(), heights, [25, 25, 24, 24, 25, 24, 22, 19, 18]).astype(np.float32)[:, None, None]
+    floor = np.where(y < 6, np.float32(0.15) + np.float32(0.3) * np.clip((z + 40) / 80, 0, 1), np.float32(0.15)).astype(np.float32)
+    front = floor + (1 - floor) * np.exp(-(((y - 6) / 38) ** 2)).astype(np.float32)  # fat before the heart, oesophagus and aorta behind
     off = x - midline
     air *= cover(off - left * front, width) + cover(-right * front - off, width)
     # spine in the back
     spine_y = _spine_y(a, z)
     spine = np.sqrt((off * 0.92) ** 2 + (y - spine_y) ** 2)
-    air *= cover(spine - np.float32(23 * s), 4.0)
+    air *= cover(spine - np.float32(21 * s), 4.0)
     chest = Chest(
         grid, a, hu, box, z, y, x, {}, wall, smooth_noise(rng, wall.shape, (11, 7, 12)), {}, {}, midline, np.zeros(3), wall, np.zeros(3),
         half_width, half_depth,
@@ -297,7 +298,7 @@ def _spine_y(a: Anatomy, z: Float) -> Float:
     """Centre of the vertebral bodies: on the back wall, bowed by the kyphosis."""
     _, depth = cage_profile(a, z)
     back = cage_centre_y(a, z) + np.maximum(depth, 0.55 * a.half_depth)
-    return np.asarray(back - 6, dtype=np.float32)
+    return np.asarray(back - 13, dtype=np.float32)
 
 
 def _great_vessels(chest: Chest, air: Float) -> None:
@@ -350,8 +351,8 @@ _Shape = tuple[NDArray[np.float64], NDArray[np.float64], float]
 
 def _heart_shape(a: Anatomy) -> tuple[_Shape, _Shape]:
     """Ventricles and right atrium of a heart of unit scale: radii (z, y, x), centre relative to the midline, turn in the coronal plane."""
-    ventricles = (np.array([43.0, 44.0, 66.0]), np.array([0.0, -20.0, 19.0]), a.heart_angle)
-    atrium = (np.array([38.0, 34.0, 30.0]), np.array([-4.0, -10.0, -15.0]), 0.0)
+    ventricles = (np.array([43.0, 58.0, 66.0]), np.array([0.0, -26.0, 19.0]), a.heart_angle)
+    atrium = (np.array([38.0, 44.0, 30.0]), np.array([-4.0, -12.0, -15.0]), 0.0)
     return ventricles, atrium
 
 
@@ -488,7 +489,7 @@ def _spine_and_sternum(chest: Chest) -> None:
     disc = cover(np.float32(0.11) - np.abs(phase - 0.5), 0.12)  # share of the height
     plate = cover(np.float32(0.19) - np.abs(phase - 0.5), 0.08) - disc
     body = cover(size - np.sqrt((x / np.float32(1.12)) ** 2 + (y - spine_y) ** 2), 4.0)
-    hu = (a.bone_hu + 30) * (1 - disc) + 80 * disc + 220 * np.clip(plate, 0, 1)
+    hu = (0.8 * a.bone_hu + 30) * (1 - disc) + 80 * disc + 220 * np.clip(plate, 0, 1)
     part = chest.hu[box]
     blend(part, body, hu)
     level = np.exp(-(((phase - 0.12) / 0.22) ** 2)).astype(np.float32)
@@ -496,8 +497,8 @@ def _spine_and_sternum(chest: Chest) -> None:
         cover(np.float32(4.5) - np.sqrt((np.abs(x) - 13 * np.float32(a.scale)) ** 2 + (0.5 * (y - spine_y - size - 4)) ** 2), 4.0) * level
     )
     blend(part, pedicles, 520.0)
-    arch = cover(np.float32(12) - np.sqrt((0.55 * x) ** 2 + (y - spine_y - size - 20) ** 2), 5.0) * np.float32(0.45)
-    blend(part, arch, 250.0)
+    arch = cover(np.float32(12) - np.sqrt((0.55 * x) ** 2 + (y - spine_y - size - 20) ** 2), 5.0) * (np.float32(0.25) + np.float32(0.35) * level)
+    blend(part, arch, 260.0)
     # sternum: a plate on the front wall
     box = grid.box((-115 * a.scale, -150, -26), (45 * a.scale, -20, 26))
     z, y, x = (v[tuple(b if v.shape[i] > 1 else slice(None) for i, b in enumerate(box))] for i, v in ((0, grid.axes_mm()[0]), (1, grid.axes_mm()[1]), (2, grid.axes_mm()[2])))  # fmt: skip
@@ -521,7 +522,7 @@ def _shoulder_girdle(chest: Chest) -> None:
             points.append(p)
             volumes.append(v)
     box, share = splat(grid, np.concatenate(points), np.concatenate(volumes))
-    blend(chest.hu[box], share, 560.0)
+    blend(chest.hu[box], share, 950.0)
     for index, sign in enumerate(SIDES.values()):
         box, dist = ellipsoid(grid, np.array([-118 * s + tilt[index], 8.0, sign * 182]), np.array([24.0, 23.0, 24.0]))
         blend(chest.hu[box], cover(dist, 4.0), 280.0)
@@ -533,7 +534,7 @@ def _scapulae(chest: Chest, tilt: NDArray[np.float64]) -> None:
     a, grid, s = chest.anatomy, chest.grid, chest.anatomy.scale
     for index, sign in enumerate(SIDES.values()):
         medial = 104 + a.scapula
-        corners = np.array([[-118, medial], [-124, 172], [-92, 168], [4, medial + 26]], dtype=float)  # (z, |x|), counted round
+        corners = np.array([[-116, medial + 6], [-124, 172], [-88, 166], [-8, medial + 36], [2, medial + 22], [-60, medial - 2]], dtype=float)  # (z, |x|), counted round
         corners[:, 0] = corners[:, 0] * s + tilt[index]
         box = grid.box((-135 * s, 0, 80 if sign > 0 else -190), (20 * s, 140, 190 if sign > 0 else -80))
         z, y, x = grid.axes_mm()
@@ -550,8 +551,8 @@ def _scapulae(chest: Chest, tilt: NDArray[np.float64]) -> None:
         surface = np.float32(cage_centre_y(a, np.float32(-50 * s)) + 30 + 62) - np.float32(0.42) * (across - 104)
         sheet = cover(np.float32(2.2) - np.abs(y - surface), grid.spacing_mm[1])
         part = chest.hu[box]
-        blend(part, sheet * plane, 330.0)
-        blend(part, cover(np.float32(3.5) - np.abs(y - surface), grid.spacing_mm[1]) * rim, 480.0)
+        blend(part, sheet * plane, 420.0)
+        blend(part, cover(np.float32(3.5) - np.abs(y - surface), grid.spacing_mm[1]) * rim, 560.0)
 
 
 def _airways(chest: Chest) -> None:

@@ -480,8 +480,8 @@ def _pneumothorax(rng: np.random.Generator, a: Anatomy, names: frozenset[str]) -
         thick = (rim * np.minimum(1, 1.3 * down) + (apex - rim) * up**1.4).astype(np.float32)  # (s, 1, 1)
         below_apex = (chest.z - np.float32(chest.anatomy.apex_z)) * np.float32(0.9)
         depth = np.minimum(chest.wall_mm, below_apex)
-        lateral = np.clip(SIDES[side] * (chest.x - chest.midline_x) / chest.wall_half_width, 0, 1)
-        inner = depth - thick * (0.45 + 0.55 * np.sqrt(lateral))  # positive in the lung that is left
+        off = np.abs(chest.y - cage_centre_y(chest.anatomy, chest.z)) / chest.wall_half_depth  # lung stays by the wall in front and behind
+        inner = depth - thick * np.maximum(smoothstep((0.88 - off) / 0.6), up**3)  # positive in the lung that is left
         share = cover(-inner, chest.grid.spacing_mm[2]) * lung
         total, lost = float(lung.sum()), float(share.sum())
         gain = min(1000.0 * 0.15 * (lost / max(total - lost, 1.0)), 260.0)  # the same tissue in less volume

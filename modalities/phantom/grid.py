@@ -15,8 +15,8 @@ Float = NDArray[np.float32]
 Bool = NDArray[np.bool_]
 Box = tuple[slice, slice, slice]
 
-FIELD_OF_VIEW_MM = 384.0
-"""Height and width of the grid: a 43 cm detector behind a chest magnified 1.07 to 1.2 times sees this much of the patient."""
+FIELD_OF_VIEW_MM = 352.0
+"""Height and width of the grid: what a detector of 35 x 43 cm behind a chest magnified 1.07 to 1.2 times sees of the patient, collimated."""
 DEPTH_MM = 307.2
 """Anterior to posterior extent; holds an obese chest (soft tissue included)."""
 

@@ -217,7 +217,7 @@ def _detect(intensity: Float, spacing: float, rng: np.random.Generator) -> NDArr
     low, high = np.percentile(body, (1.0, 99.5)) if body.size > 100 else (0.0, 5.0)
     shown = (dense - low) / max(float(high - low), 0.5)
     smooth = ndimage.gaussian_filter(shown, 22.0 / spacing, truncate=2.0, mode="nearest")
-    squeeze, lift = float(rng.uniform(0.25, 0.5)), float(rng.uniform(1.1, 1.6))
+    squeeze, lift = float(rng.uniform(0.35, 0.6)), float(rng.uniform(1.1, 1.7))
     processed = 0.5 + (1 - squeeze) * (smooth - 0.5) + lift * (shown - smooth)
     processed = np.where(dense < 0.2, np.minimum(processed, 0.02 + 0.1 * np.maximum(dense, 0)), processed)
     gamma = float(rng.uniform(0.85, 1.15))
