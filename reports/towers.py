@@ -7,6 +7,7 @@ follows it. Only safetensors weights are read and no code from a model's reposit
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -69,17 +70,19 @@ class HuggingFaceReportEncoder(ReportEncoder):
             raise ValueError(f"embed_dim, max_tokens and batch_size must be positive, got {embed_dim}, {max_tokens}, {batch_size}")
         folder = model_folder(model, revision, local_files_only)
         self.model_name, self.embed_dim, self.frozen = model, embed_dim, frozen
-        trunk = _Trunk(folder, pooling, max_tokens)
-        self.width = trunk.width
-        self.head = _head(trunk.width, hidden_dim, embed_dim, dropout)
         self.cached: _CachedTrunk | None = None
         if frozen:
             digest = weights_sha256(folder)
-            self.cached = _CachedTrunk(trunk, digest, cache_dir, batch_size)
+            self.cached = _CachedTrunk(folder, pooling, max_tokens, digest, batch_size)
+            self.width = self.cached.width
+            if cache_dir is not None:
+                self.use_cache(Path(cache_dir))
             self.register_buffer("trunk_sha256", torch.frombuffer(bytearray(bytes.fromhex(digest)), dtype=torch.uint8))
             self.register_load_state_dict_pre_hook(_check_trunk)
         else:
-            self.trunk = trunk
+            self.trunk = _Trunk(folder, pooling, max_tokens)
+            self.width = self.trunk.width
+        self.head = _head(self.width, hidden_dim, embed_dim, dropout)
 
     @property
     def device(self) -> torch.device:
@@ -94,6 +97,14 @@ class HuggingFaceReportEncoder(ReportEncoder):
         if self.cached is not None:
             return self.cached(texts, self.device)
         return F.normalize(self.trunk(tuple(texts)).float(), dim=-1)
+
+    def use_cache(self, folder: Path) -> None:
+        """Take a frozen trunk's embeddings from ``folder`` and, on :meth:`precompute`, write them there; as ``cache_dir`` does.
+
+        A text found there costs no transformer: neither its weights nor the library is loaded.
+        """
+        if self.cached is not None:
+            self.cached.use(folder)
 
     def precompute(self, texts: Sequence[str], progress: Callable[[int, int], None] | None = None) -> None:
         """Fill a frozen trunk's cache, and write it to ``cache_dir`` if there is one.
@@ -220,17 +231,31 @@ class _Trunk(nn.Module):
 class _CachedTrunk:
     """A frozen trunk with its embeddings by text hash. Not an ``nn.Module``, so the trunk stays out of parameters and state dict.
 
-    Copies of a tower (an EMA of its head) share it, for it never changes what it answers. The table is float32 on the CPU.
+    Copies of a tower (an EMA of its head) share it, for it never changes what it answers. The table is float32 on the CPU. The trunk
+    is loaded for the first text that is not in the table: loading costs seconds, most of them the library's imports.
     """
 
-    def __init__(self, trunk: _Trunk, digest: str, cache_dir: Path | None, batch_size: int) -> None:
-        self.trunk = trunk.eval().requires_grad_(False)
-        self.batch_size = batch_size
+    def __init__(self, folder: Path, pooling: Pooling, max_tokens: int, digest: str, batch_size: int) -> None:
+        self.folder, self.pooling, self.max_tokens, self.batch_size = folder, pooling, max_tokens, batch_size
+        self.name = f"{digest[:16]}-{pooling}-{max_tokens}.safetensors"
+        self.file: Path | None = None
+        self._trunk: _Trunk | None = None
+        width = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("hidden_size")
+        self.width = int(width) if width else self.trunk.width  # some models name it otherwise
         self.rows: dict[bytes, int] = {}
-        self.table = torch.empty(0, trunk.width)
-        name = f"{digest[:16]}-{trunk.pooling}-{trunk.max_tokens}.safetensors"
-        self.file = None if cache_dir is None else Path(cache_dir) / name
-        if self.file is not None and self.file.is_file():
+        self.table = torch.empty(0, self.width)
+
+    @property
+    def trunk(self) -> _Trunk:
+        """The encoder, loaded when first asked for."""
+        if self._trunk is None:
+            with torch.inference_mode(False):
+                self._trunk = _Trunk(self.folder, self.pooling, self.max_tokens).eval().requires_grad_(False)
+        return self._trunk
+
+    def use(self, folder: Path) -> None:
+        self.file = folder / self.name
+        if self.file.is_file():
             self._load(self.file)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _CachedTrunk:
@@ -278,13 +303,15 @@ class _CachedTrunk:
 
         stored = load_file(file)
         keys, table = stored["keys"], stored["embeddings"]
-        if keys.shape != (len(table), 32) or table.shape[1] != self.trunk.width:
+        if keys.shape != (len(table), 32) or table.shape[1:] != (self.width,):
             raise ValueError(
                 f"embedding cache {file} holds keys {tuple(keys.shape)} and embeddings {tuple(table.shape)}, expected (M, 32) and "
-                f"(M, {self.trunk.width}); delete it, it is made again"
+                f"(M, {self.width}); delete it, it is made again"
             )
-        self.rows = {bytes(row): i for i, row in enumerate(keys.numpy())}
-        self.table = table
+        new = [i for i, row in enumerate(keys.numpy()) if bytes(row) not in self.rows]
+        self.rows.update({bytes(keys[i].numpy()): len(self.table) + n for n, i in enumerate(new)})
+        with torch.inference_mode(False):
+            self.table = torch.cat([self.table, table[new]])
 
 
 def _head(width: int, hidden_dim: int | None, embed_dim: int, dropout: float) -> nn.Module:

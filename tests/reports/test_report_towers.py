@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -160,6 +163,12 @@ def test_embeddings_on_disk_are_used_again_and_hold_no_text(tiny: Path, tmp_path
     assert again.cached is not None and len(again.cached.rows) == 5
     assert torch.equal(again.trunk_embeddings(TEXTS), first.trunk_embeddings(TEXTS))
     again.precompute(TEXTS, progress=lambda done, total: pytest.fail("embedded again"))
+    assert again.cached._trunk is None  # not loaded: nothing was missing
+    late = HuggingFaceReportEncoder(str(tiny), 8)
+    late.trunk_embeddings(["heart", TEXTS[1]])
+    late.use_cache(tmp_path / "cache")
+    assert late.cached is not None and len(late.cached.rows) == len(late.cached.table) == 6
+    torch.testing.assert_close(late.trunk_embeddings(["heart", *TEXTS])[1:], first.trunk_embeddings(TEXTS), atol=1e-6, rtol=0)
     save_file({"keys": torch.zeros(3, 32, dtype=torch.uint8), "embeddings": torch.zeros(2, 16)}, file)
     with pytest.raises(ValueError, match="delete it"):
         HuggingFaceReportEncoder(str(tiny), 8, cache_dir=tmp_path / "cache")
@@ -217,3 +226,15 @@ def test_cuda_gives_what_the_cpu_gives(tiny: Path) -> None:
     got = cuda(TextBatch(TEXTS)).pooled
     assert got.is_cuda
     torch.testing.assert_close(got.cpu(), cpu(TextBatch(TEXTS)).pooled, atol=1e-4, rtol=1e-4)
+
+
+def test_a_frozen_tower_loads_no_transformer_until_a_text_is_new() -> None:
+    """Diagnosing one radiograph with cached prompts must not pay seconds of imports."""
+    code = (
+        "import sys, reports, reports.sentences, reports.prompts, reports.synthetic\n"
+        "assert 'reports.towers' not in sys.modules\n"
+        "reports.MiniLmReportEncoder(embed_dim=8)\n"
+        "assert 'transformers' not in sys.modules\n"
+    )
+    root = Path(__file__).resolve().parents[2]
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, timeout=120)
