@@ -271,7 +271,7 @@ def _cavity(
     # spine in the back
     spine_y = _spine_y(a, z)
     spine = np.sqrt((off * 0.92) ** 2 + (y - spine_y) ** 2)
-    air *= cover(spine - np.float32(21 * s), 4.0)
+    air *= cover(spine - np.float32(19.5 * s), 6.0)
     chest = Chest(
         grid, a, hu, box, z, y, x, {}, wall, smooth_noise(rng, wall.shape, (11, 7, 12)), {}, {}, midline, np.zeros(3), wall, np.zeros(3),
         half_width, half_depth,
@@ -298,7 +298,7 @@ def _spine_y(a: Anatomy, z: Float) -> Float:
     """Centre of the vertebral bodies: on the back wall, bowed by the kyphosis."""
     _, depth = cage_profile(a, z)
     back = cage_centre_y(a, z) + np.maximum(depth, 0.55 * a.half_depth)
-    return np.asarray(back - 13, dtype=np.float32)
+    return np.asarray(back - 9, dtype=np.float32)
 
 
 def _great_vessels(chest: Chest, air: Float) -> None:
@@ -351,8 +351,8 @@ _Shape = tuple[NDArray[np.float64], NDArray[np.float64], float]
 
 def _heart_shape(a: Anatomy) -> tuple[_Shape, _Shape]:
     """Ventricles and right atrium of a heart of unit scale: radii (z, y, x), centre relative to the midline, turn in the coronal plane."""
-    ventricles = (np.array([43.0, 58.0, 66.0]), np.array([0.0, -26.0, 19.0]), a.heart_angle)
-    atrium = (np.array([38.0, 44.0, 30.0]), np.array([-4.0, -12.0, -15.0]), 0.0)
+    ventricles = (np.array([43.0, 66.0, 66.0]), np.array([0.0, -28.0, 19.0]), a.heart_angle)
+    atrium = (np.array([38.0, 52.0, 30.0]), np.array([-4.0, -16.0, -15.0]), 0.0)
     return ventricles, atrium
 
 
@@ -496,7 +496,7 @@ def _spine_and_sternum(chest: Chest) -> None:
     pedicles = (
         cover(np.float32(4.5) - np.sqrt((np.abs(x) - 13 * np.float32(a.scale)) ** 2 + (0.5 * (y - spine_y - size - 4)) ** 2), 4.0) * level
     )
-    blend(part, pedicles, 520.0)
+    blend(part, pedicles, 420.0)
     arch = cover(np.float32(12) - np.sqrt((0.55 * x) ** 2 + (y - spine_y - size - 20) ** 2), 5.0) * (np.float32(0.25) + np.float32(0.35) * level)
     blend(part, arch, 260.0)
     # sternum: a plate on the front wall
@@ -651,7 +651,7 @@ def _tree(
         parents = nodes
     points_out, volumes_out = [], []
     for level, (start, end, radius) in enumerate(zip(starts, ends, radii, strict=True), 1):
-        p, v = tubes(start, end, radius, step_mm=2.2, rings=1 if level <= 3 else 0)
+        p, v = tubes(start, end, radius, step_mm=1.5, rings=1 if level <= 3 else 0)
         points_out.append(p)
         volumes_out.append(v)
     return np.concatenate(points_out), np.concatenate(volumes_out)

@@ -505,7 +505,7 @@ def _rib_fracture(rng: np.random.Generator, a: Anatomy, names: frozenset[str]) -
     """One to five neighbouring ribs, mostly the fourth to ninth and lateral (Talbot et al., RadioGraphics 2017), offset or displaced by more
     than a tenth of the rib's height up to no contact (Chest Wall Injury Society taxonomy: Edwards et al., J Trauma 2020)."""
     side = _side(rng)
-    count = int(rng.choice([1, 2, 3, 4, 5], p=(0.22, 0.26, 0.26, 0.16, 0.1)))
+    count = int(rng.choice([1, 2, 3, 4, 5], p=(0.14, 0.2, 0.26, 0.22, 0.18)))
     first = int(rng.integers(4, 10 - min(count, 4)))
     region, low, high = [("anterior", 1.85, 2.15), ("lateral", 1.15, 1.75), ("posterior", 0.5, 1.0)][
         int(rng.choice(3, p=(0.15, 0.5, 0.35)))
@@ -513,8 +513,8 @@ def _rib_fracture(rng: np.random.Generator, a: Anatomy, names: frozenset[str]) -
     angle = float(rng.uniform(low, high))
     fractures, direction = [], float(rng.choice([-1.0, 1.0]))
     for rib in range(first, first + count):
-        displaced = bool(rng.random() < 0.55)
-        step = float(rng.uniform(0.75, 1.25) if displaced else rng.uniform(0.35, 0.7)) * a.rib_height * direction
+        displaced = bool(rng.random() < 0.6)
+        step = float(rng.uniform(0.9, 1.4) if displaced else rng.uniform(0.4, 0.75)) * a.rib_height * direction
         flail = bool(count >= 3 and rng.random() < 0.35)
         fractures.append(
             Fracture(
@@ -555,8 +555,9 @@ def _rib_fracture(rng: np.random.Generator, a: Anatomy, names: frozenset[str]) -
 # --- support devices ---------------------------------------------------------------------------------------------------------------
 
 DEVICES = ("pacemaker", "central venous catheter", "endotracheal tube", "nasogastric tube", "chest tube")
-METAL_HU, TUBE_HU = 9000.0, 1800.0
-"""Titanium and lead wires saturate a 12-bit CT (over 3071 HU) and are stored here on the extended scale; barium-filled tubing is near 2000."""
+METAL_HU, BARIUM_HU, CATHETER_HU, PLASTIC_HU = 9000.0, 8000.0, 4000.0, 700.0
+"""On the extended scale (12-bit CT stops at 3071): titanium and lead wires; the stripe of tubes, about 20 to 30 % barium sulphate by weight (barium
+8.5 cm2/g at 60 keV, NIST: seven times water and more); thin catheters of 20 % barium with their lumen; PVC tubing."""
 
 
 def _support_device(rng: np.random.Generator, a: Anatomy, names: frozenset[str]) -> tuple[Anatomy, Plan]:
@@ -584,19 +585,22 @@ def _support_device(rng: np.random.Generator, a: Anatomy, names: frozenset[str])
     return a, Plan("support_device", facts, draw)
 
 
-def _tube(chest: Chest, knots: NDArray[np.float64], radius_mm: float, hu: float, wall_mm: float | None = None) -> None:
-    """A bent tube; with ``wall_mm`` its middle is air. Its mask is every voxel it touches by a fifth of what the core gets."""
+def _tube(chest: Chest, knots: NDArray[np.float64], radius_mm: float, hu: float, stripe_mm: float | None = None) -> None:
+    """A bent tube or wire of one density; with ``stripe_mm`` a hollow one: air within, walls of plastic, a stripe of barium of that radius.
+
+    Its mask is every voxel that it fills by a quarter of what it fills at most.
+    """
     path = spline(knots)
     box, share = splat(chest.grid, *polyline(path, radius_mm, rings=2 if radius_mm > 1.5 else 0))
-    if wall_mm is not None:
-        blend(chest.hu[box], share, AIRWAY_HU)
-        stripe = path + np.array([0.0, 0.0, radius_mm - wall_mm])
-        thin = [polyline(path + np.array([0.0, 0.0, s * (radius_mm - wall_mm / 2)]), wall_mm * 0.6, rings=0) for s in (-1.0, 1.0)]
-        thin.append(polyline(stripe, 0.8, rings=0))
-        wall_box, wall = splat(chest.grid, np.concatenate([p for p, _ in thin]), np.concatenate([v for _, v in thin]))
-        blend(chest.hu[wall_box], wall, hu)
-    else:
+    if stripe_mm is None:
         blend(chest.hu[box], share, hu)
+    else:
+        blend(chest.hu[box], share, AIRWAY_HU)
+        side = np.array([0.0, 0.0, radius_mm - 0.6])
+        for parts, density in (((path - side, path + side), PLASTIC_HU), ((path + side * 0.8,), hu)):
+            rods = [polyline(part, 0.9 if density == PLASTIC_HU else stripe_mm, rings=0) for part in parts]
+            wall_box, wall = splat(chest.grid, np.concatenate([p for p, _ in rods]), np.concatenate([v for _, v in rods]))
+            blend(chest.hu[wall_box], wall, density)
     chest.add_mask("support_device", box, share > 0.25 * min(1.0, float(share.max())))
 
 
@@ -649,7 +653,7 @@ def _central_line(chest: Chest, rng: np.random.Generator, side: str) -> None:
         knots = np.array([[-185, -10, sign * 46], [-150 * s, -16, sign * 34], brachio, cava, end])
     else:
         knots = np.array([[-96 * s, -60, sign * 118], [-112 * s, -38, sign * 74], brachio, cava, end])
-    _tube(chest, knots, 1.25, 3000.0)
+    _tube(chest, knots, 1.25, CATHETER_HU)
 
 
 def _endotracheal(chest: Chest, rng: np.random.Generator, side: str) -> None:
@@ -658,7 +662,7 @@ def _endotracheal(chest: Chest, rng: np.random.Generator, side: str) -> None:
     top = a.shift_top
     tip = chest.carina[0] - rng.uniform(25, 65)
     knots = np.array([[-191, 2, top * 0.3], [-165, 6, top * 0.7], [min(tip - 8, -120), 11, top], [tip, 13, top]])
-    _tube(chest, knots, 5.3, TUBE_HU, wall_mm=1.4)
+    _tube(chest, knots, 5.3, BARIUM_HU, stripe_mm=0.8)
 
 
 def _nasogastric(chest: Chest, rng: np.random.Generator, side: str) -> None:
@@ -671,7 +675,7 @@ def _nasogastric(chest: Chest, rng: np.random.Generator, side: str) -> None:
             [30 * s, 24, a.shift + 7], [dome + 4, 8, 22 + a.shift * 0.6], [dome + 38, -12, rng.uniform(44, 62)], [dome + 62, -20, rng.uniform(30, 64)],
         ]
     )  # fmt: skip
-    _tube(chest, knots, 2.6, 1500.0, wall_mm=1.0)
+    _tube(chest, knots, 2.6, BARIUM_HU, stripe_mm=0.75)
 
 
 def _chest_tube(chest: Chest, rng: np.random.Generator, side: str) -> None:
@@ -685,7 +689,7 @@ def _chest_tube(chest: Chest, rng: np.random.Generator, side: str) -> None:
     y = cage_centre_y(a, heights.astype(np.float32)) + np.array([0, 4, 10, 8])
     inside = np.stack([heights, y, x], axis=1)
     outside = np.array([[z0 + 26, y[0] - 6, sign * (width[0] + a.muscle + a.fat + 8)]])
-    _tube(chest, np.concatenate([outside, inside]).astype(np.float64), float(rng.uniform(4.0, 5.4)), TUBE_HU, wall_mm=1.5)
+    _tube(chest, np.concatenate([outside, inside]).astype(np.float64), float(rng.uniform(4.0, 5.4)), BARIUM_HU, stripe_mm=1.0)
 
 
 _DEVICE_DRAWERS: dict[str, Callable[[Chest, np.random.Generator, str], None]] = {

@@ -1,4 +1,4 @@
-"""The voxel grid a phantom is drawn on, and the two ways of drawing: partial-volume coverage and conservative splatting.
+"""The voxel grid a phantom is drawn on, and the two ways of drawing: partial-volume coverage and splatting.
 
 Patient frame in mm, origin at the grid centre: x grows to the patient's left, y to posterior, z downwards (inferior). Arrays are
 (S, H, W) as everywhere in medvl: slices from superior to inferior, rows from anterior to posterior, columns from right to left.
@@ -93,7 +93,7 @@ def blend(hu: Float, coverage: Float | float, target: Float | float) -> None:
 
 
 def splat(grid: Grid, points_mm: NDArray[np.float64], volume_mm3: NDArray[np.float64]) -> tuple[Box, Float]:
-    """Share of each voxel that is filled by many small bits of matter, spread trilinearly, total volume kept.
+    """Share of each voxel that is filled by many small bits of matter; points closer than a voxel make it an exact partial volume.
 
     Args:
         grid: where to.
@@ -103,32 +103,22 @@ def splat(grid: Grid, points_mm: NDArray[np.float64], volume_mm3: NDArray[np.flo
         the box that holds them and its (s, h, w) float32 shares, at most 1.
     """
     spacing, shape = np.array(grid.spacing_mm), np.array(grid.shape)
-    index = points_mm / spacing + (shape / 2 - 0.5)
-    inside = ((index > 0) & (index < shape - 1)).all(axis=1)
+    index = np.floor(points_mm / spacing + shape / 2).astype(np.int64)
+    inside = ((index >= 0) & (index < shape)).all(axis=1)
     if not inside.any():
         return (slice(0, 1), slice(0, 1), slice(0, 1)), np.zeros((1, 1, 1), dtype=np.float32)
     index, volume = index[inside], volume_mm3[inside] / float(np.prod(spacing))
-    base = index.astype(np.int64)
-    fraction = index - base
-    first, last = base.min(axis=0), base.max(axis=0) + 2
+    first, last = index.min(axis=0), index.max(axis=0) + 1
     dims = last - first
-    base -= first
-    flat = (base[:, 0] * dims[1] + base[:, 1]) * dims[2] + base[:, 2]
-    offsets, weights = [], []
-    for dz in (0, 1):
-        wz = volume * (fraction[:, 0] if dz else 1 - fraction[:, 0])
-        for dy in (0, 1):
-            wy = wz * (fraction[:, 1] if dy else 1 - fraction[:, 1])
-            for dx in (0, 1):
-                offsets.append(flat + (dz * dims[1] + dy) * dims[2] + dx)
-                weights.append(wy * (fraction[:, 2] if dx else 1 - fraction[:, 2]))
-    filled = np.bincount(np.concatenate(offsets), weights=np.concatenate(weights), minlength=int(dims.prod()))
+    index -= first
+    flat = (index[:, 0] * dims[1] + index[:, 1]) * dims[2] + index[:, 2]
+    filled = np.bincount(flat, weights=volume, minlength=int(dims.prod()))
     box = tuple(slice(int(a), int(b)) for a, b in zip(first, last, strict=True))
     return (box[0], box[1], box[2]), np.minimum(filled, 1.0).astype(np.float32).reshape(dims)
 
 
 def tubes(
-    start: NDArray[np.float64], end: NDArray[np.float64], radius_mm: NDArray[np.float64], step_mm: float = 1.6, rings: int = 1
+    start: NDArray[np.float64], end: NDArray[np.float64], radius_mm: NDArray[np.float64], step_mm: float = 0.9, rings: int = 1
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Points and volumes that fill straight cylinders, for :func:`splat`.
 
