@@ -223,6 +223,13 @@ class ImageReader(Configurable, abc.ABC):
 
     suffixes: ClassVar[frozenset[str]] = frozenset()
 
+    def find_images(self, folder: Path) -> list[Path]:
+        """Every file under ``folder`` that this reader reads, sorted; hidden files and subfolders named ``masks`` are passed over."""
+        inside = (path for path in folder.rglob("*") if path.suffix.lower() in self.suffixes and path.is_file())
+        return sorted(
+            path for path in inside if not any(part == "masks" or part.startswith(".") for part in path.relative_to(folder).parts)
+        )
+
     @abc.abstractmethod
     def read(self, path: Path) -> ImageSample:
         """Read and preprocess one file.

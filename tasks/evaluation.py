@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from medvl.data.manifest import StudyImage
 from medvl.metrics import MACRO, Interval, Retrieval, auroc_intervals, mean_intervals, peak, pointing_game, recall_at_k
 from medvl.model import DualEncoder, batches, write_atomically
-from medvl.types import RESEARCH_USE, ImageFeatures, TextSource, UnreadableImageError
+from medvl.types import RESEARCH_USE, ImageFeatures, ImageSample, TextSource, UnreadableImageError
 from reports.prompts import PromptSet
 from tasks.grounding import native_maps
 from tasks.retrieval import build_index, image_to_reports, studies_of
@@ -31,6 +31,10 @@ from tasks.zero_shot import PromptBank, encode_prompts, score
 FOCAL_FRACTION = 0.25
 """A finding is focal if its mask covers less than this share of the image in the median positive study; only these are pointed at."""
 RECALL_AT = (1, 5, 10)
+
+
+class MaskError(ValueError):
+    """A mask that cannot be laid on its image; its study is rejected."""
 
 
 @dataclass(frozen=True)
@@ -45,14 +49,16 @@ class Predictions:
     hits: NDArray[np.float64]  # (N, F): 1 peak in the mask, 0 beside it, NaN without a mask
     mask_fraction: NDArray[np.float64]  # (N, F): share of the image that the mask covers, NaN without a mask
     retrieval: RetrievalScores | None
-    rejected: tuple[tuple[StudyImage, str], ...]  # images that could not be read, and why
+    rejected: tuple[tuple[StudyImage, str], ...]  # images that could not be read or whose mask does not fit, and why
 
 
 @dataclass(frozen=True)
 class RetrievalScores:
     """Similarity of N images with R reports, and which of them belong together."""
 
-    similarity: NDArray[np.float64]  # (N, R)
+    study_ids: tuple[str, ...]  # R
+    sentences: tuple[tuple[str, ...], ...]  # R
+    similarity: NDArray[np.float64]  # (N, R), rounded: what is equal up to the order of a sum is equal
     own: NDArray[np.bool_]  # (N, R): the report of the image's own study
     same: NDArray[np.bool_]  # (N, R): a report that says the same, sentence for sentence
 
@@ -88,21 +94,25 @@ def predict(
     rejected: list[tuple[StudyImage, str]] = []
     scores, peaks, hits, fractions, similarities = [], [], [], [], []
     for part in batches(rows, batch_size):
-        samples = []
+        samples: list[ImageSample] = []
+        masks: list[dict[str, NDArray[np.bool_] | None]] = []
         for row in part:
             try:
-                samples.append(model.read(row.path))
-                read.append(row)
-            except UnreadableImageError as error:
+                sample = model.read(row.path)
+                masks.append({name: finding_mask(row, name, sample.transform.native_shape) for name in names})
+            except (UnreadableImageError, MaskError) as error:  # noqa: PERF203
                 rejected.append((row, str(error)))
+            else:
+                samples.append(sample)
+                read.append(row)
         if samples:
             features = model.encode_samples(samples)
             scores.append(score(model, features, bank).double().cpu().numpy())
             maps = finding_maps(model, features, bank)
             if index is not None:
                 similarities.append(image_to_reports(model, features, index)[0].double().cpu().numpy())
-            for row, sample, grids in zip(read[-len(samples) :], samples, maps, strict=True):
-                found = [_pointed(row, name, native) for name, native in zip(names, native_maps(grids, sample.transform), strict=True)]
+            for mask_of, sample, grids in zip(masks, samples, maps, strict=True):
+                found = [_pointed(mask_of[name], native) for name, native in zip(names, native_maps(grids, sample.transform), strict=True)]
                 peaks.append(tuple(at for at, _, _ in found))
                 hits.append([hit for _, hit, _ in found])
                 fractions.append([fraction for _, _, fraction in found])
@@ -128,10 +138,9 @@ def finding_maps(model: DualEncoder, images: ImageFeatures, bank: PromptBank) ->
     return torch.einsum("fp,bp...->bf...", bank.positive - bank.negative, maps)
 
 
-def _pointed(row: StudyImage, name: str, scores: NDArray[np.float32]) -> tuple[tuple[int, int] | None, float, float]:
+def _pointed(mask: NDArray[np.bool_] | None, scores: NDArray[np.float32]) -> tuple[tuple[int, int] | None, float, float]:
     """Peak of the map, whether it lies in the finding's mask (NaN without one), and the share of the image that the mask covers."""
     at = peak(scores)
-    mask = finding_mask(row, name, scores.shape)
     if mask is None:
         return at, math.nan, math.nan
     return at, pointing_game(at, mask), float(mask.mean())
@@ -141,7 +150,7 @@ def finding_mask(row: StudyImage, name: str, shape: tuple[int, ...]) -> NDArray[
     """The mask of a finding that is present, from its mask file or boxes, in the image's own pixels; None if there is none.
 
     Raises:
-        ValueError: a mask of another shape than the image.
+        MaskError: a mask file that cannot be read, or of another shape than the image.
     """
     if row.labels.get(name) != 1:
         return None
@@ -149,23 +158,35 @@ def finding_mask(row: StudyImage, name: str, shape: tuple[int, ...]) -> NDArray[
     if name in row.masks:
         from PIL import Image
 
-        with Image.open(row.masks[name]) as picture:
-            mask = np.asarray(picture.convert("L")) > 0
+        try:
+            with Image.open(row.masks[name]) as picture:
+                plain = picture.mode in ("1", "L", "P", "F") or picture.mode.startswith("I")  # of a palette the index counts
+                mask = np.asarray(picture if plain else picture.convert("L")) != 0
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
+            raise MaskError(f"study {row.study_id}: the mask of {name} is no readable picture ({type(error).__name__})") from None
         if mask.shape != shape:
-            raise ValueError(f"study {row.study_id}: the mask of {name} has {mask.shape} pixels, the image {shape}; masks are in native pixels")
+            raise MaskError(
+                f"study {row.study_id}: the mask of {name} has {mask.shape} pixels, the image {shape}; masks are in native pixels"
+            )
     for box in row.boxes:
         if box.finding == name:
             mask = mask | box.mask((shape[0], shape[1]))
     return mask if mask.any() else None
 
 
-def _pairs(rows: Sequence[StudyImage], index: Sequence[tuple[str, tuple[str, ...]]], similarity: NDArray[np.float64]) -> RetrievalScores:
-    """Keep the images that have a report in the index and mark what belongs together."""
+def _pairs(
+    rows: Sequence[StudyImage], index: Sequence[tuple[str, tuple[str, ...]]], similarity: NDArray[np.float64]
+) -> RetrievalScores | None:
+    """Keep the reports whose study has an image that could be read, and mark what belongs together."""
     sentences = {study: frozenset(found) for study, found in index}
-    ids = np.array([study for study, _ in index], dtype=object)
-    own = np.array([row.study_id == ids for row in rows], dtype=bool)
+    read = {row.study_id for row in rows}
+    kept = [j for j, (study, _) in enumerate(index) if study in read]
+    if not kept:
+        return None
+    ids = [index[j][0] for j in kept]
+    own = np.array([[row.study_id == study for study in ids] for row in rows], dtype=bool)
     same = np.array([[sentences.get(row.study_id) == sentences[study] for study in ids] for row in rows], dtype=bool)
-    return RetrievalScores(similarity, own, same)
+    return RetrievalScores(tuple(ids), tuple(index[j][1] for j in kept), np.round(similarity[:, kept], 6), own, same)
 
 
 def results(predictions: Predictions, *, repeats: int = 1000, seed: int = 0) -> dict[str, Any]:
@@ -199,11 +220,21 @@ def _grounding(predictions: Predictions, patients: list[str], repeats: int, seed
     median = {names[j]: float(np.nanmedian(predictions.mask_fraction[:, j])) for j in masked}
     focal = [name for name in median if median[name] < FOCAL_FRACTION]
     columns = [names.index(name) for name in focal]
-    found: dict[str, Any] = {"focal_findings": focal, "focal_below_median_mask_fraction": FOCAL_FRACTION, "tolerance_px": 0, "per_finding": {}}
+    found: dict[str, Any] = {
+        "focal_findings": focal,
+        "focal_below_median_mask_fraction": FOCAL_FRACTION,
+        "tolerance_px": 0,
+        "per_finding": {},
+    }
     if masked:
         every = mean_intervals(predictions.hits[:, masked], [names[j] for j in masked], patients, repeats=repeats, seed=seed)
         found["per_finding"] = {
-            name: {"pointing_game": _number(every[name].value), **_interval(every[name]), "focal": name in focal, "median_mask_fraction": median[name]}
+            name: {
+                "pointing_game": _number(every[name].value),
+                **_interval(every[name]),
+                "focal": name in focal,
+                "median_mask_fraction": median[name],
+            }
             for name in median
         }
     if focal:
@@ -218,8 +249,7 @@ def _retrieval(predictions: Predictions, patients: list[str], repeats: int, seed
     images = scores.own.any(1)  # images whose study has a report
     pids = np.array(patients, dtype=object)
     found: dict[str, Any] = {}
-    columns = scores.own.any(0)  # reports whose study has an image that could be read
-    similarity, own, same = (part[images][:, columns] for part in (scores.similarity, scores.own, scores.same))
+    similarity, own, same = scores.similarity[images], scores.own[images], scores.same[images]
     first = own.argmax(0)  # an image of each report's study
     for direction, matrix, strict, loose, ids in (
         ("image_to_report", similarity, own, same, pids[images]),
@@ -236,7 +266,11 @@ def _retrieval(predictions: Predictions, patients: list[str], repeats: int, seed
 
 
 def _recall(measured: Retrieval) -> dict[str, Any]:
-    flat: dict[str, Any] = {"pool": measured.pool, "chance": _number(measured.chance[RECALL_AT[-1]]), "median_rank": float(np.median(measured.ranks))}
+    flat: dict[str, Any] = {
+        "pool": measured.pool,
+        "chance": _number(measured.chance[RECALL_AT[-1]]),
+        "median_rank": float(np.median(measured.ranks)),
+    }
     for k, interval in measured.recall.items():
         flat[f"recall_at_{k}"] = _number(interval.value)
         flat[f"recall_at_{k}_interval"] = {**_interval(interval), "chance": _number(measured.chance[k])}
@@ -265,7 +299,14 @@ def write(predictions: Predictions, measured: dict[str, Any], folder: Path) -> N
         folder / "predictions.csv",
         ["study_id", "finding", "label", "score", "peak_row", "peak_col", "path"],
         (
-            [row.study_id, name, _label(predictions.labels[i, j]), repr(float(predictions.scores[i, j])), *(predictions.peaks[i][j] or ("", "")), row.path.name]
+            [
+                row.study_id,
+                name,
+                _label(predictions.labels[i, j]),
+                repr(float(predictions.scores[i, j])),
+                *(predictions.peaks[i][j] or ("", "")),
+                row.path.name,
+            ]
             for i, row in enumerate(predictions.rows)
             for j, name in enumerate(predictions.findings)
         ),
@@ -276,18 +317,25 @@ def write(predictions: Predictions, measured: dict[str, Any], folder: Path) -> N
             folder / "retrieval.csv",
             ["study_id", "rank_strict", "rank_duplicates", "pool"],
             (
-                [row.study_id, _rank(pairs.similarity[i], pairs.own[i]), _rank(pairs.similarity[i], pairs.same[i]), pairs.similarity.shape[1]]
+                [
+                    row.study_id,
+                    expected_rank(pairs.similarity[i], pairs.own[i]),
+                    expected_rank(pairs.similarity[i], pairs.same[i]),
+                    pairs.similarity.shape[1],
+                ]
                 for i, row in enumerate(predictions.rows)
                 if pairs.own[i].any()
             ),
         )
     if predictions.rejected:
-        _write_csv(folder / "rejected.csv", ["row", "study_id", "reason"], ([row.row, row.study_id, why] for row, why in predictions.rejected))
+        _write_csv(
+            folder / "rejected.csv", ["row", "study_id", "reason"], ([row.row, row.study_id, why] for row, why in predictions.rejected)
+        )
     write_atomically(folder / "results.json", (json.dumps(measured, indent=2, allow_nan=False) + "\n").encode())
 
 
-def _rank(similarity: NDArray[np.float64], relevant: NDArray[np.bool_]) -> float:
-    """Expected rank of the best relevant report, 1 the best; ties in random order."""
+def expected_rank(similarity: NDArray[np.float64], relevant: NDArray[np.bool_]) -> float:
+    """Expected rank of the best relevant of (R,) reports, 1 the best; ties in random order."""
     best = similarity[relevant].max()
     tied, tied_relevant = int((similarity == best).sum()), int((similarity[relevant] == best).sum())
     return float((similarity > best).sum() + (tied + 1) / (tied_relevant + 1))

@@ -79,7 +79,7 @@ def diagnose(model: DualEncoder, paths: Sequence[Path], bank: PromptBank, batch_
             try:
                 samples.append(model.read(path))
                 results.append(None)
-            except UnreadableImageError as error:
+            except UnreadableImageError as error:  # noqa: PERF203
                 results.append(Diagnosis(str(path), ok=False, error=str(error)))
         scores = iter(zip(samples, score(model, model.encode_samples(samples), bank).tolist(), strict=True) if samples else ())
         for path, result in zip(paths[start : start + batch_size], results, strict=True):

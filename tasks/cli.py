@@ -1,0 +1,96 @@
+"""The ``medvl`` command: one group, a module per subcommand, nothing heavy imported before a subcommand runs.
+
+Exit codes: 0 fine, 1 some inputs rejected, 2 usage, 3 internal error. Messages of unexpected exceptions are not shown, only their kind
+and place: they may quote what a file holds.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import click
+
+import medvl
+from tasks.commands.common import INTERNAL
+from tasks.commands.demo import demo
+from tasks.commands.diagnose import diagnose
+from tasks.commands.evaluate import evaluate
+from tasks.commands.ground import ground
+from tasks.commands.phantom import phantom
+from tasks.commands.search import search
+from tasks.commands.train import fit, test, validate
+
+BROKEN_PIPE, INTERRUPTED = 141, 130  # 128 + the signal, as shells report it
+
+
+class Guarded(click.Group):
+    """A group in which an unexpected exception ends in one line and exit code 3, with a traceback only on request."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Subcommands in the order they were added: the way a user meets them."""
+        return list(self.commands)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a subcommand."""
+        try:
+            return super().invoke(ctx)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except BrokenPipeError:  # the reader of our output has left, as `head` does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            ctx.exit(BROKEN_PIPE)
+        except KeyboardInterrupt:
+            click.echo("medvl: interrupted", err=True)
+            ctx.exit(INTERRUPTED)
+        except Exception as error:
+            if ctx.params["debug"]:
+                traceback.print_exc()
+            else:
+                click.echo(f"medvl: internal error: {_told(error)}; set MEDVL_DEBUG=1 for the traceback", err=True)
+            ctx.exit(INTERNAL)
+
+
+def _told(error: Exception) -> str:
+    """Kind and place of an exception, and for the operating system's errors what it said of which path."""
+    frames = traceback.extract_tb(error.__traceback__)
+    root = Path(__file__).parent.parent
+    ours = [frame for frame in frames if Path(frame.filename).is_relative_to(root)] or frames
+    place = f"{Path(ours[-1].filename).name}, line {ours[-1].lineno}"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{type(error).__name__}: {error.strerror}{f': {error.filename}' if error.filename else ''} ({place})"
+    return f"{type(error).__name__} ({place})"
+
+
+@click.group(cls=Guarded, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(medvl.__version__, prog_name="medvl")
+@click.option("--debug", is_flag=True, envvar="MEDVL_DEBUG", help="Show the traceback of an internal error (also MEDVL_DEBUG=1).")
+def cli(debug: bool) -> None:
+    """Image and report encoders for medical imaging: train, diagnose, ground, search, evaluate.
+
+    Research use, not for diagnosis.
+
+    \b
+    Examples:
+      medvl demo --out demo                          phantoms, training, evaluation and a page to look at: minutes, no data needed
+      medvl phantom data --studies 200 --seed 1      synthetic radiographs with reports and masks
+      medvl fit --config tasks/recipes/NAME.yaml     train on a study manifest
+      medvl diagnose film.dcm folder/ --model demo/model --json
+      medvl ground film.dcm --phrase "left pleural effusion" --model demo/model --out maps
+      medvl search --model demo/model --index demo/data/manifest.csv --query "large pneumothorax" --top 5
+      medvl evaluate --model demo/model --manifest demo/data/manifest.csv --out results
+
+    Exit codes: 0 fine, 1 some inputs rejected, 2 usage, 3 internal error.
+    """
+
+
+for _command in (demo, phantom, fit, validate, test, diagnose, ground, search, evaluate):
+    cli.add_command(_command)
+
+
+def main() -> None:
+    """Run the command line; ends the process with the exit code."""
+    cli.main(prog_name="medvl")

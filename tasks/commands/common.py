@@ -1,0 +1,186 @@
+"""What the subcommands share: options, loading with errors a user can act on, JSON, progress, and the notice that goes with every output.
+
+Exit codes: 0 fine, 1 some inputs rejected, 2 usage, 3 internal error. Standard output holds results, standard error all else.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from medvl.data.manifest import Manifest
+    from medvl.model import DualEncoder
+    from reports.prompts import PromptSet
+
+F = TypeVar("F", bound=Callable[..., Any])
+REJECTED, INTERNAL = 1, 3
+SHOWN = 10  # rejected inputs spelled out on standard error; the rest are counted
+
+
+def model_options(command: F) -> F:
+    """``--model`` and ``--device``."""
+    command = click.option("--device", metavar="DEVICE", help="cpu, cuda or cuda:1; CUDA if there is one unless told.")(command)
+    return click.option(
+        "--model", required=True, type=click.Path(path_type=Path), metavar="DIR", help="Folder with config.json and model.safetensors."
+    )(command)
+
+
+def manifest_options(command: F) -> F:
+    """``--columns`` and ``--modality``, for commands that read a manifest."""
+    command = click.option(
+        "--modality", type=click.Choice(["xray", "ct"]), default="xray", show_default=True, help="Which rows of the manifest to use."
+    )(command)
+    return click.option(
+        "--columns", type=click.Path(path_type=Path), metavar="YAML", help="How the table names its columns, if not as we do."
+    )(command)
+
+
+def prompts_option(command: F) -> F:
+    """``--prompts``."""
+    return click.option("--prompts", type=click.Path(path_type=Path), metavar="YAML", help="Prompt pairs, if not the built-in ones.")(
+        command
+    )
+
+
+def json_option(command: F) -> F:
+    """``--json``, the same everywhere."""
+    return click.option("--json", "as_json", is_flag=True, help="Print strict JSON instead of a table.")(command)
+
+
+@contextmanager
+def usage_errors(*kinds: type[Exception]) -> Iterator[None]:
+    """Turn exceptions of our own loaders, whose messages are safe to show, into usage errors."""
+    try:
+        yield
+    except kinds as error:
+        raise click.UsageError(str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)) from error
+
+
+def load_model(folder: Path, device: str | None) -> DualEncoder:
+    """The model of a run, or a usage error that says what is missing."""
+    if not folder.is_dir():
+        raise click.UsageError(f"--model {folder}: no such folder; expected the one that `medvl fit` or `medvl demo` wrote the model to")
+    from medvl.model import ConfigError, load
+
+    with usage_errors(FileNotFoundError, ConfigError):
+        if device is None:
+            return load(folder)
+        import torch
+
+        try:
+            where = torch.device(device)
+        except RuntimeError:
+            raise click.UsageError(f"--device {device}: no such device; expected cpu, cuda or cuda:1") from None
+        if where.type == "cuda" and (where.index or 0) >= torch.cuda.device_count():
+            raise click.UsageError(f"--device {device}: this machine has {torch.cuda.device_count()} CUDA devices")
+        return load(folder, device=where)
+
+
+def weights_sha256(folder: Path) -> str:
+    """Hash of the weights, as the run's config.json has it (loading has compared it with the file)."""
+    from medvl.model import CONFIG
+
+    return str(json.loads((folder / CONFIG).read_text(encoding="utf-8"))["weights_sha256"])
+
+
+def load_prompt_set(path: Path | None) -> PromptSet:
+    """The prompts of a file, or the built-in ones."""
+    from reports.prompts import load_prompts
+
+    with usage_errors(FileNotFoundError, ValueError):
+        return load_prompts(path)
+
+
+def load_manifest(table: Path, columns: Path | None) -> Manifest:
+    """A manifest with its bad rows left out (they stand in ``rejected``)."""
+    from medvl.data.manifest import ColumnMap, ManifestError, read_manifest
+
+    for name, path in (("manifest", table), ("column map", columns)):
+        if path is not None and not path.is_file():
+            raise click.UsageError(f"{name} {path}: no such file")
+    import yaml
+
+    with usage_errors(ManifestError, ValueError, yaml.YAMLError):
+        return read_manifest(table, columns=None if columns is None else ColumnMap.load(columns), strict=False)
+
+
+def json_text(value: Any) -> str:
+    """Strict JSON on one line."""
+    return json.dumps(value, allow_nan=False)
+
+
+def console(*, stderr: bool = False) -> Console:
+    """A rich console; on standard output for results, on standard error for progress."""
+    from rich.console import Console
+
+    return Console(stderr=stderr, highlight=False)
+
+
+def echo_notice() -> None:
+    """The notice below every human-readable output."""
+    from medvl.types import RESEARCH_USE
+
+    click.echo(RESEARCH_USE)
+
+
+def report_rejected(rejected: Sequence[tuple[str, str]], what: str, out: Path | None = None) -> None:
+    """Count rejected inputs on standard error, spell out the first few, and list all in ``out`` if given.
+
+    Args:
+        rejected: what was rejected, and why.
+        what: the inputs in the plural: "files", "rows".
+    """
+    if out is not None:
+        write_csv(out, ("path", "reason"), rejected)
+    if not rejected:
+        return
+    click.echo(f"{len(rejected)} {what} rejected" + ("" if out is None else f", listed in {out}") + ":", err=True)
+    for _, reason in rejected[:SHOWN]:
+        click.echo(f"  {reason}", err=True)
+    if len(rejected) > SHOWN:
+        click.echo(f"  and {len(rejected) - SHOWN} more", err=True)
+
+
+def write_csv(path: Path, header: Sequence[str], lines: Iterable[Sequence[Any]]) -> None:
+    """Write a table whole or not at all."""
+    from medvl.model import write_atomically
+
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(header)
+    table.writerows(lines)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, text.getvalue().encode("utf-8", "surrogateescape"))
+
+
+def check_out_folder(folder: Path) -> None:
+    """Make the output folder.
+
+    Raises:
+        click.UsageError: the path is a file, or cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise click.UsageError(f"--out {folder}: cannot be made a folder: {error.strerror}") from None
+
+
+@contextmanager
+def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar on standard error; yields a function that is called with how many more are done."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console(stderr=True)) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda done: bar.advance(task, done)

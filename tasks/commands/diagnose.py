@@ -1,0 +1,141 @@
+"""``medvl diagnose``: a score per finding for image files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from tasks.commands.common import (
+    REJECTED,
+    console,
+    echo_notice,
+    json_option,
+    json_text,
+    load_model,
+    load_prompt_set,
+    model_options,
+    prompts_option,
+    report_rejected,
+    write_csv,
+)
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from medvl.types import ImageReader
+    from tasks.zero_shot import Diagnosis
+
+BAR = 24  # characters of a full bar
+
+
+@click.command()
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="FILE...")
+@model_options
+@prompts_option
+@click.option("--finding", "findings", multiple=True, metavar="NAME", help="Score only this finding (repeatable).")
+@json_option
+@click.option("--csv", "csv_path", type=click.Path(path_type=Path), metavar="OUT", help="Write the scores as a table too.")
+@click.option("--rejected", "rejected_path", type=click.Path(path_type=Path), metavar="OUT", help="List unreadable files in a CSV.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True, help="Images encoded at once.")
+@click.pass_context
+def diagnose(
+    ctx: click.Context,
+    files: tuple[Path, ...],
+    model: Path,
+    device: str | None,
+    prompts: Path | None,
+    findings: tuple[str, ...],
+    as_json: bool,
+    csv_path: Path | None,
+    rejected_path: Path | None,
+    batch_size: int,
+) -> None:
+    """Score findings in radiographs by comparing them with prompt pairs.
+
+    FILE is an image (DICOM, PNG, JPEG, TIFF) or a folder of them; tables and folders named masks are passed over. Each image is a study
+    of its own. With --json one object a line, in order, as soon as it is known. Scores are not calibrated: not probabilities.
+
+    \b
+    Examples:
+      medvl diagnose film.dcm --model demo/model
+      medvl diagnose folder/ other.png --model demo/model --json --rejected bad.csv
+      medvl diagnose film.dcm --model demo/model --finding pneumothorax --finding edema
+    """
+    prompt_set = load_prompt_set(prompts)
+    if unknown := [name for name in findings if name not in prompt_set.findings]:
+        raise click.UsageError(f"--finding {', '.join(unknown)}: no prompts for it; known: {', '.join(prompt_set.findings)}")
+    encoder = load_model(model, device)
+    from tasks.zero_shot import diagnose as score_files
+    from tasks.zero_shot import encode_prompts
+
+    bank = encode_prompts(encoder, prompt_set, list(dict.fromkeys(findings)) or None)
+    results: list[Diagnosis] = []
+    out = None if as_json else console()
+    for result in score_files(encoder, find_images(encoder.reader, files), bank, batch_size):
+        results.append(named_if_empty_folder(result))
+        if out is None:
+            click.echo(json_text(as_object(results[-1])))
+        elif results[-1].ok:
+            out.print(as_table(results[-1]))
+    rejected = [(result.path, result.error or "") for result in results if not result.ok]
+    if csv_path is not None:
+        write_csv(
+            csv_path,
+            ("path", "ok", "error", *bank.findings),
+            ((r.path, int(r.ok), r.error or "", *(repr(r.findings[name]) if r.ok else "" for name in bank.findings)) for r in results),
+        )
+    report_rejected(rejected, "files", rejected_path)
+    if not as_json:
+        echo_notice()
+    if rejected:
+        ctx.exit(REJECTED)
+
+
+def find_images(reader: ImageReader, files: Sequence[Path]) -> list[Path]:
+    """The files in the order given, a folder replaced by the images in it; a folder without one stays, to be rejected by name."""
+    found: list[Path] = []
+    for path in files:
+        found += (reader.find_images(path) or [path]) if path.is_dir() else [path]
+    return found
+
+
+def named_if_empty_folder(result: Diagnosis) -> Diagnosis:
+    """A folder that stayed in the list is one without an image: say so."""
+    if result.ok or not Path(result.path).is_dir():
+        return result
+    return replace(result, error=f"{result.path}: no image in this folder; expected DICOM, PNG, JPEG or TIFF files")
+
+
+def as_object(result: Diagnosis) -> dict[str, Any]:
+    """One study as JSON has it."""
+    from medvl.types import RESEARCH_USE
+
+    return {
+        "path": result.path,
+        "paths": [result.path],
+        "ok": result.ok,
+        "error": result.error,
+        "findings": result.findings,
+        "calibrated": False,
+        "warnings": list(result.warnings),
+        "notice": RESEARCH_USE,
+    }
+
+
+def as_table(result: Diagnosis) -> Table:
+    """One study for a person."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title=escape(result.path), title_justify="left", title_style="bold", caption_justify="left")
+    table.add_column("finding")
+    table.add_column("score", justify="right")
+    table.add_column("", min_width=BAR)
+    for name, score in result.findings.items():
+        table.add_row(name, f"{score:.3f}", "█" * round(score * BAR))
+    table.caption = escape("; ".join(("scores are not calibrated: compare studies, not findings", *result.warnings)))
+    return table

@@ -1,0 +1,140 @@
+"""``medvl evaluate``: every figure of a model on labelled studies, with n and interval."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from tasks.commands.common import (
+    REJECTED,
+    check_out_folder,
+    console,
+    echo_notice,
+    json_option,
+    json_text,
+    load_manifest,
+    load_model,
+    load_prompt_set,
+    manifest_options,
+    model_options,
+    progress,
+    prompts_option,
+    report_rejected,
+    weights_sha256,
+)
+
+
+@click.command()
+@model_options
+@click.option("--manifest", type=click.Path(path_type=Path), required=True, metavar="MANIFEST", help="Table of labelled studies.")
+@manifest_options
+@click.option(
+    "--split", type=click.Choice(["train", "val", "test", "all"]), default="test", show_default=True, help="Which rows to measure."
+)
+@prompts_option
+@click.option("--out", type=click.Path(path_type=Path), required=True, metavar="DIR", help="Where results.json and the tables go.")
+@click.option("--repeats", type=click.IntRange(min=0), default=1000, show_default=True, help="Bootstrap resamples for the intervals.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the resamples.")
+@click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True, help="Images encoded at once.")
+@json_option
+@click.pass_context
+def evaluate(
+    ctx: click.Context,
+    model: Path,
+    device: str | None,
+    manifest: Path,
+    columns: Path | None,
+    modality: str,
+    split: str,
+    prompts: Path | None,
+    out: Path,
+    repeats: int,
+    seed: int,
+    batch_size: int,
+    as_json: bool,
+) -> None:
+    """Measure zero-shot AUROC, pointing game and retrieval on the labelled studies of MANIFEST.
+
+    Writes results.json, predictions.csv and, where there are reports, retrieval.csv. Intervals are bootstrapped over patients.
+
+    \b
+    Examples:
+      medvl evaluate --model demo/model --manifest demo/data/manifest.csv --out results
+      medvl evaluate --model run --manifest films.csv --columns columns.yaml --split all --out results --json
+    """
+    prompt_set = load_prompt_set(prompts)
+    table = load_manifest(manifest, columns)
+    rows = table.select(split=None if split == "all" else split, modality=modality).rows  # type: ignore[arg-type]
+    if not rows:
+        raise click.UsageError(f"--manifest {manifest}: no {modality} row in split {split} among {len(table)} good rows")
+    encoder = load_model(model, device)
+    check_out_folder(out)
+    from reports.text_source import ReportSentences
+    from tasks.evaluation import predict, results, write
+
+    with progress("images", len(rows)) as advance:
+        predictions = predict(encoder, rows, prompt_set, ReportSentences(), batch_size=batch_size, progress=advance)
+    measured = results(predictions, repeats=repeats, seed=seed)
+    measured["data"] = {
+        "manifest_sha256": table.sha256,
+        "split": split,
+        "split_source": table.split_source,
+        "modality": modality,
+        "bad_rows": len(table.rejected),
+    }
+    measured["model"] = {"weights_sha256": weights_sha256(model)}
+    measured["prompts"] = {"version": prompt_set.version, "sha256": prompt_set.sha256}
+    write(predictions, measured, out)
+    report_rejected([(bad.path, str(bad)) for bad in table.rejected], f"rows of {manifest}")
+    report_rejected([(str(row.path), why) for row, why in predictions.rejected], "images")
+    if as_json:
+        click.echo(json_text(measured))
+    else:
+        show_results(measured)
+        click.echo(f"Figures in {out / 'results.json'}, scores in {out / 'predictions.csv'}.")
+        echo_notice()
+    if table.rejected or predictions.rejected:
+        ctx.exit(REJECTED)
+
+
+def show_results(measured: dict[str, Any]) -> None:
+    """The tables of results.json for a person."""
+    from rich.table import Table
+
+    out = console()
+    out.print(f"{measured['images']} images of {measured['patients']} patients")
+    if zero_shot := measured.get("zero_shot"):
+        pointing = measured.get("grounding", {}).get("per_finding", {})
+        table = Table(caption="intervals: 95 %, bootstrap over patients; * not focal, not in the pointing mean", caption_justify="left")
+        for heading in ("finding", "AUROC", "95 % interval", "present / n", "pointing game", "masks"):
+            table.add_column(heading, justify="left" if heading == "finding" else "right")
+        for name, one in zero_shot["per_finding"].items():
+            at = pointing.get(name)
+            points = ("", "") if at is None else (figure(at["pointing_game"]) + ("" if at["focal"] else "*"), str(at["n"]))
+            table.add_row(name, figure(one["auroc"]), interval(one), f"{one['n_positive']} / {one['n']}", *points)
+        macro_pointing = figure(measured.get("grounding", {}).get("pointing_game_macro"))
+        table.add_section()
+        table.add_row(
+            "mean", figure(zero_shot["macro_auroc"]), interval(zero_shot["macro_auroc_interval"]), "", macro_pointing, "", style="bold"
+        )
+        out.print(table)
+    for direction, one in measured.get("retrieval", {}).items():
+        table = Table(title=f"{direction.replace('_', ' ')}, pool {one['pool']}", title_justify="left")
+        for heading in ("", "recall@1", "recall@5", "recall@10", "chance@10", "median rank"):
+            table.add_column(heading, justify="right" if heading else "left")
+        for name, found in (("own report only", one), ("same sentences count too", one["duplicates_as_hits"])):
+            recalls = (figure(found[f"recall_at_{k}"]) for k in (1, 5, 10))
+            table.add_row(name, *recalls, figure(found["chance"]), f"{found['median_rank']:g}")
+        out.print(table)
+
+
+def figure(value: float | None) -> str:
+    """A share to three digits; a dash for one that is not defined."""
+    return "–" if value is None else f"{value:.3f}"
+
+
+def interval(of: dict[str, Any]) -> str:
+    """An interval's ends."""
+    return f"{figure(of['ci_low'])} – {figure(of['ci_high'])}"
