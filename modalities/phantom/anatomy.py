@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medvl.types import Fact
-from modalities.phantom.grid import Bool, Box, Float, Grid, blend, cover, polyline, smooth_noise, spline, splat, tubes
+from modalities.phantom.grid import Bool, Box, Float, Grid, blend, cover, polyline, smooth_noise, splat, spline, tubes
 
 SIDES = {"right": -1.0, "left": 1.0}
 """Sign of x on each side of the patient."""
@@ -497,7 +497,9 @@ def _spine_and_sternum(chest: Chest) -> None:
         cover(np.float32(4.5) - np.sqrt((np.abs(x) - 13 * np.float32(a.scale)) ** 2 + (0.5 * (y - spine_y - size - 4)) ** 2), 4.0) * level
     )
     blend(part, pedicles, 420.0)
-    arch = cover(np.float32(12) - np.sqrt((0.55 * x) ** 2 + (y - spine_y - size - 20) ** 2), 5.0) * (np.float32(0.25) + np.float32(0.35) * level)
+    arch = cover(np.float32(12) - np.sqrt((0.55 * x) ** 2 + (y - spine_y - size - 20) ** 2), 5.0) * (
+        np.float32(0.25) + np.float32(0.35) * level
+    )
     blend(part, arch, 260.0)
     # sternum: a plate on the front wall
     box = grid.box((-115 * a.scale, -150, -26), (45 * a.scale, -20, 26))
@@ -534,7 +536,9 @@ def _scapulae(chest: Chest, tilt: NDArray[np.float64]) -> None:
     a, grid, s = chest.anatomy, chest.grid, chest.anatomy.scale
     for index, sign in enumerate(SIDES.values()):
         medial = 104 + a.scapula
-        corners = np.array([[-116, medial + 6], [-124, 172], [-88, 166], [-8, medial + 36], [2, medial + 22], [-60, medial - 2]], dtype=float)  # (z, |x|), counted round
+        corners = np.array(
+            [[-116, medial + 6], [-124, 172], [-88, 166], [-8, medial + 36], [2, medial + 22], [-60, medial - 2]], dtype=float
+        )  # (z, |x|), counted round
         corners[:, 0] = corners[:, 0] * s + tilt[index]
         box = grid.box((-135 * s, 0, 80 if sign > 0 else -190), (20 * s, 140, 190 if sign > 0 else -80))
         z, y, x = grid.axes_mm()

@@ -30,7 +30,7 @@ from modalities.phantom.anatomy import (
     overlap,
     rib_curve,
 )
-from modalities.phantom.grid import Float, blend, cover, polyline, smooth_noise, smoothstep, spline, splat
+from modalities.phantom.grid import Float, blend, cover, polyline, smooth_noise, smoothstep, splat, spline
 
 SEVERITIES: tuple[Severity, ...] = ("mild", "moderate", "severe")
 FLUID_HU, LUNG_SOLID_HU, COLLAPSED_HU = 8.0, 32.0, 48.0
@@ -166,7 +166,8 @@ def _emphysema(rng: np.random.Generator, a: Anatomy, names: frozenset[str]) -> t
 
 def _edema(rng: np.random.Generator, a: Anatomy, names: frozenset[str]) -> tuple[Anatomy, Plan]:
     """Perihilar haze (bat wing), blurred and redistributed vessels, septal lines of 10 to 20 mm at the bases (Kerley; Gluecker et al.,
-    RadioGraphics 1999). Ground glass adds 100 to 300 HU, alveolar edema up to 550."""
+    RadioGraphics 1999). Ground glass adds 100 to 300 HU, alveolar edema up to 550.
+    """
     severity = _severity(rng, (0.3, 0.4, 0.3))
     degree = {"mild": 0.0, "moderate": 0.5, "severe": 1.0}[severity] + float(rng.uniform(0, 0.3))
     lines = int(rng.integers(8, 20))
@@ -230,7 +231,8 @@ LOBES = {"right": ("upper lobe", "middle lobe", "lower lobe"), "left": ("upper l
 
 def lobe(chest: Chest, side: str, name: str) -> Float:
     """Share of each voxel that belongs to a lobe, by flat fissures: the oblique one falls from T4 behind to the diaphragm in front, the
-    minor one (and the upper border of the lingula) is level with the fourth rib in front. Gray's Anatomy."""
+    minor one (and the upper border of the lingula) is level with the fourth rib in front. Gray's Anatomy.
+    """
     s = chest.anatomy.scale
     oblique = chest.z - (np.float32(12 * s) - np.float32(1.1) * chest.y)  # positive in the lower lobe
     minor = chest.z - np.float32((6 if side == "right" else 14) * s)  # positive below
@@ -243,7 +245,8 @@ def lobe(chest: Chest, side: str, name: str) -> Float:
 
 def _consolidation(rng: np.random.Generator, a: Anatomy, names: frozenset[str]) -> tuple[Anatomy, Plan]:
     """Airless but not shrunken lung, segmental (40 mm across) to lobar (120 mm), with air bronchograms of 2 to 5 mm, ill-defined except at
-    a fissure (Hansell et al., Fleischner glossary, Radiology 2008)."""
+    a fissure (Hansell et al., Fleischner glossary, Radiology 2008).
+    """
     side = _side(rng, 0.55)
     name = LOBES[side][int(rng.choice(3, p=(0.3, 0.22, 0.48)))]
     radius, solid = float(np.clip(rng.normal(34, 9), 20, 58)), float(rng.uniform(0.72, 1.0))
@@ -291,7 +294,8 @@ def _air_bronchograms(chest: Chest, rng: np.random.Generator, side: str, spot: N
 
 def _atelectasis(rng: np.random.Generator, a: Anatomy, names: frozenset[str]) -> tuple[Anatomy, Plan]:
     """A lobe loses its air and most of its volume: a dense wedge against mediastinum or diaphragm, the dome rises by 15 to 35 mm and the
-    mediastinum moves over by 8 to 22 mm (signs: Woodring and Reed, J Thorac Imaging 1996)."""
+    mediastinum moves over by 8 to 22 mm (signs: Woodring and Reed, J Thorac Imaging 1996).
+    """
     side = _side(rng)
     name = ("upper lobe", "middle lobe" if side == "right" else "lingula", "lower lobe")[int(rng.choice(3, p=(0.27, 0.13, 0.6)))]
     index, sign = (0, -1) if side == "right" else (1, 1)
@@ -348,7 +352,8 @@ def _collapsed_lobe(chest: Chest, side: str, name: str, extent: float) -> Float:
 
 def _lung_nodule(rng: np.random.Generator, a: Anatomy, names: frozenset[str]) -> tuple[Anatomy, Plan]:
     """Diameter as in the JSRT set, 5 to 60 mm with mean 17.3 (Shiraishi et al., AJR 2000), no smaller than the 9 mm below which soft nodules
-    are not seen on radiographs (Kundel, Invest Radiol 1981) unless calcified; one in eight is (granuloma, 250 to 600 HU)."""
+    are not seen on radiographs (Kundel, Invest Radiol 1981) unless calcified; one in eight is (granuloma, 250 to 600 HU).
+    """
     count = 1 if rng.random() < 0.85 else 2
     nodules = []
     for _ in range(count):
@@ -426,14 +431,14 @@ def _pleural_effusion(rng: np.random.Generator, a: Anatomy, names: frozenset[str
         push = (amounts[side] - 1300) / 600 * 14 * -SIDES[side]
         a = replace(a, shift=a.shift + push, shift_top=a.shift_top + 0.6 * push)
     fact = Fact("pleural_effusion", "present", side="bilateral" if bilateral else _fact_side(side), severity=severity)
-    rise = float(rng.uniform(28, 48))
+    rise = float(rng.uniform(38, 68))
 
     def draw(chest: Chest, _: np.random.Generator) -> None:
         region = chest.region
         for which in sides:
             lung = chest.lung[which]
             depth = np.clip(chest.wall_mm, 0, None)
-            height = np.exp(depth * np.float32(-1 / 14.0))  # 1 at the wall
+            height = np.exp(depth * np.float32(-1 / 20.0))  # 1 at the wall
             height *= np.float32(rise)
             height += chest.z
             low = float(height.min())
@@ -456,7 +461,8 @@ def _pleural_effusion(rng: np.random.Generator, a: Anatomy, names: frozenset[str
 
 def _pneumothorax(rng: np.random.Generator, a: Anatomy, names: frozenset[str]) -> tuple[Anatomy, Plan]:
     """Air between lung and wall, most at the apex of a standing patient. Rim at the hilum 7 to 13, 13 to 20, 20 to 45 mm: the British
-    Thoracic Society calls 2 cm or more large (MacDuff et al., Thorax 2010). One severe case in three is under tension."""
+    Thoracic Society calls 2 cm or more large (MacDuff et al., Thorax 2010). One severe case in three is under tension.
+    """
     severity = _severity(rng, (0.34, 0.36, 0.3))
     low, high = {"mild": (7.0, 13.0), "moderate": (13.0, 20.0), "severe": (20.0, 45.0)}[severity]
     rim = float(rng.uniform(low, high))
@@ -503,7 +509,8 @@ ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "
 
 def _rib_fracture(rng: np.random.Generator, a: Anatomy, names: frozenset[str]) -> tuple[Anatomy, Plan]:
     """One to five neighbouring ribs, mostly the fourth to ninth and lateral (Talbot et al., RadioGraphics 2017), offset or displaced by more
-    than a tenth of the rib's height up to no contact (Chest Wall Injury Society taxonomy: Edwards et al., J Trauma 2020)."""
+    than a tenth of the rib's height up to no contact (Chest Wall Injury Society taxonomy: Edwards et al., J Trauma 2020).
+    """
     side = _side(rng)
     count = int(rng.choice([1, 2, 3, 4, 5], p=(0.14, 0.2, 0.26, 0.22, 0.18)))
     first = int(rng.integers(4, 10 - min(count, 4)))
@@ -562,7 +569,8 @@ METAL_HU, BARIUM_HU, CATHETER_HU, PLASTIC_HU = 9000.0, 8000.0, 4000.0, 700.0
 
 def _support_device(rng: np.random.Generator, a: Anatomy, names: frozenset[str]) -> tuple[Anatomy, Plan]:
     """One to three devices that occur together: intensive-care lines, a chest tube with a pneumothorax, a pacemaker (generator 45 x 50 x 8
-    mm, left in five of six); catheters 2 to 3 mm, tracheal tubes 10 to 11, gastric 5, chest tubes 8 to 11 mm across (Godoy et al., AJR 2012)."""
+    mm, left in five of six); catheters 2 to 3 mm, tracheal tubes 10 to 11, gastric 5, chest tubes 8 to 11 mm across (Godoy et al., AJR 2012).
+    """
     weights = np.array([0.3, 0.26, 0.16, 0.14, 0.14])
     if "pneumothorax" in names:
         weights[4] += 0.5

@@ -28,8 +28,8 @@ class Grid:
     size: int
 
     def __post_init__(self) -> None:
-        if self.size < 32 or self.size % 16:
-            raise ValueError(f"phantom size is {self.size} voxels, expected a multiple of 16 that is at least 32; try 128")
+        if not 32 <= self.size <= 512 or self.size % 16:
+            raise ValueError(f"phantom size is {self.size} voxels, expected a multiple of 16 from 32 to 512; try 128")
 
     @property
     def shape(self) -> tuple[int, int, int]:
