@@ -267,11 +267,14 @@ def _cavity(
     floor = np.where(y < 6, np.float32(0.15) + np.float32(0.3) * np.clip((z + 40) / 80, 0, 1), np.float32(0.15)).astype(np.float32)
     front = floor + (1 - floor) * np.exp(-(((y - 6) / 38) ** 2)).astype(np.float32)  # fat before the heart, oesophagus and aorta behind
     off = x - midline
-    air *= cover(off - left * front, width) + cover(-right * front - off, width)
-    # spine in the back
+    near = np.abs(x.ravel()) < 75  # nothing central reaches further out; a slice, since x is sorted
+    core = (slice(None), slice(None), slice(int(near.argmax()), int(near.argmax() + near.sum())))
+    off_core = off[core]
+    air[core] *= cover(off_core - left * front, width) + cover(-right * front - off_core, width)
     spine_y = _spine_y(a, z)
-    spine = np.sqrt((off * 0.92) ** 2 + (y - spine_y) ** 2)
-    air *= cover(spine - np.float32(19.5 * s), 6.0)
+    back = (slice(None), slice(int(np.searchsorted(y.ravel(), 15.0)), None), core[2])
+    spine = np.sqrt((off_core * np.float32(0.92)) ** 2 + (y[back[:2]] - spine_y) ** 2)
+    air[back] *= cover(spine - np.float32(19.5 * s), 6.0)
     chest = Chest(
         grid, a, hu, box, z, y, x, {}, wall, smooth_noise(rng, wall.shape, (11, 7, 12)), {}, {}, midline, np.zeros(3), wall, np.zeros(3),
         half_width, half_depth,
@@ -282,14 +285,15 @@ def _cavity(
         xc, rise = 0.50 * a.half_width * sign, a.dome_rise[index]
         bow = ((x - xc) / (0.50 * a.half_width)) ** 2 * np.float32(rise)
         bow = np.where(sign * (x - xc) < 0, np.minimum(0.35 * bow, 0.35 * rise), np.minimum(bow, 3.2 * rise))  # flatter medially
-        back = ((y + 12) / (0.82 * a.half_depth)) ** 2 * np.float32(1.25 * rise)
-        dome = (np.float32(a.dome_z[index]) + bow + back).astype(np.float32)
-        chest.dome_z[side] = dome
-        columns = (sign * (x - midline) > 0).astype(np.float32)
-        chest.lung[side] = air * cover(dome - z, grid.spacing_mm[0]) * columns
-        chest.hilum[side] = np.array(
-            [-24.0 * s + (6 if side == "right" else -6), 6.0, a.shift * 0.7 + sign * (30 if side == "right" else 32)]
-        )
+        sulcus = ((y + 12) / (0.82 * a.half_depth)) ** 2 * np.float32(1.25 * rise)
+        chest.dome_z[side] = (np.float32(a.dome_z[index]) + bow + sulcus).astype(np.float32)
+        chest.hilum[side] = np.array([-24.0 * s + (6 if side == "right" else -6), 6.0, a.shift * 0.7 + sign * (30 if side == "right" else 32)])
+    is_left = off > 0  # (s, 1, w)
+    low = slice(int(np.searchsorted(z.ravel(), min(float(d.min()) for d in chest.dome_z.values()) - 4)), None)
+    dome = np.where(is_left[low], chest.dome_z["left"], chest.dome_z["right"])
+    air[low] *= cover(dome - z[low], grid.spacing_mm[0])
+    chest.lung["left"] = air * is_left
+    chest.lung["right"] = air - chest.lung["left"]
     chest.carina = np.array([-52.0 * s, 16.0, a.shift_top * 0.5 + a.shift * 0.5])
     return chest
 
@@ -313,10 +317,12 @@ def _great_vessels(chest: Chest, air: Float) -> None:
     ):
         box, dist = ellipsoid(chest.grid, np.array(centre), np.array(radii, dtype=float))
         _carve(chest, air, box, cover(dist, 4.0))
+    columns = slice(int(np.searchsorted(chest.x.ravel(), -45.0)), int(np.searchsorted(chest.x.ravel(), 70.0)))
+    rows = slice(int(np.searchsorted(chest.y.ravel(), 0.0)), None)
     x_aorta = 16 + low * 0.5 + np.float32(6) * np.clip(1 - (chest.z + 66 * s) / 120, -0.4, 1)
-    aorta = np.sqrt((chest.x - x_aorta) ** 2 + (chest.y - (_spine_y(a, chest.z) - 16)) ** 2)
+    aorta = np.sqrt((chest.x[:, :, columns] - x_aorta) ** 2 + (chest.y[:, rows] - (_spine_y(a, chest.z) - 16)) ** 2)
     below_arch = cover(chest.z + np.float32(70 * s), 4.0)
-    air *= 1 - cover(np.float32(knob) - aorta, 4.0) * below_arch
+    air[:, rows, columns] *= 1 - cover(np.float32(knob) - aorta, 4.0) * below_arch
 
 
 def _carve(chest: Chest, air: Float, box: Box, coverage: Float) -> None:
@@ -407,9 +413,9 @@ def _ribs(chest: Chest, fractures: tuple[Fracture, ...]) -> None:
     reach = 0.5 * (width + depth)
     out = (f - 1) * reach  # mm outside the inner surface
     thick = np.float32(8.5)
-    shell = cover(out, 4.0) * cover(thick - out, 4.0)
+    shell = cover(thick / 2 - np.abs(out - thick / 2), 4.0)
     where = np.flatnonzero(shell > 0.02)
-    n_z, n_y, n_x = shell.shape
+    _, n_y, n_x = shell.shape
     zi, rest = np.divmod(where, n_y * n_x)
     angle = np.arctan2(np.abs(x) * np.float32(a.half_depth / a.half_width), y - np.float32(4.0))  # 0 at the spine, pi in front
     bins = np.clip((angle * (SHELL_BINS / np.pi)).astype(np.int64), 0, SHELL_BINS - 1)[0]
@@ -418,11 +424,12 @@ def _ribs(chest: Chest, fractures: tuple[Fracture, ...]) -> None:
     maps = {side: _rib_map(chest, z.ravel(), side, fractures) for side in SIDES}
     rib = np.where(left, maps["left"][0][zi, flat_bin], maps["right"][0][zi, flat_bin])
     density = np.where(left, maps["left"][1][zi, flat_bin], maps["right"][1][zi, flat_bin])
-    part = chest.hu[box]
-    flat = part.reshape(-1)  # a copy: the box is not contiguous
-    coverage = shell.reshape(-1)[where] * rib
-    flat[where] += coverage * (density - flat[where])
-    part[...] = flat.reshape(part.shape)
+    yi, xi = np.divmod(rest, n_x)
+    _, rows, columns = grid.shape
+    at = ((zi + box[0].start) * rows + (yi + box[1].start)) * columns + (xi + box[2].start)
+    flat = chest.hu.reshape(-1)  # a view
+    old = flat[at]
+    flat[at] = old + shell.reshape(-1)[where] * rib * (density - old)
     if fractures:
         broken = np.where(left, maps["left"][2][zi, flat_bin], maps["right"][2][zi, flat_bin]) & (shell.reshape(-1)[where] > 0.4)
         inside = np.zeros(shell.size, dtype=bool)

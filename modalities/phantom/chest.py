@@ -74,5 +74,16 @@ def sample_phantom(
         plan.draw(chest, np.random.default_rng(finding_rng.integers(2**62)))
         if chest.masks.get(plan.finding) is not None and len(chest.facts) == before:
             chest.facts.extend(plan.facts)
+    _pleura_over_lung(chest.masks)
     volume = np.clip(np.rint(chest.hu), -1024, 20000).astype(np.int16)
     return Phantom(volume, grid.affine(), chest.masks, tuple(chest.facts), changed)
+
+
+def _pleura_over_lung(masks: dict[str, Bool]) -> None:
+    """Where fluid or air has taken a voxel, no finding of the lung is left in it (unless nothing else of it is)."""
+    taken = [masks[name] for name in ("pleural_effusion", "pneumothorax") if name in masks]
+    for name in ("emphysema", "edema", "consolidation", "atelectasis"):
+        if taken and name in masks:
+            rest = masks[name] & ~np.logical_or.reduce(taken)
+            if rest.any():
+                masks[name] = rest

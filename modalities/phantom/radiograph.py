@@ -82,7 +82,7 @@ def attenuation(volume_hu: NDArray[np.int16]) -> Float:
     return hu
 
 
-def line_integral(volume: NDArray[np.float32] | Bool, spacing_mm: tuple[float, float, float], geometry: Geometry) -> Float:
+def line_integral(volume: Float | Bool, spacing_mm: tuple[float, float, float], geometry: Geometry) -> Float:
     """Integral of ``volume`` (S, H, W) along the rays, times mm; for a mask the length in mm of the ray inside it.
 
     Rays are grouped in slabs that share a magnification m = source / (source - distance to the detector); each slab is summed, scaled by m
@@ -95,11 +95,14 @@ def line_integral(volume: NDArray[np.float32] | Bool, spacing_mm: tuple[float, f
     slab = SLAB_ROWS * (2 if axis == 2 else 1)
     planes, step = volume.shape[axis], spacing_mm[axis]
     size = volume.shape[0]
+    solid = volume.dtype == bool
+    kind = np.uint8 if solid else np.float32  # a mask's counts per slab are small
+    volume = volume.view(np.uint8) if solid else volume
     if axis == 1:
-        sums = volume.reshape(size, planes // slab, slab, volume.shape[2]).sum(axis=2, dtype=np.float32).transpose(1, 0, 2)
+        sums = volume.reshape(size, planes // slab, slab, volume.shape[2]).sum(axis=2, dtype=kind).transpose(1, 0, 2)
         across = spacing_mm[2]
     else:
-        sums = volume.reshape(size, volume.shape[1], planes // slab, slab).sum(axis=3, dtype=np.float32).transpose(2, 0, 1)
+        sums = volume.reshape(size, volume.shape[1], planes // slab, slab).sum(axis=3, dtype=kind).transpose(2, 0, 1)
         across = spacing_mm[1]
     at = ((np.arange(planes // slab) + 0.5) * slab - planes / 2) * step  # slab centres along the ray axis, from the grid's middle
     half = planes * step / 2
@@ -116,8 +119,10 @@ def line_integral(volume: NDArray[np.float32] | Bool, spacing_mm: tuple[float, f
     turn = np.tan(geometry.yaw) * at
     rows = _interpolation((detector[None] - down) / m[:, None], spacing_mm[0], size)
     columns = _interpolation((detector[None] - right) / m[:, None] - turn[:, None], across, sums.shape[2])
+    used = sums.any(axis=(1, 2)) if solid else np.ones(len(sums), dtype=bool)
+    rows, columns, sums = rows[used], columns[used], sums[used].astype(np.float32, copy=False)
     image = np.matmul(np.matmul(rows, sums), columns.transpose(0, 2, 1)).sum(axis=0) * np.float32(step)
-    return _rolled(image, geometry.roll)
+    return _rolled(image, geometry.roll, order=1 if solid else 3)
 
 
 def pixel_mm(spacing_mm: tuple[float, float, float], shape: tuple[int, int, int], geometry: Geometry) -> float:
@@ -149,7 +154,7 @@ def _interpolation(at_mm: NDArray[np.float64], step: float, n: int) -> Float:
     return weights[..., 2:-2]
 
 
-def _rolled(image: Float, roll: float) -> Float:
+def _rolled(image: Float, roll: float, order: int) -> Float:
     if roll == 0:
         return image
     from scipy import ndimage
@@ -157,7 +162,7 @@ def _rolled(image: Float, roll: float) -> Float:
     c, s = np.cos(roll), np.sin(roll)
     matrix = np.array([[c, s], [-s, c]])
     centre = (np.array(image.shape) - 1) / 2
-    return np.asarray(ndimage.affine_transform(image, matrix, centre - matrix @ centre, order=3, mode="nearest"), dtype=np.float32)
+    return np.asarray(ndimage.affine_transform(image, matrix, centre - matrix @ centre, order=order, mode="nearest"), dtype=np.float32)
 
 
 def project(phantom: Phantom, view: View, rng: np.random.Generator, geometry: Geometry | None = None) -> Radiograph:
@@ -172,7 +177,7 @@ def project(phantom: Phantom, view: View, rng: np.random.Generator, geometry: Ge
     geometry = sample_geometry(rng, view) if geometry is None else geometry
     path = np.maximum(line_integral(attenuation(phantom.volume_hu), phantom.spacing_mm, geometry), 0)
     spacing = pixel_mm(phantom.spacing_mm, phantom.volume_hu.shape, geometry)
-    masks = {name: line_integral(mask.view(np.uint8), phantom.spacing_mm, geometry) for name, mask in phantom.masks.items()}
+    masks = {name: line_integral(mask, phantom.spacing_mm, geometry) for name, mask in phantom.masks.items()}
     ray_step = phantom.spacing_mm[2 if view == "lateral" else 1]
     crop = _collimation(rng, path.shape, view, phantom, spacing)
     intensity = np.exp(-path[crop])
