@@ -484,7 +484,8 @@ def title_of(name: str) -> str:
 def told(value: Any) -> str:
     """A value of the methods box in one line; long hashes are cut."""
     if isinstance(value, Mapping):
-        return "; ".join(f"{str(name).replace('_', ' ')}: {told(item)}" for name, item in value.items())
+        words = ((str(name).replace("_", " "), item) for name, item in value.items())
+        return ", ".join(f"{name} ({told(item)})" if isinstance(item, Mapping) else f"{name} {told(item)}" for name, item in words)
     if isinstance(value, str):
         return f"{value[:12]}…" if len(value) >= 40 and set(value) <= set("0123456789abcdef") else value
     if isinstance(value, float):

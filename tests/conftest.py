@@ -58,7 +58,19 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     lines = [_study(folder, i, rng) for i in range(26)]
     (folder / "volume.nii.gz").write_bytes(b"not read")
     lines.append({"study_id": "s-ct", "patient_id": "p-ct", "modality": "ct", "path": "volume.nii.gz", "split": "test"})
-    header = ["study_id", "patient_id", "modality", "path", "view", "split", "findings", "impression", *FINDINGS, "boxes", "mask_lung_nodule"]
+    header = [
+        "study_id",
+        "patient_id",
+        "modality",
+        "path",
+        "view",
+        "split",
+        "findings",
+        "impression",
+        *FINDINGS,
+        "boxes",
+        "mask_lung_nodule",
+    ]
     header.append("mask_pleural_effusion")
     with (folder / "manifest.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, header, restval="")
@@ -66,9 +78,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
         writer.writerows(lines)
     broken = root / "broken.dcm"
     broken.write_bytes(b"\0" * 128 + b"DICM" + b"nothing of use")
-    return Tiny(
-        root / "model", folder, folder / "manifest.csv", folder / "images" / "s00.dcm", folder / "images" / "s01.png", broken
-    )
+    return Tiny(root / "model", folder, folder / "manifest.csv", folder / "images" / "s00.dcm", folder / "images" / "s01.png", broken)
 
 
 def _study(folder: Path, i: int, rng: np.random.Generator) -> dict[str, str]:

@@ -17,6 +17,7 @@ import click
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
     from medvl.data.manifest import Manifest
     from medvl.model import DualEncoder
@@ -126,6 +127,29 @@ def console(*, stderr: bool = False) -> Console:
     return Console(stderr=stderr, highlight=False)
 
 
+def new_table(title: str | None, *columns: str, numbers: Sequence[str] = (), whole: Sequence[str] = (), caption: str = "") -> Table:
+    """A table in the commands' style.
+
+    Args:
+        title: shown as it is, brackets and all.
+        columns: headings.
+        numbers: those whose cells stand at the right.
+        whole: those whose cells are never cut, folded if need be.
+        caption: below the table.
+    """
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title=None if title is None else escape(title), caption=escape(caption) or None, box=box.SIMPLE_HEAD, pad_edge=False)
+    table.title_justify = table.caption_justify = "left"
+    for name in columns:
+        table.add_column(
+            name, justify="right" if name in numbers else "left", no_wrap=name in numbers, overflow="fold" if name in whole else "ellipsis"
+        )
+    return table
+
+
 def echo_notice() -> None:
     """The notice below every human-readable output."""
     from medvl.types import RESEARCH_USE
@@ -144,7 +168,7 @@ def report_rejected(rejected: Sequence[tuple[str, str]], what: str, out: Path | 
         write_csv(out, ("path", "reason"), rejected)
     if not rejected:
         return
-    click.echo(f"{len(rejected)} {what} rejected" + ("" if out is None else f", listed in {out}") + ":", err=True)
+    click.echo(f"{len(rejected)} rejected ({what})" + ("" if out is None else f", listed in {out}") + ":", err=True)
     for _, reason in rejected[:SHOWN]:
         click.echo(f"  {reason}", err=True)
     if len(rejected) > SHOWN:

@@ -18,6 +18,7 @@ from tasks.commands.common import (
     load_model,
     load_prompt_set,
     model_options,
+    new_table,
     prompts_option,
     report_rejected,
     write_csv,
@@ -80,6 +81,7 @@ def diagnose(
         if out is None:
             click.echo(json_text(as_object(results[-1])))
         elif results[-1].ok:
+            click.echo(results[-1].path)
             out.print(as_table(results[-1]))
     rejected = [(result.path, result.error or "") for result in results if not result.ok]
     if csv_path is not None:
@@ -128,14 +130,8 @@ def as_object(result: Diagnosis) -> dict[str, Any]:
 
 def as_table(result: Diagnosis) -> Table:
     """One study for a person."""
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(title=escape(result.path), title_justify="left", title_style="bold", caption_justify="left")
-    table.add_column("finding")
-    table.add_column("score", justify="right")
-    table.add_column("", min_width=BAR)
+    notes = "; ".join(("scores are not calibrated: compare studies, not findings", *result.warnings))
+    table = new_table(None, "finding", "score", "0" + "1".rjust(BAR - 1), numbers=("score",), whole=("finding",), caption=notes)
     for name, score in result.findings.items():
         table.add_row(name, f"{score:.3f}", "█" * round(score * BAR))
-    table.caption = escape("; ".join(("scores are not calibrated: compare studies, not findings", *result.warnings)))
     return table

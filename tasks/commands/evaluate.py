@@ -19,6 +19,7 @@ from tasks.commands.common import (
     load_prompt_set,
     manifest_options,
     model_options,
+    new_table,
     progress,
     prompts_option,
     report_rejected,
@@ -101,15 +102,13 @@ def evaluate(
 
 def show_results(measured: dict[str, Any]) -> None:
     """The tables of results.json for a person."""
-    from rich.table import Table
-
     out = console()
     out.print(f"{measured['images']} images of {measured['patients']} patients")
     if zero_shot := measured.get("zero_shot"):
         pointing = measured.get("grounding", {}).get("per_finding", {})
-        table = Table(caption="intervals: 95 %, bootstrap over patients; * not focal, not in the pointing mean", caption_justify="left")
-        for heading in ("finding", "AUROC", "95 % interval", "present / n", "pointing game", "masks"):
-            table.add_column(heading, justify="left" if heading == "finding" else "right")
+        numbers = ("AUROC", "95 % interval", "present / n", "pointing game", "masks")
+        note = "intervals: 95 %, bootstrap over patients; * not focal, not in the pointing mean"
+        table = new_table(None, "finding", *numbers, numbers=numbers, whole=("finding",), caption=note)
         for name, one in zero_shot["per_finding"].items():
             at = pointing.get(name)
             points = ("", "") if at is None else (figure(at["pointing_game"]) + ("" if at["focal"] else "*"), str(at["n"]))
@@ -121,10 +120,9 @@ def show_results(measured: dict[str, Any]) -> None:
         )
         out.print(table)
     for direction, one in measured.get("retrieval", {}).items():
-        table = Table(title=f"{direction.replace('_', ' ')}, pool {one['pool']}", title_justify="left")
-        for heading in ("", "recall@1", "recall@5", "recall@10", "chance@10", "median rank"):
-            table.add_column(heading, justify="right" if heading else "left")
-        for name, found in (("own report only", one), ("same sentences count too", one["duplicates_as_hits"])):
+        numbers = ("recall@1", "recall@5", "recall@10", "chance@10", "median rank")
+        table = new_table(f"{direction.replace('_', ' ')}, pool {one['pool']}", "a hit is", *numbers, numbers=numbers)
+        for name, found in (("its own report", one), ("or one that says the same", one["duplicates_as_hits"])):
             recalls = (figure(found[f"recall_at_{k}"]) for k in (1, 5, 10))
             table.add_row(name, *recalls, figure(found["chance"]), f"{found['median_rank']:g}")
         out.print(table)

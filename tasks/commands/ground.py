@@ -20,6 +20,7 @@ from tasks.commands.common import (
     load_model,
     load_prompt_set,
     model_options,
+    new_table,
     prompts_option,
     usage_errors,
     weights_sha256,
@@ -99,15 +100,14 @@ def ground(
         click.echo(json_text({"path": str(file), "ok": True, "error": None, "maps": records, "notice": RESEARCH_USE}))
         return
     from rich.markup import escape
-    from rich.table import Table
 
-    table = Table(title=escape(str(file)), title_justify="left", title_style="bold")
-    for heading in ("looked for", "peak (row, col)", "highest", "lowest", "overlay"):
-        table.add_column(heading)
+    headings = ("looked for", "peak (row, col)", "highest", "lowest", "overlay")
+    table = new_table(None, *headings, numbers=("highest", "lowest"), whole=("looked for", "overlay"))
     for record in records:
         peak = "none: the map is flat" if record["peak"] is None else "{}, {}".format(*record["peak"])
         numbers = ("" if record[key] is None else f"{record[key]:.3f}" for key in ("max", "min"))
         table.add_row(escape(record["phrase"]), peak, *numbers, escape(str(out / record["png"])))
+    click.echo(str(file))
     console().print(table)
     echo_notice()
 

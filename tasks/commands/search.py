@@ -16,6 +16,7 @@ from tasks.commands.common import (
     load_model,
     manifest_options,
     model_options,
+    new_table,
     report_rejected,
 )
 
@@ -84,13 +85,10 @@ def search(
         )
     else:
         from rich.markup import escape
-        from rich.table import Table
 
-        shown = Table(title=escape(f"{len(hits)} of {len(studies)} reports for: {query}"), title_justify="left", title_style="bold")
-        shown.add_column("rank", justify="right")
-        shown.add_column("study")
-        shown.add_column("score", justify="right")
-        shown.add_column("sentence that fits best")
+        headings = ("rank", "study", "score", "sentence that fits best")
+        title = f"{len(hits)} of {len(studies)} reports for: {query}"
+        shown = new_table(title, *headings, numbers=("rank", "score"), whole=("study", "sentence that fits best"))
         for hit in hits:
             shown.add_row(str(hit.rank), escape(hit.study_id), f"{hit.score:.3f}", escape(hit.sentence))
         console().print(shown)

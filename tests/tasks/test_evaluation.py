@@ -151,7 +151,7 @@ def test_the_same_seed_gives_the_same_results(predictions: Any) -> None:
 def test_bad_images_and_bad_masks_cost_only_their_study_and_are_counted(model: Any, tiny: Any, tmp_path: Path) -> None:
     shutil.copytree(tiny.folder, tmp_path / "studies")
     manifest = tmp_path / "studies" / "manifest.csv"
-    rows = [r for r in read_manifest(manifest).select(split="test", modality="xray").rows]
+    rows = read_manifest(manifest).select(split="test", modality="xray").rows
     masked = [r for r in rows if r.masks]
     rows[0].path.write_bytes(b"gone bad")
     Image.new("L", (39, 48), 255).save(next(iter(masked[-1].masks.values())))

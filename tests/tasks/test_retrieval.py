@@ -60,7 +60,8 @@ def test_a_text_scores_a_report_by_its_nearest_sentence(model: Any) -> None:
 
 def test_the_order_of_the_index_does_not_move_a_score(model: Any, tiny: Any) -> None:
     forward, backward = (
-        {hit.study_id: hit.score for hit in search(model, tiny.png, build_index(model, studies), top=4)} for studies in (STUDIES, STUDIES[::-1])
+        {hit.study_id: hit.score for hit in search(model, tiny.png, build_index(model, studies), top=4)}
+        for studies in (STUDIES, STUDIES[::-1])
     )
     assert forward == pytest.approx(backward, abs=1e-5)
 
@@ -73,7 +74,7 @@ def test_what_cannot_be_searched_is_refused(model: Any, tiny: Any) -> None:
         search(model, "a nodule", index, top=0)
     with pytest.raises(ValueError, match="no report"):
         build_index(model, [])
-    with pytest.raises(ValueError, match="1 studies have no sentence.*study y"):
+    with pytest.raises(ValueError, match=r"1 studies have no sentence.*study y"):
         build_index(model, [("x", ("A sentence.",)), ("y", ())])
     with pytest.raises(ValueError, match="broken"):
         search(model, Path(tiny.broken), index)

@@ -77,7 +77,7 @@ def test_only_unreadable_files_give_only_errors(model: Any, tiny: Any) -> None:
 
 
 def test_unknown_finding_is_named(model: Any) -> None:
-    with pytest.raises(KeyError, match="dragon_sign.*cardiomegaly"):
+    with pytest.raises(KeyError, match=r"dragon_sign.*cardiomegaly"):
         encode_prompts(model, load_prompts(), ["edema", "dragon_sign"])
 
 
