@@ -11,6 +11,7 @@ import importlib
 import json
 import os
 import tempfile
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -169,7 +170,7 @@ def load(
     try:
         model.load_state_dict(from_bytes(weights), strict=True)
     except RuntimeError as error:
-        raise ConfigError(f"{folder}: the weights do not fit the config: {error}") from error
+        raise ConfigError(f"{folder}: the weights do not fit the config: {textwrap.shorten(str(error), 300)}") from error
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
 
 
