@@ -68,7 +68,8 @@ def write_radiograph_dicom(
     """
     if pixels.ndim != 2 or pixels.dtype != np.uint16 or pixels.max(initial=0) > 4095:
         raise ValueError(
-            f"{path}: a radiograph must be (rows, columns) uint16 in 0..4095, got {pixels.dtype} of shape {pixels.shape} up to {pixels.max(initial=0)}"
+            f"{path}: a radiograph must be (rows, columns) uint16 in 0..4095, "
+            f"got {pixels.dtype} of shape {pixels.shape} up to {pixels.max(initial=0)}"
         )
     inverted = photometric == "MONOCHROME1"
     ds = _dataset(DX_STORAGE, "DX", patient_id, study_id, view, sex, age)
@@ -175,7 +176,7 @@ def write_whole(path: Path, content: bytes) -> None:
     """Put a file in place whole: a reader never sees half of it, and a killed run leaves none."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     part.write_bytes(content)
-    os.replace(part, path)
+    part.replace(path)
 
 
 def _check_volume(volume: NDArray[Any], affine: NDArray[np.float64], where: Path) -> None:

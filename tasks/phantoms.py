@@ -16,12 +16,15 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from medvl.types import FINDINGS, Fact
+
+if TYPE_CHECKING:
+    from modalities.phantom.radiograph import View
 
 FOLLOW_UP_SHARE = 0.1
 """Of neighbouring pairs of studies, how many are one patient: about one patient in twenty has two studies."""
@@ -72,8 +75,8 @@ def write_cohort(
         ct: also the volume and 3D masks as NIfTI.
         ct_series: also the volume as a DICOM series.
         lateral: a lateral radiograph beside the frontal one.
-        counts: studies per split, train, val and test in this order, adding to ``studies``; a patient whose two studies would be parted keeps
-            both in the earlier split, so a count can be one off.
+        counts: studies per split, train, val and test in this order, adding to ``studies``; a patient whose two studies would be parted
+            keeps both in the earlier split, so a count can be one off.
         fractions: shares of train, val and test that patients are split by where ``counts`` is not given; 0.7, 0.1 and 0.2 unless told.
         workers: processes, one per core unless told; 1 works in this process.
         progress: called with the number of studies that are newly done.
@@ -237,8 +240,8 @@ def make_study(out: Path, settings: CohortSettings, seed: int, index: int) -> li
     common: dict[str, Any] = {"study_id": study, "patient_id": patient, **{name: getattr(report, name) for name in TEXT_COLUMNS}}
     common |= {**labels(facts), **person, "origin": "synthetic"}
     rows = []
-    frontal = "AP" if rng.random() < AP_SHARE else "PA"
-    for view in (frontal, *(["lateral"] if settings.lateral else [])):
+    views: list[View] = ["AP" if rng.random() < AP_SHARE else "PA", *cast("list[View]", ["lateral"] if settings.lateral else [])]
+    for view in views:
         shot = project(phantom, view, rng)
         path = f"xray/{study}_{view}.dcm"
         write_radiograph_dicom(

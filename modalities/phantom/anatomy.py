@@ -3,21 +3,22 @@
 Frame and arrays as in :mod:`modalities.phantom.grid` (x left, y posterior, z down, mm; arrays (S, H, W)).
 
 Sources of the ranges: inner chest width 28 cm (men), 25 cm (women) and cardiothoracic ratio 0.45 +- 0.03, upper limit 0.50: Danzer, Am J
-Med Sci 1919, and Brakohiapa et al., PLoS ONE 2021; aortic arch growing by about 1 mm a decade: Wolak et al., JACC Imaging 2008; aerated
-lung -700 to -900 HU, soft tissue 20 to 60, fat -120 to -80, cancellous vertebral bone 100 to 250 falling with age, cortex 300 to 1500:
-Hounsfield scale as tabulated by Kalender, Computed Tomography (2011), and Jang et al., Radiology 2019 (spine); rib count, slope and a
-cortex of about 1 mm round marrow: Gray's Anatomy; tree of vessels by Murray's law: PNAS 1926.
+Med Sci 1919, and Brakohiapa et al., Pan Afr Med J 2017; aortic arch that grows by about 1 mm a decade: Wolak et al., JACC Imaging 2008;
+aerated lung -700 to -900 HU, soft tissue 20 to 60, fat -120 to -80, cancellous vertebral bone 100 to 250 falling with age, cortex 300 to
+1500: Hounsfield scale as tabulated by Kalender, Computed Tomography (2011), and Jang et al., Radiology 2019 (spine); rib count, slope and
+a cortex of about 1 mm round marrow: Gray's Anatomy; tree of vessels by Murray's law: PNAS 1926.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from medvl.types import Fact
-from modalities.phantom.grid import Bool, Box, Float, Grid, blend, cover, polyline, smooth_noise, splat, spline, tubes
+from modalities.phantom.grid import Bool, Box, Float, Grid, axis_box, blend, cover, polyline, smooth_noise, splat, spline, tubes
 
 SIDES = {"right": -1.0, "left": 1.0}
 """Sign of x on each side of the patient."""
@@ -208,7 +209,7 @@ def _body(grid: Grid, a: Anatomy, z: Float, y: Float, x: Float, half_width: Floa
 
 
 def _radius(px: Float, py: Float) -> Float:
-    """Radial coordinate of a cross-section a little squarer than an ellipse, 1 on its border; ``px`` and ``py`` are (x / a)^2, (y / b)^2."""
+    """Radial coordinate of a cross-section a little squarer than an ellipse, 1 on its border; ``px`` is (x / a)^2, ``py`` (y / b)^2."""
     f = px + py
     f -= (np.float32(0.45) * np.minimum(px, 1.6)) * np.minimum(py, 1.6)
     return np.sqrt(f, out=f)
@@ -231,7 +232,7 @@ def ellipsoid(grid: Grid, centre: NDArray[np.float64], radii: NDArray[np.float64
     """Box and approximate signed distance (mm, positive inside) of an ellipsoid; ``angle`` turns it in the coronal plane, z towards x."""
     reach = np.array([max(radii[0], radii[2]), radii[1], max(radii[0], radii[2])]) if angle else radii
     box = grid.box(centre - reach - 6, centre + reach + 6)
-    z, y, x = (axis[tuple(b if axis.shape[i] > 1 else slice(None) for i, b in enumerate(box))] for axis in grid.axes_mm())
+    z, y, x = (axis[axis_box(axis, box)] for axis in grid.axes_mm())
     dz, dy, dx = z - np.float32(centre[0]), y - np.float32(centre[1]), x - np.float32(centre[2])
     c, s = np.float32(np.cos(angle)), np.float32(np.sin(angle))
     u, v = c * dz - s * dx, s * dz + c * dx  # (s, 1, w)
@@ -287,7 +288,8 @@ def _cavity(
         bow = np.where(sign * (x - xc) < 0, np.minimum(0.35 * bow, 0.35 * rise), np.minimum(bow, 3.2 * rise))  # flatter medially
         sulcus = ((y + 12) / (0.82 * a.half_depth)) ** 2 * np.float32(1.25 * rise)
         chest.dome_z[side] = (np.float32(a.dome_z[index]) + bow + sulcus).astype(np.float32)
-        chest.hilum[side] = np.array([-24.0 * s + (6 if side == "right" else -6), 6.0, a.shift * 0.7 + sign * (30 if side == "right" else 32)])
+        lower, wide = (6, 30) if side == "right" else (-6, 32)  # the left hilum is the higher one
+        chest.hilum[side] = np.array([-24.0 * s + lower, 6.0, a.shift * 0.7 + sign * wide])
     is_left = off > 0  # (s, 1, w)
     low = slice(int(np.searchsorted(z.ravel(), min(float(d.min()) for d in chest.dome_z.values()) - 4)), None)
     dome = np.where(is_left[low], chest.dome_z["left"], chest.dome_z["right"])
@@ -387,7 +389,7 @@ def _heart(chest: Chest, air: Float) -> None:
 RIB_END = {11: 1.55, 12: 1.1}  # floating ribs stop on the flank
 
 
-def rib_curve(a: Anatomy, rib: int, angle: NDArray[np.float64]) -> NDArray[np.float64]:
+def rib_curve(a: Anatomy, rib: int, angle: NDArray[Any]) -> NDArray[np.float64]:
     """Height z of the middle of a rib (1 to 12) at angles from the spine (0) round to the front; falls, then its cartilage climbs."""
     head = a.apex_z - 6 + (rib - 1) * 22.8 * a.scale
     drop = min(26 + 13 * (rib - 1), 92) * a.rib_drop * a.scale
@@ -510,7 +512,7 @@ def _spine_and_sternum(chest: Chest) -> None:
     blend(part, arch, 260.0)
     # sternum: a plate on the front wall
     box = grid.box((-115 * a.scale, -150, -26), (45 * a.scale, -20, 26))
-    z, y, x = (v[tuple(b if v.shape[i] > 1 else slice(None) for i, b in enumerate(box))] for i, v in ((0, grid.axes_mm()[0]), (1, grid.axes_mm()[1]), (2, grid.axes_mm()[2])))  # fmt: skip
+    z, y, x = (axis[axis_box(axis, box)] for axis in grid.axes_mm())
     _, depth = cage_profile(a, z)
     front = cage_centre_y(a, z) - depth - 7
     half = np.where(z < -70 * a.scale, 24, 17).astype(np.float32)
@@ -575,8 +577,8 @@ def _airways(chest: Chest) -> None:
     right, left = chest.hilum["right"], chest.hilum["left"]
     for path, radius in (
         (trachea, 8.6 if a.sex == "M" else 7.4),
-        (np.array([c, 0.5 * (c + right) + [0, 0, -2], right + [2, 4, -6]]), 6.2),
-        (np.array([c, 0.5 * (c + left) + [2, 2, 0], left + [10, 6, 6]]), 5.4),
+        (np.stack([c, 0.5 * (c + right) - np.array([0, 0, 2]), right + np.array([2, 4, -6])]), 6.2),
+        (np.stack([c, 0.5 * (c + left) + np.array([2, 2, 0]), left + np.array([10, 6, 6])]), 5.4),
     ):
         box, share = splat(chest.grid, *polyline(spline(path), radius, rings=4))
         blend(chest.hu[box], np.minimum(share * 1.15, 1), AIR_HU)

@@ -31,7 +31,7 @@ class Phantom:
 
     @property
     def sex(self) -> str:
-        """ "F" or "M"."""
+        """F or M."""
         return self.anatomy.sex
 
     @property

@@ -30,7 +30,7 @@ from modalities.phantom.anatomy import (
     overlap,
     rib_curve,
 )
-from modalities.phantom.grid import Float, blend, cover, polyline, smooth_noise, smoothstep, splat, spline
+from modalities.phantom.grid import Float, axis_box, blend, cover, polyline, smooth_noise, smoothstep, splat, spline
 
 SEVERITIES: tuple[Severity, ...] = ("mild", "moderate", "severe")
 FLUID_HU, LUNG_SOLID_HU, COLLAPSED_HU = 8.0, 32.0, 48.0
@@ -99,7 +99,9 @@ def _fact_side(side: str) -> Side:
 
 
 def _cardiomegaly(rng: np.random.Generator, a: Anatomy, names: frozenset[str]) -> tuple[Anatomy, Plan]:
-    """Cardiothoracic ratio over 0.50 (Danzer 1919); mild to 0.55, moderate to 0.60, severe to 0.68 (Brakohiapa et al. 2021 for the range)."""
+    """Cardiothoracic ratio over 0.50 (Danzer 1919); mild to 0.55, moderate to 0.60, severe to 0.67, as in series of adults
+    (Brakohiapa et al., Pan Afr Med J 2017).
+    """
     severity = _severity(rng, (0.35, 0.4, 0.25))
     low, high = {"mild": (0.515, 0.55), "moderate": (0.55, 0.60), "severe": (0.60, 0.67)}[severity]
     a = replace(a, cardiothoracic_ratio=float(rng.uniform(low, high)), heart_angle=max(a.heart_angle - 0.12, 0.35), vessel=a.vessel * 1.05)
@@ -114,9 +116,9 @@ def _cardiomegaly(rng: np.random.Generator, a: Anatomy, names: frozenset[str]) -
 
 
 def _emphysema(rng: np.random.Generator, a: Anatomy, names: frozenset[str]) -> tuple[Anatomy, Plan]:
-    """Hyperinflated: low flat domes (rise under 15 mm: Reich et al., AJR 1985; West), barrel chest, slim heart; lung below -950 HU in patches.
+    """Hyperinflated: low flat domes (rise under 15 mm: Reich et al., AJR 1985), barrel chest, slim heart; patches of lung below -950 HU.
 
-    Extent of low attenuation 6 to 14 %, 14 to 30 %, over 30 % for mild, moderate, severe (Lynch et al., Radiology 2015 for the classes).
+    Mild, moderate and severe differ in extent and in hyperinflation (classes after Lynch et al., Radiology 2015).
     """
     severity = _severity(rng, (0.3, 0.4, 0.3))
     degree = {"mild": 0.45, "moderate": 0.75, "severe": 1.0}[severity]
@@ -139,13 +141,14 @@ def _emphysema(rng: np.random.Generator, a: Anatomy, names: frozenset[str]) -> t
         patches = smoothstep((smooth_noise(r, chest.noise.shape, (15, 10, 16)) + 1.1 * zone + np.float32(2.4 * degree - 1.55)) * 1.3)
         region = chest.region
         affected = np.zeros(region.shape, dtype=bool)
+        near_wall = (chest.wall_mm > 2) & (chest.wall_mm < 30)
         for side in SIDES:
             share = patches * chest.lung[side]
             share *= region < -600  # vessels stay
             blend(region, share, -968.0)
             affected |= share > 0.5
             for _ in range(bullae):
-                spot = _spot(chest, r, side, lambda c: (c.wall_mm > 2) & (c.wall_mm < 30) & (c.z < (0 if upper else 60)))
+                spot = _spot(chest, r, side, near_wall & (chest.z < (0 if upper else 60)))
                 if spot is None:
                     continue
                 radius = float(np.clip(r.lognormal(2.3, 0.45), 5, 34))
@@ -263,7 +266,7 @@ def _consolidation(rng: np.random.Generator, a: Anatomy, names: frozenset[str]) 
         for where, which in sides:
             region, lung = chest.region, chest.lung[where]
             here = lobe(chest, where, which) * lung
-            spot = _spot(chest, r, where, lambda c, h=here: (h > 0.8) & (c.wall_mm > 8))
+            spot = _spot(chest, r, where, (here > 0.8) & (chest.wall_mm > 8))
             if spot is None:
                 continue
             scale = radius
@@ -351,8 +354,8 @@ def _collapsed_lobe(chest: Chest, side: str, name: str, extent: float) -> Float:
 
 
 def _lung_nodule(rng: np.random.Generator, a: Anatomy, names: frozenset[str]) -> tuple[Anatomy, Plan]:
-    """Diameter as in the JSRT set, 5 to 60 mm with mean 17.3 (Shiraishi et al., AJR 2000), no smaller than the 9 mm below which soft nodules
-    are not seen on radiographs (Kundel, Invest Radiol 1981) unless calcified; one in eight is (granuloma, 250 to 600 HU).
+    """Diameter as in the JSRT set, 5 to 60 mm with mean 17.3 (Shiraishi et al., AJR 2000), no smaller than the 9 mm below which soft
+    nodules are hardly seen on radiographs (Kundel, Radiology 1981) unless calcified; one in eight is (granuloma, 250 to 600 HU).
     """
     count = 1 if rng.random() < 0.85 else 2
     nodules = []
@@ -365,7 +368,7 @@ def _lung_nodule(rng: np.random.Generator, a: Anatomy, names: frozenset[str]) ->
         region = chest.region
         for side, size, hu in nodules:
             radius = size / 2
-            spot = _spot(chest, r, side, lambda c, q=radius, w=side: (c.wall_mm > q + 1.5) & (region < -650) & _projected_lung(c, w))
+            spot = _spot(chest, r, side, (chest.wall_mm > radius + 1.5) & (region < -650) & _projected_lung(chest, side))
             if spot is None:
                 continue
             box, dist = ellipsoid(chest.grid, spot, radius * r.uniform(0.88, 1.12, 3))
@@ -402,9 +405,9 @@ def _nearest(chest: Chest, spot: NDArray[np.float64]) -> int:
     return int(np.ravel_multi_index(index, chest.wall_mm.shape))
 
 
-def _spot(chest: Chest, rng: np.random.Generator, side: str, where: Callable[[Chest], NDArray[np.bool_]]) -> NDArray[np.float64] | None:
+def _spot(chest: Chest, rng: np.random.Generator, side: str, where: NDArray[np.bool_]) -> NDArray[np.float64] | None:
     """A random point (z, y, x) of the lung where the condition holds; None if there is none."""
-    allowed = np.flatnonzero((chest.lung[side] > 0.6) & where(chest))
+    allowed = np.flatnonzero((chest.lung[side] > 0.6) & where)
     pick = rng.random()
     if not len(allowed):
         return None
@@ -508,8 +511,8 @@ ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "
 
 
 def _rib_fracture(rng: np.random.Generator, a: Anatomy, names: frozenset[str]) -> tuple[Anatomy, Plan]:
-    """One to five neighbouring ribs, mostly the fourth to ninth and lateral (Talbot et al., RadioGraphics 2017), offset or displaced by more
-    than a tenth of the rib's height up to no contact (Chest Wall Injury Society taxonomy: Edwards et al., J Trauma 2020).
+    """One to five neighbouring ribs, mostly the fourth to ninth and lateral (Talbot et al., RadioGraphics 2017), offset or displaced by
+    more than a tenth of the rib's height up to no contact (Chest Wall Injury Society taxonomy: Edwards et al., J Trauma 2020).
     """
     side = _side(rng)
     count = int(rng.choice([1, 2, 3, 4, 5], p=(0.14, 0.2, 0.26, 0.22, 0.18)))
@@ -563,13 +566,14 @@ def _rib_fracture(rng: np.random.Generator, a: Anatomy, names: frozenset[str]) -
 
 DEVICES = ("pacemaker", "central venous catheter", "endotracheal tube", "nasogastric tube", "chest tube")
 METAL_HU, BARIUM_HU, CATHETER_HU, PLASTIC_HU = 9000.0, 8000.0, 4000.0, 700.0
-"""On the extended scale (12-bit CT stops at 3071): titanium and lead wires; the stripe of tubes, about 20 to 30 % barium sulphate by weight (barium
-8.5 cm2/g at 60 keV, NIST: seven times water and more); thin catheters of 20 % barium with their lumen; PVC tubing."""
+"""On the extended scale (12-bit CT stops at 3071): titanium and lead wires; the stripe of tubes, about 20 to 30 % barium sulphate by
+weight (barium 8.5 cm2/g at 60 keV, NIST: seven times water and more); thin catheters of 20 % barium with their lumen; PVC tubing."""
 
 
 def _support_device(rng: np.random.Generator, a: Anatomy, names: frozenset[str]) -> tuple[Anatomy, Plan]:
     """One to three devices that occur together: intensive-care lines, a chest tube with a pneumothorax, a pacemaker (generator 45 x 50 x 8
-    mm, left in five of six); catheters 2 to 3 mm, tracheal tubes 10 to 11, gastric 5, chest tubes 8 to 11 mm across (Godoy et al., AJR 2012).
+    mm, left in five of six); catheters 2 to 3 mm, tracheal tubes 10 to 11, gastric 5, chest tubes 8 to 11 mm across (Godoy et al., AJR
+    2012).
     """
     weights = np.array([0.3, 0.26, 0.16, 0.14, 0.14])
     if "pneumothorax" in names:
@@ -623,7 +627,7 @@ def _pacemaker(chest: Chest, rng: np.random.Generator, side: str) -> None:
     y0 = float(cage_centre_y(a, np.float32(z0))) - depth * np.sqrt(max(1 - (x0 / max(width, abs(x0) + 8)) ** 2, 0.05)) - 14
     size = rng.uniform(0.9, 1.1)
     box = chest.grid.box((z0 - 34, y0 - 14, x0 - 34), (z0 + 34, y0 + 14, x0 + 34))
-    z, y, x = (v[tuple(b if v.shape[i] > 1 else slice(None) for i, b in enumerate(box))] for i, v in enumerate(chest.grid.axes_mm()))
+    z, y, x = (axis[axis_box(axis, box)] for axis in chest.grid.axes_mm())
     tilt = rng.uniform(-0.4, 0.4)
     u, v = (z - z0) * np.cos(tilt) - (x - x0) * np.sin(tilt), (z - z0) * np.sin(tilt) + (x - x0) * np.cos(tilt)
     round_square = 1 - (np.abs(u / (22 * size)) ** 3 + np.abs(v / (25 * size)) ** 3) ** (1 / 3)
@@ -640,15 +644,13 @@ def _pacemaker(chest: Chest, rng: np.random.Generator, side: str) -> None:
     factor, _, left_edge = heart_extent(a)
     tip = np.array([chest.heart_centre[0] + 24 * factor, chest.heart_centre[1] - 10, a.shift + 0.62 * (left_edge - a.shift)])
     loop = np.array([z0 - 34 * size, y0 + 6, x0 - sign * 2])
-    _tube(chest, np.array([header, loop, vein, brachio, cava, atrium, chest.heart_centre + [14 * factor, -6, -14], tip]), 1.0, METAL_HU)
+    valve = chest.heart_centre + np.array([14 * factor, -6.0, -14.0])
+    lead = np.stack([header, loop, vein, brachio, cava, atrium])
+    _tube(chest, np.concatenate([lead, [valve, tip]]), 1.0, METAL_HU)
     if rng.random() < 0.65:
         appendage = chest.heart_centre + np.array([-20.0 * factor, -18.0, -12.0])
-        _tube(
-            chest,
-            np.array([header, loop + [2, 0, 3], vein + [3, 0, 0], brachio + [3, 0, 0], cava + [0, 2, 2], atrium, appendage]),
-            1.0,
-            METAL_HU,
-        )
+        beside = np.array([[0.0, 0, 0], [2, 0, 3], [3, 0, 0], [3, 0, 0], [0, 2, 2], [0, 0, 0]])
+        _tube(chest, np.concatenate([lead + beside, [appendage]]), 1.0, METAL_HU)
 
 
 def _central_line(chest: Chest, rng: np.random.Generator, side: str) -> None:
@@ -680,7 +682,8 @@ def _nasogastric(chest: Chest, rng: np.random.Generator, side: str) -> None:
     knots = np.array(
         [
             [-191, 12, a.shift_top * 0.3 + 3], [-120 * s, 26, a.shift_top + 4], [-50 * s, 30, a.shift_top * 0.5 + a.shift * 0.5 + 2],
-            [30 * s, 24, a.shift + 7], [dome + 4, 8, 22 + a.shift * 0.6], [dome + 38, -12, rng.uniform(44, 62)], [dome + 62, -20, rng.uniform(30, 64)],
+            [30 * s, 24, a.shift + 7], [dome + 4, 8, 22 + a.shift * 0.6],
+            [dome + 38, -12, rng.uniform(44, 62)], [dome + 62, -20, rng.uniform(30, 64)],
         ]
     )  # fmt: skip
     _tube(chest, knots, 2.6, BARIUM_HU, stripe_mm=0.75)
@@ -691,7 +694,7 @@ def _chest_tube(chest: Chest, rng: np.random.Generator, side: str) -> None:
     a, sign = chest.anatomy, SIDES[side]
     z0 = rng.uniform(5, 45)
     heights = np.array([z0, z0 - 22, z0 - 60, a.apex_z + rng.uniform(28, 55)])
-    width, depth = cage_profile(a, heights.astype(np.float32))
+    width, _ = cage_profile(a, heights.astype(np.float32))
     inward = np.array([1.0, 0.84, 0.78, 0.62])
     x = sign * width * inward
     y = cage_centre_y(a, heights.astype(np.float32)) + np.array([0, 4, 10, 8])

@@ -16,7 +16,7 @@ Bool = NDArray[np.bool_]
 Box = tuple[slice, slice, slice]
 
 FIELD_OF_VIEW_MM = 352.0
-"""Height and width of the grid: what a detector of 35 x 43 cm behind a chest magnified 1.07 to 1.2 times sees of the patient, collimated."""
+"""Height and width of the grid: what a collimated detector of 35 x 43 cm sees of a chest magnified 1.07 to 1.2 times."""
 DEPTH_MM = 307.2
 """Anterior to posterior extent; holds an obese chest (soft tissue included)."""
 
@@ -72,6 +72,13 @@ class Grid:
             last = min(max(int(np.ceil(high / step + n / 2)), first + 1), n)
             slices.append(slice(first, last))
         return slices[0], slices[1], slices[2]
+
+
+def axis_box(axis: Float, box: Box) -> Box:
+    """The part of ``box`` that cuts one of :meth:`Grid.axes_mm`, whose other two dimensions are 1."""
+    whole = slice(None)
+    along = [cut if n > 1 else whole for cut, n in zip(box, axis.shape, strict=True)]
+    return along[0], along[1], along[2]
 
 
 def cover(signed_mm: Float, width_mm: float) -> Float:

@@ -7,7 +7,7 @@ patient is dense (MONOCHROME2 sense). PA and AP are shown with the patient's lef
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,7 @@ from modalities.phantom.grid import Bool, Float
 View = Literal["PA", "AP", "lateral"]
 
 MU_WATER_PER_MM = 0.0206
-"""Linear attenuation of water at 60 keV, about the effective energy of a filtered 120 kVp beam: 0.2059 cm2/g (NIST, Hubbell and Seltzer)."""
+"""Linear attenuation of water at 60 keV, about the effective energy of 120 kVp: 0.2059 cm2/g (NIST, Hubbell and Seltzer)."""
 BONE_STEEPNESS = 1.2
 """HU of bone come from CT at about 70 keV; at 60 keV cortical bone (0.3148 cm2/g, 1.92 g/cm3; NIST) attenuates 1.2 times what they say."""
 PHOTONS_PER_MM2_UGY = 30174.0
@@ -97,12 +97,12 @@ def line_integral(volume: Float | Bool, spacing_mm: tuple[float, float, float], 
     size = volume.shape[0]
     solid = volume.dtype == bool
     kind = np.uint8 if solid else np.float32  # a mask's counts per slab are small
-    volume = volume.view(np.uint8) if solid else volume
+    values: NDArray[Any] = volume.view(np.uint8) if solid else volume
     if axis == 1:
-        sums = volume.reshape(size, planes // slab, slab, volume.shape[2]).sum(axis=2, dtype=kind).transpose(1, 0, 2)
+        sums = values.reshape(size, planes // slab, slab, volume.shape[2]).sum(axis=2, dtype=kind).transpose(1, 0, 2)
         across = spacing_mm[2]
     else:
-        sums = volume.reshape(size, volume.shape[1], planes // slab, slab).sum(axis=3, dtype=kind).transpose(2, 0, 1)
+        sums = values.reshape(size, volume.shape[1], planes // slab, slab).sum(axis=3, dtype=kind).transpose(2, 0, 1)
         across = spacing_mm[1]
     at = ((np.arange(planes // slab) + 0.5) * slab - planes / 2) * step  # slab centres along the ray axis, from the grid's middle
     half = planes * step / 2
@@ -148,7 +148,7 @@ def _interpolation(at_mm: NDArray[np.float64], step: float, n: int) -> Float:
         -0.5 * t**2 + 0.5 * t**3,
     )
     weights = np.zeros((*index.shape, n + 4), dtype=np.float32)  # a margin takes what falls outside
-    k, o = np.indices(index.shape, sparse=True)
+    k, o = np.ogrid[: index.shape[0], : index.shape[1]]
     for tap, value in enumerate(taps):
         weights[k, o, np.clip(low + 1 + tap, 0, n + 3)] += value
     return weights[..., 2:-2]
@@ -212,10 +212,10 @@ def _collimation(rng: np.random.Generator, shape: tuple[int, ...], view: View, p
 def _detect(intensity: Float, spacing: float, rng: np.random.Generator) -> NDArray[np.uint16]:
     """Scatter, blur, quantum noise, logarithm and display processing.
 
-    Scatter behind an anti-scatter grid is 0.1 to 0.3 of the primary in lung and about once the primary behind the mediastinum, into which the
-    lungs scatter (Niklason et al., Med Phys 1981);
-    the detector gets 1.5 to 5 uGy under the lungs (speed 400 to 200; EUR 16260). Processing lowers the contrast of large areas and lifts that of
-    detail, as multiscale processing on real systems does (Vuylsteke and Schoeters, SPIE 1994).
+    Scatter behind an anti-scatter grid is 0.1 to 0.3 of the primary in lung and about once the primary behind the mediastinum, into which
+    the lungs scatter (Niklason et al., Med Phys 1981);
+    the detector gets 1.5 to 5 uGy under the lungs (speed 400 to 200; EUR 16260). Processing lowers the contrast of large areas and lifts
+    that of detail, as multiscale processing on real systems does (Vuylsteke and Schoeters, SPIE 1994).
     """
     from scipy import ndimage
 

@@ -4,7 +4,7 @@ import nibabel
 import numpy as np
 import pydicom
 import pytest
-import SimpleITK as sitk
+import SimpleITK
 from pydicom.pixels import apply_voi_lut
 
 from modalities.export import uid, write_ct_series, write_nifti, write_radiograph_dicom
@@ -51,8 +51,8 @@ def test_radiograph_header_says_what_it_is(tmp_path, picture, view, position, or
     assert [float(v) for v in ds.ImagerPixelSpacing] == [2.9, 2.9]
     assert "SYNTHETIC" in ds.ImageComments and "synthetic" in ds.Manufacturer
     assert (ds.PatientSex, ds.PatientAge, ds.StudyDate) == ("F", "061Y", "")
-    image = sitk.ReadImage(str(tmp_path / "x.dcm"))
-    assert np.array_equal(sitk.GetArrayFromImage(image)[0], picture)
+    image = SimpleITK.ReadImage(str(tmp_path / "x.dcm"))
+    assert np.array_equal(SimpleITK.GetArrayFromImage(image)[0], picture)
 
 
 def test_equal_input_gives_equal_bytes_and_no_leftovers(tmp_path, picture, phantom):
@@ -90,8 +90,8 @@ def test_nifti_puts_a_right_effusion_at_the_right(tmp_path):
         phantom = sample_phantom(np.random.default_rng(seed), 32, ["pleural_effusion"])
         if phantom.facts[0].side != "bilateral":
             write_nifti(tmp_path / f"{seed}.nii.gz", phantom.masks["pleural_effusion"], phantom.affine)
-            image = sitk.ReadImage(str(tmp_path / f"{seed}.nii.gz"))
-            index = np.argwhere(sitk.GetArrayFromImage(image) > 0).mean(axis=0)[::-1]
+            image = SimpleITK.ReadImage(str(tmp_path / f"{seed}.nii.gz"))
+            index = np.argwhere(SimpleITK.GetArrayFromImage(image) > 0).mean(axis=0)[::-1]
             left = image.TransformContinuousIndexToPhysicalPoint(index.tolist())[0]  # LPS
             assert (left < 0) == (phantom.facts[0].side == "right")
             return
@@ -100,12 +100,12 @@ def test_nifti_puts_a_right_effusion_at_the_right(tmp_path):
 
 def test_ct_series_is_the_volume_for_another_reader(tmp_path, phantom):
     write_ct_series(tmp_path / "ct", phantom.volume_hu, phantom.affine, **WHO)
-    reader = sitk.ImageSeriesReader()
+    reader = SimpleITK.ImageSeriesReader()
     names = reader.GetGDCMSeriesFileNames(str(tmp_path / "ct"))
     assert len(names) == 32
     reader.SetFileNames(names)
     image = reader.Execute()
-    array = sitk.GetArrayFromImage(image)  # sorted by position, which runs from inferior to superior here
+    array = SimpleITK.GetArrayFromImage(image)  # sorted by position, which runs from inferior to superior here
     for s, h, w in [(0, 0, 0), (31, 15, 31), (20, 9, 5), (7, 11, 30)]:
         world = (phantom.affine @ [s, h, w, 1])[:3] * [-1, -1, 1]
         at = image.TransformPhysicalPointToIndex(world.tolist())
