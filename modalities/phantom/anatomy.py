@@ -386,6 +386,7 @@ def _heart(chest: Chest, air: Float) -> None:
     chest.heart_centre = base + np.array([0.0, -18.0, 12.0])
 
 
+RIB_THICKNESS = 8.5  # from the inner to the outer surface
 RIB_END = {11: 1.55, 12: 1.1}  # floating ribs stop on the flank
 
 
@@ -412,32 +413,27 @@ def _ribs(chest: Chest, fractures: tuple[Fracture, ...]) -> None:
     width, depth = np.maximum(width, 4), np.maximum(depth, 4)
     px, py = (x / width) ** 2, ((y - centre) / depth) ** 2
     f = _radius(px, py)
-    reach = 0.5 * (width + depth)
-    out = (f - 1) * reach  # mm outside the inner surface
-    thick = np.float32(8.5)
-    shell = cover(thick / 2 - np.abs(out - thick / 2), 4.0)
+    f -= 1
+    f *= 0.5 * (width + depth)  # mm outside the inner surface
+    f -= RIB_THICKNESS / 2
+    shell = cover(np.float32(RIB_THICKNESS / 2) - np.abs(f, out=f), 4.0)
+    sides = [_rib_map(chest, z.ravel(), side, fractures) for side in SIDES]
+    coverage, density, broken = (np.concatenate(pair, axis=1) for pair in zip(*sides, strict=True))
+    angle = np.arctan2(np.abs(x) * np.float32(a.half_depth / a.half_width), y - np.float32(4.0))[0]  # 0 at the spine, pi in front
+    bins = np.clip((angle * (SHELL_BINS / np.pi)).astype(np.int32), 0, SHELL_BINS - 1) + SHELL_BINS * (x[0] > 0)  # (h, w): right, then left
+    shell *= np.take(coverage, bins, axis=1)
     where = np.flatnonzero(shell > 0.02)
-    _, n_y, n_x = shell.shape
-    zi, rest = np.divmod(where, n_y * n_x)
-    angle = np.arctan2(np.abs(x) * np.float32(a.half_depth / a.half_width), y - np.float32(4.0))  # 0 at the spine, pi in front
-    bins = np.clip((angle * (SHELL_BINS / np.pi)).astype(np.int64), 0, SHELL_BINS - 1)[0]
-    flat_bin = bins.ravel()[rest]
-    left = np.broadcast_to(x[0] > 0, (n_y, n_x)).ravel()[rest]
-    maps = {side: _rib_map(chest, z.ravel(), side, fractures) for side in SIDES}
-    rib = np.where(left, maps["left"][0][zi, flat_bin], maps["right"][0][zi, flat_bin])
-    density = np.where(left, maps["left"][1][zi, flat_bin], maps["right"][1][zi, flat_bin])
-    yi, xi = np.divmod(rest, n_x)
+    zi, rest = np.divmod(where, bins.size)
+    cell = (zi, bins.ravel()[rest])
+    yi, xi = np.divmod(rest, bins.shape[1])
     _, rows, columns = grid.shape
     at = ((zi + box[0].start) * rows + (yi + box[1].start)) * columns + (xi + box[2].start)
     flat = chest.hu.reshape(-1)  # a view
-    old = flat[at]
-    flat[at] = old + shell.reshape(-1)[where] * rib * (density - old)
+    old, share = flat[at], shell.reshape(-1)[where]
+    flat[at] = old + share * (density[cell] - old)
     if fractures:
-        broken = np.where(left, maps["left"][2][zi, flat_bin], maps["right"][2][zi, flat_bin]) & (shell.reshape(-1)[where] > 0.4)
-        inside = np.zeros(shell.size, dtype=bool)
-        inside[where[broken]] = True
         mask = np.zeros(grid.shape, dtype=bool)
-        mask[box] = inside.reshape(shell.shape)
+        mask.reshape(-1)[at[broken[cell] & (share > 0.12)]] = True
         chest.fracture_mask, chest.fractures = mask, fractures
 
 
@@ -580,7 +576,7 @@ def _airways(chest: Chest) -> None:
         (np.stack([c, 0.5 * (c + right) - np.array([0, 0, 2]), right + np.array([2, 4, -6])]), 6.2),
         (np.stack([c, 0.5 * (c + left) + np.array([2, 2, 0]), left + np.array([10, 6, 6])]), 5.4),
     ):
-        box, share = splat(chest.grid, *polyline(spline(path), radius, rings=4))
+        box, share = splat(chest.grid, *polyline(spline(path), radius, rings=3))
         blend(chest.hu[box], np.minimum(share * 1.15, 1), AIR_HU)
 
 

@@ -141,6 +141,10 @@ def tubes(
     length = np.linalg.norm(along, axis=1)
     count = max(2, int(np.ceil(float(length.max(initial=1.0)) / step_mm)))
     at = (np.arange(count) + 0.5) / count
+    centre = start[:, None] + along[:, None] * at[None, :, None]  # (N, count, 3)
+    section = np.pi * radius_mm**2 * length
+    if rings == 0:
+        return centre.reshape(-1, 3), np.repeat(section / count, count)
     axis = along / np.maximum(length, 1e-6)[:, None]
     helper = np.where(np.abs(axis[:, :1]) < 0.7, np.array([[1.0, 0.0, 0.0]]), np.array([[0.0, 1.0, 0.0]]))
     e1 = np.cross(axis, helper)
@@ -152,17 +156,15 @@ def tubes(
         spread = ring / (rings + 0.5)
         disc += list(zip((spread * np.cos(angle)).tolist(), (spread * np.sin(angle)).tolist(), strict=True))
     u, v = np.array(disc).T
-    centre = start[:, None] + along[:, None] * at[None, :, None]  # (N, count, 3)
     across = radius_mm[:, None, None] * (u[None, :, None] * e1[:, None] + v[None, :, None] * e2[:, None])  # (N, disc, 3)
     points = (centre[:, :, None] + across[:, None, :]).reshape(-1, 3)
-    share = np.pi * radius_mm**2 * length / (count * len(u))
-    return points, np.repeat(share, count * len(u))
+    return points, np.repeat(section / (count * len(u)), count * len(u))
 
 
 def polyline(points_mm: NDArray[np.float64], radius_mm: float, rings: int = 1) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """:func:`tubes` along a path of (N, 3) points."""
     n = len(points_mm) - 1
-    return tubes(points_mm[:-1], points_mm[1:], np.full(n, radius_mm), rings=rings)
+    return tubes(points_mm[:-1], points_mm[1:], np.full(n, radius_mm), step_mm=max(0.9, 0.3 * radius_mm), rings=rings)
 
 
 def spline(knots_mm: NDArray[np.float64], step_mm: float = 4.0) -> NDArray[np.float64]:
