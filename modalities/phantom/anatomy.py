@@ -421,6 +421,10 @@ def _ribs(chest: Chest, fractures: tuple[Fracture, ...]) -> None:
     coverage, density, broken = (np.concatenate(pair, axis=1) for pair in zip(*sides, strict=True))
     angle = np.arctan2(np.abs(x) * np.float32(a.half_depth / a.half_width), y - np.float32(4.0))[0]  # 0 at the spine, pi in front
     bins = np.clip((angle * (SHELL_BINS / np.pi)).astype(np.int32), 0, SHELL_BINS - 1) + SHELL_BINS * (x[0] > 0)  # (h, w): right, then left
+    if fractures:  # the ends and the gap between them
+        mask = np.zeros(grid.shape, dtype=bool)
+        mask[box] = np.take(broken, bins, axis=1) & (shell > 0.4)
+        chest.fracture_mask, chest.fractures = mask, fractures
     shell *= np.take(coverage, bins, axis=1)
     where = np.flatnonzero(shell > 0.02)
     zi, rest = np.divmod(where, bins.size)
@@ -431,10 +435,6 @@ def _ribs(chest: Chest, fractures: tuple[Fracture, ...]) -> None:
     flat = chest.hu.reshape(-1)  # a view
     old, share = flat[at], shell.reshape(-1)[where]
     flat[at] = old + share * (density[cell] - old)
-    if fractures:
-        mask = np.zeros(grid.shape, dtype=bool)
-        mask.reshape(-1)[at[broken[cell] & (share > 0.12)]] = True
-        chest.fracture_mask, chest.fractures = mask, fractures
 
 
 def _rib_map(chest: Chest, z: Float, side: str, fractures: tuple[Fracture, ...]) -> tuple[Float, Float, Bool]:

@@ -12,8 +12,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from modalities.phantom.anatomy import cage_profile
 from modalities.phantom.chest import Phantom
-from modalities.phantom.grid import Bool, Float
+from modalities.phantom.grid import Bool, Float, Grid, cover
 
 View = Literal["PA", "AP", "lateral"]
 
@@ -175,7 +176,10 @@ def project(phantom: Phantom, view: View, rng: np.random.Generator, geometry: Ge
         geometry: instead of a random one.
     """
     geometry = sample_geometry(rng, view) if geometry is None else geometry
-    path = np.maximum(line_integral(attenuation(phantom.volume_hu), phantom.spacing_mm, geometry), 0)
+    mu = attenuation(phantom.volume_hu)
+    if view == "lateral":
+        _raise_arms(mu, phantom)
+    path = np.maximum(line_integral(mu, phantom.spacing_mm, geometry), 0)
     spacing = pixel_mm(phantom.spacing_mm, phantom.volume_hu.shape, geometry)
     masks = {name: line_integral(mask, phantom.spacing_mm, geometry) for name, mask in phantom.masks.items()}
     ray_step = phantom.spacing_mm[2 if view == "lateral" else 1]
@@ -191,6 +195,14 @@ def project(phantom: Phantom, view: View, rng: np.random.Generator, geometry: Ge
         photometric="MONOCHROME1" if rng.random() < 0.4 else "MONOCHROME2",
         window=(centre, width),
     )
+
+
+def _raise_arms(mu: Float, phantom: Phantom) -> None:
+    """For a lateral the arms go up: nothing beside the trunk is left in the beam."""
+    grid, a = Grid(phantom.volume_hu.shape[0]), phantom.anatomy
+    z, _, x = grid.axes_mm()
+    trunk = np.maximum(cage_profile(a, z)[0], 62.0) + np.float32(9 + a.muscle + a.fat)
+    mu *= cover(trunk - np.abs(x), 6.0)
 
 
 def _collimation(rng: np.random.Generator, shape: tuple[int, ...], view: View, phantom: Phantom, spacing: float) -> tuple[slice, slice]:
