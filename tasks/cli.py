@@ -1,7 +1,7 @@
 """The ``medvl`` command: one group, a module per subcommand, nothing heavy imported before a subcommand runs.
 
-Exit codes: 0 fine, 1 some inputs rejected, 2 usage, 3 internal error. Messages of unexpected exceptions are not shown, only their kind
-and place: they may quote what a file holds.
+Exit codes: 0 fine, 1 some inputs rejected, 2 usage, 3 internal error. An exception that our own code raised by intent says what was wrong
+with the input and what to do, so it is a usage error. Of any other only kind and place are shown: its message may quote what a file holds.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from tasks.commands.phantom import phantom
 from tasks.commands.search import search
 from tasks.commands.train import fit, test, validate
 
+OURS = ("medvl", "modalities", "reports", "tasks")
 BROKEN_PIPE, INTERRUPTED = 141, 130  # 128 + the signal, as shells report it
 
 
@@ -49,16 +50,30 @@ class Guarded(click.Group):
         except Exception as error:
             if ctx.params["debug"]:
                 traceback.print_exc()
-            else:
+            if raised_by_intent(error):
+                raise click.UsageError(str(error)) from error
+            if not ctx.params["debug"]:
                 click.echo(f"medvl: internal error: {_told(error)}; set MEDVL_DEBUG=1 for the traceback", err=True)
             ctx.exit(INTERNAL)
+
+
+def raised_by_intent(error: Exception) -> bool:
+    """Whether a ``raise`` statement in one of our packages wrote the message, or the class is ours: such messages are safe to show."""
+    if type(error).__module__.partition(".")[0] in OURS:
+        return True
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return isinstance(error, (ValueError, LookupError, OSError)) and _is_ours(last.filename) and (last.line or "").startswith("raise ")
+
+
+def _is_ours(file: str) -> bool:
+    root = Path(__file__).parent.parent
+    return any(Path(file).is_relative_to(root / name) for name in OURS)
 
 
 def _told(error: Exception) -> str:
     """Kind and place of an exception, and for the operating system's errors what it said of which path."""
     frames = traceback.extract_tb(error.__traceback__)
-    root = Path(__file__).parent.parent
-    ours = [frame for frame in frames if Path(frame.filename).is_relative_to(root)] or frames
+    ours = [frame for frame in frames if _is_ours(frame.filename)] or frames
     place = f"{Path(ours[-1].filename).name}, line {ours[-1].lineno}"
     if isinstance(error, OSError) and error.strerror:
         return f"{type(error).__name__}: {error.strerror}{f': {error.filename}' if error.filename else ''} ({place})"

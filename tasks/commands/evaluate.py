@@ -86,7 +86,10 @@ def evaluate(
         "bad_rows": len(table.rejected),
     }
     measured["model"] = {"weights_sha256": weights_sha256(model)}
-    measured["prompts"] = {"version": prompt_set.version, "sha256": prompt_set.sha256}
+    left_out = sorted({name for row in rows for name in row.labels} - set(prompt_set.findings))
+    if left_out:
+        click.echo(f"labelled, but without prompts, so not measured: {', '.join(left_out)}", err=True)
+    measured["prompts"] = {"version": prompt_set.version, "sha256": prompt_set.sha256, "labelled_without_prompts": left_out}
     write(predictions, measured, out)
     report_rejected([(bad.path, str(bad)) for bad in table.rejected], f"rows of {manifest}")
     report_rejected([(str(row.path), why) for row, why in predictions.rejected], "images")

@@ -274,6 +274,20 @@ def test_evaluate_reads_a_table_that_names_things_otherwise(tiny: Any, tmp_path:
     assert done.exit_code == 0, done.output
 
 
+def test_evaluate_names_labels_that_it_has_no_prompts_for(tiny: Any, tmp_path: Path) -> None:
+    studies = tmp_path / "studies"
+    shutil.copytree(tiny.folder, studies)
+    table = studies / "manifest.csv"
+    table.write_text(table.read_text().replace(",lung_nodule,", ",dragon_sign,", 1))
+    (tmp_path / "columns.yaml").write_text("labels: [cardiomegaly, dragon_sign]\n")
+    columns = ["--columns", tmp_path / "columns.yaml"]
+    done = medvl("evaluate", "--model", tiny.model, "--manifest", table, *columns, "--out", tmp_path / "o", "--repeats", 0, "--json")
+    assert done.exit_code == 0, done.output
+    told = strict(done.stdout)
+    assert list(told["zero_shot"]["per_finding"]) == ["cardiomegaly"]
+    assert told["prompts"]["labelled_without_prompts"] == ["dragon_sign"] and "dragon_sign" in done.stderr
+
+
 # what is handed on
 
 
@@ -334,6 +348,19 @@ def test_an_internal_error_is_one_line_without_the_message(monkeypatch: pytest.M
     assert done.exit_code == 3 and "Traceback" in done.stderr
     monkeypatch.setenv("MEDVL_DEBUG", "1")
     assert "Traceback" in medvl("diagnose", tiny.png, "--model", tiny.model).stderr
+
+
+def test_what_our_code_refuses_by_intent_is_a_usage_error_with_its_message(monkeypatch: pytest.MonkeyPatch, tiny: Any) -> None:
+    from medvl.data.manifest import read_manifest
+
+    stub = types.ModuleType("medvl.training.cli")
+    stub.run = lambda subcommand, args: read_manifest(args[0])  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "medvl.training.cli", stub)
+    done = medvl("fit", tiny.png)
+    assert done.exit_code == 2 and "expected .csv, .tsv" in done.stderr
+    stub.run = lambda subcommand, args: int("Secret^Name")  # type: ignore[attr-defined]
+    done = medvl("fit", tiny.png)
+    assert done.exit_code == 3 and "ValueError" in done.stderr and "Secret" not in done.output
 
 
 def test_a_reader_that_leaves_early_is_no_internal_error(tiny: Any) -> None:
