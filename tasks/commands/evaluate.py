@@ -67,7 +67,7 @@ def evaluate(
     """
     prompt_set = load_prompt_set(prompts)
     table = load_manifest(manifest, columns)
-    rows = table.select(split=None if split == "all" else split, modality=modality).rows  # type: ignore[arg-type]
+    rows = table.select(split=None if split == "all" else split, modality=modality).rows
     if not rows:
         raise click.UsageError(f"--manifest {manifest}: no {modality} row in split {split} among {len(table)} good rows")
     encoder = load_model(model, device)

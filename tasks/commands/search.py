@@ -63,7 +63,7 @@ def search(
     from tasks.retrieval import build_index, studies_of
     from tasks.retrieval import search as find
 
-    rows = table.select(split=split, modality=modality).rows  # type: ignore[arg-type]
+    rows = table.select(split=split, modality=modality).rows
     studies = studies_of(rows, ReportSentences())
     if not studies:
         raise click.UsageError(f"--index {index}: none of the {len(rows)} rows that were asked for has a report to search")
