@@ -87,7 +87,10 @@ def write_cohort(
     """
     if studies < 1:
         raise ValueError(f"a cohort needs at least one study, got {studies}")
+    from modalities.phantom.grid import Grid
+
     splits = _splits(studies, seed, counts, fractions)
+    Grid(size)  # refuses a size before anything is written
     settings = CohortSettings(seed_digest(seed), size, ct, ct_series, lateral)
     _prepare(out, settings)
     done = {i: rows for i in range(studies) if (rows := _kept(out, study_name(settings, i)))}
@@ -250,6 +253,8 @@ def make_study(out: Path, settings: CohortSettings, seed: int, index: int) -> li
         )  # fmt: skip
         row = {**common, "modality": "xray", "path": path, "view": view}
         for name, mask in shot.masks.items():
+            if not mask.any():  # collimated away
+                continue
             row[f"mask_{name}"] = f"masks/{study}_{view}_{name}.png"
             _write(out / row[f"mask_{name}"], _png(mask))
         rows.append(row)

@@ -190,11 +190,16 @@ def project(phantom: Phantom, view: View, rng: np.random.Generator, geometry: Ge
     return Radiograph(
         pixels=pixels,
         spacing_mm=(spacing, spacing),
-        masks={name: mask[crop] > 0.5 * ray_step for name, mask in masks.items()},
+        masks={name: _shadow(mask, ray_step)[crop] for name, mask in masks.items()},
         view=view,
         photometric="MONOCHROME1" if rng.random() < 0.4 else "MONOCHROME2",
         window=(centre, width),
     )
+
+
+def _shadow(length: Float, step: float) -> Bool:
+    """Pixels whose ray meets a mask: half a voxel of it or, where a voxel or two fell between pixels, half of the most there is."""
+    return length > 0.5 * min(step, float(length.max(initial=0.0)))
 
 
 def _raise_arms(mu: Float, phantom: Phantom) -> None:

@@ -127,6 +127,12 @@ def test_another_cohorts_folder_is_refused(cohort):
         write_cohort(cohort, 0, 3, size=SIZE)
 
 
+def test_an_odd_size_leaves_nothing_behind(tmp_path):
+    with pytest.raises(ValueError, match="multiple of 16"):
+        write_cohort(tmp_path / "new", 2, 3, size=100)
+    assert not (tmp_path / "new").exists()
+
+
 def test_only_mild_lone_findings_are_softened():
     rng = np.random.default_rng(0)
     mild, severe = Fact("edema", "present", severity="mild"), Fact("cardiomegaly", "present", severity="severe")
