@@ -77,6 +77,8 @@ def _told(error: Exception) -> str:
     place = f"{Path(ours[-1].filename).name}, line {ours[-1].lineno}"
     if isinstance(error, OSError) and error.strerror:
         return f"{type(error).__name__}: {error.strerror}{f': {error.filename}' if error.filename else ''} ({place})"
+    if isinstance(error, ImportError) and error.name:
+        return f"{type(error).__name__}: {error.name} ({place})"
     return f"{type(error).__name__} ({place})"
 
 
