@@ -38,6 +38,7 @@ from tasks.commands.common import (
 @click.option("--out", type=click.Path(path_type=Path), required=True, metavar="DIR", help="Where results.json and the tables go.")
 @click.option("--repeats", type=click.IntRange(min=0), default=1000, show_default=True, help="Bootstrap resamples for the intervals.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the resamples.")
+@click.option("--baseline", is_flag=True, help="Train the thumbnail baseline on the table's training labels and show it beside.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True, help="Images encoded at once.")
 @json_option
 @click.pass_context
@@ -53,6 +54,7 @@ def evaluate(
     out: Path,
     repeats: int,
     seed: int,
+    baseline: bool,
     batch_size: int,
     as_json: bool,
 ) -> None:
@@ -78,6 +80,13 @@ def evaluate(
     with progress("images", len(rows)) as advance:
         predictions = predict(encoder, rows, prompt_set, ReportSentences(), batch_size=batch_size, progress=advance)
     measured = results(predictions, repeats=repeats, seed=seed)
+    if baseline:
+        if not table.select(split="train", modality=modality).rows:
+            raise click.UsageError(f"--baseline: {manifest} has no {modality} row in split train to learn from")
+        from tasks.demo import baseline_auroc
+
+        what = "logistic regression on a 16 x 16 thumbnail, trained on labels"
+        measured["baseline"] = {"what": what, **baseline_auroc(encoder, table, predictions)}
     measured["data"] = {
         "manifest_sha256": table.sha256,
         "split": split,
@@ -109,18 +118,22 @@ def show_results(measured: dict[str, Any]) -> None:
     out.print(f"{measured['images']} images of {measured['patients']} patients")
     if zero_shot := measured.get("zero_shot"):
         pointing = measured.get("grounding", {}).get("per_finding", {})
-        numbers = ("AUROC", "95 % interval", "present / n", "pointing game", "masks")
+        baseline = measured.get("baseline", {})
+        numbers = ("AUROC", "95 % CI", *(("baseline",) if baseline else ()), "present / n", "pointing", "masks")
         note = "intervals: 95 %, bootstrap over patients; * not focal, not in the pointing mean"
+        if baseline:
+            note += f"; baseline: {baseline['what']}"
         table = new_table(None, "finding", *numbers, numbers=numbers, whole=("finding",), caption=note)
         for name, one in zero_shot["per_finding"].items():
             at = pointing.get(name)
             points = ("", "") if at is None else (figure(at["pointing_game"]) + ("" if at["focal"] else "*"), str(at["n"]))
-            table.add_row(name, figure(one["auroc"]), interval(one), f"{one['n_positive']} / {one['n']}", *points)
+            simple = (figure(baseline["per_finding"].get(name)),) if baseline else ()
+            table.add_row(name, figure(one["auroc"]), interval(one), *simple, f"{one['n_positive']} / {one['n']}", *points)
         macro_pointing = figure(measured.get("grounding", {}).get("pointing_game_macro"))
         table.add_section()
-        table.add_row(
-            "mean", figure(zero_shot["macro_auroc"]), interval(zero_shot["macro_auroc_interval"]), "", macro_pointing, "", style="bold"
-        )
+        simple = (figure(baseline["macro_auroc"]),) if baseline else ()
+        mean = (figure(zero_shot["macro_auroc"]), interval(zero_shot["macro_auroc_interval"]), *simple)
+        table.add_row("mean", *mean, "", macro_pointing, "", style="bold")
         out.print(table)
     for direction, one in measured.get("retrieval", {}).items():
         numbers = ("recall@1", "recall@5", "recall@10", "chance@10", "median rank")
@@ -138,4 +151,4 @@ def figure(value: float | None) -> str:
 
 def interval(of: dict[str, Any]) -> str:
     """An interval's ends."""
-    return f"{figure(of['ci_low'])} – {figure(of['ci_high'])}"
+    return "–".join("?" if of[end] is None else f"{of[end]:.2f}" for end in ("ci_low", "ci_high"))

@@ -248,6 +248,10 @@ def test_evaluate_writes_results_and_shows_them(tiny: Any, tmp_path: Path) -> No
     assert (tmp_path / "predictions.csv").is_file()
     done = medvl("evaluate", "--model", tiny.model, "--manifest", tiny.manifest, "--out", tmp_path, "--repeats", 20, "--json")
     assert strict(done.stdout) == told
+    done = medvl("evaluate", "--model", tiny.model, "--manifest", tiny.manifest, "--out", tmp_path, "--repeats", 20, "--baseline")
+    assert done.exit_code == 0, done.output
+    beside = strict((tmp_path / "results.json").read_text())["baseline"]
+    assert f"{beside['macro_auroc']:.3f}" in done.stdout and "logistic regression" in done.stdout
 
 
 def test_evaluate_goes_on_without_bad_inputs_and_exits_with_1(tiny: Any, tmp_path: Path) -> None:
