@@ -119,7 +119,7 @@ def show_results(measured: dict[str, Any]) -> None:
     if zero_shot := measured.get("zero_shot"):
         pointing = measured.get("grounding", {}).get("per_finding", {})
         baseline = measured.get("baseline", {})
-        numbers = ("AUROC", "95 % CI", *(("baseline",) if baseline else ()), "present / n", "pointing", "masks")
+        numbers = ("AUROC", "95 % CI", *(("baseline",) if baseline else ()), "present/n", "pointing", "masks")
         note = "intervals: 95 %, bootstrap over patients; * not focal, not in the pointing mean"
         if baseline:
             note += f"; baseline: {baseline['what']}"
@@ -128,7 +128,7 @@ def show_results(measured: dict[str, Any]) -> None:
             at = pointing.get(name)
             points = ("", "") if at is None else (figure(at["pointing_game"]) + ("" if at["focal"] else "*"), str(at["n"]))
             simple = (figure(baseline["per_finding"].get(name)),) if baseline else ()
-            table.add_row(name, figure(one["auroc"]), interval(one), *simple, f"{one['n_positive']} / {one['n']}", *points)
+            table.add_row(name, figure(one["auroc"]), interval(one), *simple, f"{one['n_positive']}/{one['n']}", *points)
         macro_pointing = figure(measured.get("grounding", {}).get("pointing_game_macro"))
         table.add_section()
         simple = (figure(baseline["macro_auroc"]),) if baseline else ()
