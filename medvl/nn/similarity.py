@@ -66,15 +66,10 @@ class TokenSimilarity(Similarity):
 
     def parts(self, images: ImageFeatures, texts: TextFeatures) -> dict[str, Tensor]:
         """Parts ``pooled`` (unless switched off) and ``tokens``."""
-        cosines = token_cosines(images, texts)  # (B, M, N)
         sharpness = self.log_sharpness.clamp(0.0, math.log(100.0)).exp()
-        scaled = cosines * sharpness
-        if images.token_valid is None:
-            count: Tensor | float = float(cosines.shape[-1])
-        else:
-            scaled = scaled.masked_fill(~images.token_valid[:, None], -torch.inf)
-            count = images.token_valid.sum(1, keepdim=True).float()
-        soft_max = (scaled.logsumexp(-1) - torch.as_tensor(count, device=scaled.device).log()) / sharpness
+        scaled = token_cosines(images, texts, sharpness)  # (B, M, N)
+        count = torch.full_like(scaled[:, :1, 0], scaled.shape[-1]) if images.token_valid is None else images.token_valid.sum(1, keepdim=True)
+        soft_max = (scaled.logsumexp(-1).float() - count.float().log()) / sharpness
         parts = {"tokens": soft_max / self.token_temperature()}
         if self.pooled:
             parts["pooled"] = unit(images.pooled) @ unit(texts.pooled).T / self.temperature()
@@ -90,15 +85,22 @@ def unit(x: Tensor) -> Tensor:
     return F.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1)
 
 
-def token_cosines(images: ImageFeatures, texts: TextFeatures) -> Tensor:
-    """(B, M, N) cosines of every token with every text, float32.
+def token_cosines(images: ImageFeatures, texts: TextFeatures, scale: Tensor | float = 1.0) -> Tensor:
+    """(B, M, N) cosines of every token with every text, times ``scale``; -inf for tokens on padding.
+
+    Under autocast the result has its type; scale and padding enter the one matrix product, so the large tensor is written once.
 
     Raises:
         ValueError: the image tower keeps no tokens.
     """
     if images.tokens is None:
         raise ValueError("this image tower keeps no tokens: token similarities and maps need ImageFeatures.tokens")
-    return unit(texts.pooled) @ unit(images.tokens).transpose(1, 2)
+    tokens, words = unit(images.tokens), unit(texts.pooled) * scale
+    words = words.expand(len(tokens), *words.shape)
+    if images.token_valid is None:
+        return words @ tokens.transpose(1, 2)
+    padding = torch.zeros_like(images.token_valid, dtype=tokens.dtype).masked_fill(~images.token_valid, -torch.inf)
+    return torch.baddbmm(padding[:, None], words, tokens.transpose(1, 2))
 
 
 def lay_on_grid(scores: Tensor, images: ImageFeatures) -> Tensor:
@@ -107,4 +109,4 @@ def lay_on_grid(scores: Tensor, images: ImageFeatures) -> Tensor:
         raise ValueError("ImageFeatures.grid is missing: tokens cannot be laid out without it")
     if images.token_valid is not None:
         scores = scores.masked_fill(~images.token_valid[:, None], torch.nan)
-    return scores.unflatten(-1, images.grid)
+    return scores.float().unflatten(-1, images.grid)

@@ -2,7 +2,8 @@
 
 Shapes: B studies, H x W pixels, D embedding width. A residual trunk reads the image at strides 4, 8 and 16 and a top-down path
 (feature pyramid, arXiv:1612.03144) brings what the coarse levels know back to stride 4, so that a nodule of a few pixels has tokens
-of its own.
+of its own. Every halving is by whole cells (pixels to channels, area means), never by a strided 3 x 3 convolution: those are centred
+up and to the left of their cell, and the offsets add up to several pixels in a map.
 """
 
 from __future__ import annotations
@@ -42,21 +43,15 @@ class ConvEncoder(ImageEncoder):
         if len(widths) != len(blocks):
             raise ValueError(f"widths {tuple(widths)} and blocks {tuple(blocks)} differ in length")
         self.embed_dim = embed_dim
-        half = widths[0] // 2
-        self.stem = nn.Sequential(_conv(in_chans, half, stride=2), _conv(half, widths[0], stride=2))
+        self.stem = nn.Sequential(nn.PixelUnshuffle(self.stride), _conv(in_chans * self.stride**2, widths[0]))
         stages, before = [], widths[0]
         for level, (width, depth) in enumerate(zip(widths, blocks, strict=True)):
-            strides = [1 if level == 0 else 2] + [1] * (depth - 1)
-            stages.append(nn.Sequential(*(_Residual(before if i == 0 else width, width, s) for i, s in enumerate(strides))))
+            residual = [_Residual(before if i == 0 else width, width) for i in range(depth)]
+            stages.append(nn.Sequential(*([nn.AvgPool2d(2)] if level else []), *residual))
             before = width
         self.stages = nn.ModuleList(stages)
-        self.lateral = nn.ModuleList(nn.Conv2d(width, embed_dim, 1) for width in widths)
-        self.smooth = nn.Sequential(  # depthwise then pointwise: joins the levels where tokens are many, at a ninth of a full 3 x 3
-            nn.Conv2d(embed_dim, embed_dim, 5, padding=2, groups=embed_dim, bias=False),
-            nn.BatchNorm2d(embed_dim),
-            nn.ReLU(inplace=True),
-            nn.Conv2d(embed_dim, embed_dim, 1),
-        )
+        self.lateral = nn.ModuleList(nn.Conv2d(width, widths[0], 1) for width in widths)
+        self.join = nn.Sequential(_conv(widths[0], widths[0]), nn.Conv2d(widths[0], embed_dim, 1))
         self.pool = nn.Sequential(nn.Dropout(drop_rate), nn.Linear(2 * sum(widths), embed_dim))
 
     def forward(self, batch: ImageBatch) -> ImageFeatures:
@@ -76,25 +71,25 @@ class ConvEncoder(ImageEncoder):
         top = self.lateral[-1](levels[-1])
         for lateral, level in zip(list(self.lateral)[-2::-1], levels[-2::-1], strict=True):
             top = F.interpolate(top, scale_factor=2.0, mode="bilinear", align_corners=False) + lateral(level)
-        tokens = top + self.smooth(top)
+        tokens = self.join(top)
         grid = (tokens.shape[2], tokens.shape[3])
         valid = None if batch.valid is None else cell_valid(batch.valid, grid)
         return ImageFeatures(pooled=pooled, tokens=tokens.flatten(2).transpose(1, 2), grid=grid, token_valid=valid)
 
 
-def _conv(inputs: int, outputs: int, stride: int) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
+def _conv(inputs: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True))
 
 
 class _Residual(nn.Module):
     """Two 3 x 3 convolutions and a shortcut (ResNet basic block, arXiv:1512.03385)."""
 
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
+    def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
-        self.first = _conv(inputs, outputs, stride)
-        self.second = nn.Sequential(nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False), nn.BatchNorm2d(outputs))
-        same = inputs == outputs and stride == 1
-        self.shortcut = nn.Identity() if same else nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+        self.first = _conv(inputs, outputs)
+        self.second = nn.Sequential(nn.Conv2d(outputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs))
+        same = inputs == outputs
+        self.shortcut = nn.Identity() if same else nn.Sequential(nn.Conv2d(inputs, outputs, 1, bias=False), nn.BatchNorm2d(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.second(self.first(x)) + self.shortcut(x))
