@@ -46,9 +46,7 @@ def info_nce_of_logits(logits: Tensor, positives: Tensor, ignore: Tensor | None 
     Source: "Supervised Contrastive Learning", arXiv:2004.11362, eq. 2 (sum outside the log), here in both directions.
     """
     if positives.shape != logits.shape or positives.dtype != torch.bool:
-        raise ValueError(
-            f"positives must be bool of shape {tuple(logits.shape)}, got {positives.dtype} of {tuple(positives.shape)}"
-        )
+        raise ValueError(f"positives must be bool of shape {tuple(logits.shape)}, got {positives.dtype} of {tuple(positives.shape)}")
     if ignore is not None:
         if ignore.shape != logits.shape or ignore.dtype != torch.bool:
             raise ValueError(f"ignore must be bool of shape {tuple(logits.shape)}, got {ignore.dtype} of {tuple(ignore.shape)}")

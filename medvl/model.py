@@ -166,7 +166,9 @@ def load(
     model = DualEncoder(**{name: build(specs[name], base, trust) for name, base in PARTS.items()})  # type: ignore[arg-type]
     weights = (folder / WEIGHTS).read_bytes()
     if hashlib.sha256(weights).hexdigest() != expected_hash:
-        raise ConfigError(f"{folder}: {WEIGHTS} is not the file that {CONFIG} was written for (sha256 differs); one of the two was replaced")
+        raise ConfigError(
+            f"{folder}: {WEIGHTS} is not the file that {CONFIG} was written for (sha256 differs); one of the two was replaced"
+        )
     try:
         model.load_state_dict(from_bytes(weights), strict=True)
     except RuntimeError as error:
@@ -220,7 +222,9 @@ def join(parts: Sequence[ImageFeatures]) -> ImageFeatures:
         values = [getattr(part, name) for part in parts]
         return None if values[0] is None else torch.cat(values)
 
-    return ImageFeatures(pooled=torch.cat([p.pooled for p in parts]), tokens=cat("tokens"), grid=parts[0].grid, token_valid=cat("token_valid"))
+    return ImageFeatures(
+        pooled=torch.cat([p.pooled for p in parts]), tokens=cat("tokens"), grid=parts[0].grid, token_valid=cat("token_valid")
+    )
 
 
 def batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:

@@ -137,7 +137,7 @@ class Configurable:
                 object.__setattr__(self, "_init_args", given)
             original(self, *args, **kwargs)
 
-        cls.__init__ = remembering  # type: ignore[method-assign]
+        cls.__init__ = remembering  # type: ignore[method-assign, assignment]
 
     def spec(self) -> dict[str, Any]:
         """``class_path`` and ``init_args``, ready for JSON.
@@ -183,7 +183,7 @@ class ReportEncoder(Configurable, nn.Module, abc.ABC):
     def forward(self, batch: TextBatch) -> TextFeatures:
         """Encode M texts."""
 
-    def precompute(self, texts: Sequence[str]) -> None:  # noqa: B027 - a tower that caches nothing has nothing to do
+    def precompute(self, texts: Sequence[str]) -> None:
         """Told before training which texts will come, so that a frozen trunk can embed them once."""
 
 

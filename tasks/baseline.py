@@ -42,7 +42,7 @@ def logistic_scores(
         optimizer.zero_grad()
         per_image = F.binary_cross_entropy_with_logits(x @ weight + bias, y, reduction="none")
         loss = (per_image * known).sum() + penalty / 2 * weight.square().sum()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         return loss
 
     optimizer.step(closure)

@@ -68,7 +68,7 @@ def run_demo(out: Path, seed: int = 0, size: DemoSize | None = None, console: Co
     model = load(out / "model")
     manifest = read_manifest(table)
     prompts = load_prompts()
-    test = manifest.select(split="test", modality="xray")
+    test = manifest.select(split="test", modality="xray").rows
     predictions: Predictions = timed("evaluation", lambda: _predict(model, test, prompts, console))
     baseline = timed("baseline", lambda: baseline_auroc(model, manifest, predictions))
     measured = {
@@ -103,7 +103,7 @@ def _phantoms(folder: Path, seed: int, size: DemoSize, console: Console) -> Path
             seed,
             size=size.pixels,
             counts={"train": size.train, "val": size.val, "test": size.test},
-            progress=lambda done=1: progress.advance(task, done),
+            progress=lambda done: progress.advance(task, done),
         )
 
 

@@ -104,6 +104,5 @@ def search(model: DualEncoder, query: str | Path, index: ReportIndex, top: int =
     scores, order = reports[0].sort(descending=True, stable=True)
     best = sentences[0][None].masked_fill(~index.members, -torch.inf).argmax(1)
     return [
-        Hit(rank + 1, index.study_ids[r], float(scores[rank]), index.sentences[int(best[r])])
-        for rank, r in enumerate(order[:top].tolist())
+        Hit(rank + 1, index.study_ids[r], float(scores[rank]), index.sentences[int(best[r])]) for rank, r in enumerate(order[:top].tolist())
     ]

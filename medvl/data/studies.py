@@ -104,7 +104,8 @@ class StudyDataset(Dataset[Item]):
 
         With ``cache`` this also fills the cache. Without, it costs one reading of the data.
         """
-        kept_images, kept_texts = [], []
+        kept_images: list[StudyImage] = []
+        kept_texts: list[tuple[str, ...]] = []
         cache: dict[int, ImageSample] = {}
         for image, texts in zip(self.images, self.texts, strict=True):
             try:

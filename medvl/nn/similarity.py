@@ -68,7 +68,9 @@ class TokenSimilarity(Similarity):
         """Parts ``pooled`` (unless switched off) and ``tokens``."""
         sharpness = self.log_sharpness.clamp(0.0, math.log(100.0)).exp()
         scaled = token_cosines(images, texts, sharpness)  # (B, M, N)
-        count = torch.full_like(scaled[:, :1, 0], scaled.shape[-1]) if images.token_valid is None else images.token_valid.sum(1, keepdim=True)
+        count = (
+            torch.full_like(scaled[:, :1, 0], scaled.shape[-1]) if images.token_valid is None else images.token_valid.sum(1, keepdim=True)
+        )
         soft_max = (scaled.logsumexp(-1).float() - count.float().log()) / sharpness
         parts = {"tokens": soft_max / self.token_temperature()}
         if self.pooled:

@@ -33,7 +33,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         self, path: str | os.PathLike[str], map_location: Any | None = lambda storage, loc: storage, weights_only: bool | None = None
     ) -> dict[str, Any]:
         """Read with ``weights_only=True``, whatever the caller asked."""
-        return torch.load(path, map_location=map_location, weights_only=True)  # type: ignore[no-any-return]
+        return torch.load(path, map_location=map_location, weights_only=True)
 
 
 class ResumePoint(Callback):

@@ -7,6 +7,7 @@ A run's folder holds ``config.yaml`` (the resolved recipe), ``model.safetensors`
 from __future__ import annotations
 
 import logging
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +62,14 @@ class AlignmentCLI(LightningCLI):
         loggers: list[Logger] = [CSVLogger(out, name="logs")]
         if config.tensorboard:
             loggers.append(_tensorboard(out))
-        callbacks: list[Any] = [RichProgressBar(leave=False)]
+        chosen = config.trainer
+        callbacks: list[Any] = [*(chosen.callbacks or [])]
+        if chosen.enable_progress_bar is not False:
+            callbacks.append(RichProgressBar(leave=False))
         if self.subcommand == "fit":
             callbacks += [ResumePoint(out, config.checkpoint_every), KeepBest(out, best=config.keep_best), LearningRateMonitor("step")]
-        chosen = config.trainer
         return super().instantiate_trainer(
-            callbacks=[*(chosen.callbacks or []), *callbacks] if chosen.enable_progress_bar is not False else [*(chosen.callbacks or []), *callbacks[1:]],
+            callbacks=callbacks,
             logger=loggers if chosen.logger is None else chosen.logger,
             plugins=[*(chosen.plugins or []), AtomicCheckpointIO()],
             default_root_dir=str(out),
@@ -131,6 +134,8 @@ def run(subcommand: str, args: list[str]) -> int:
     Returns:
         0, or 1 if some inputs were left out.
     """
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # tips and device lists; what matters is on the console
+    warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
     cli = AlignmentCLI(
         AlignmentModule,
         StudyDataModule,

@@ -127,7 +127,9 @@ class StudyDataModule(L.LightningDataModule):
         """Batches of the epoch that the trainer is in, from the step that it is at; Lightning asks anew every epoch."""
         data = self.sets["train"]
         if not len(data):
-            raise ValueError(f"{self.manifest_path}: no usable {self.modality} image in split 'train'; see {REJECTED} for what was left out")
+            raise ValueError(
+                f"{self.manifest_path}: no usable {self.modality} image in split 'train'; see {REJECTED} for what was left out"
+            )
         trainer = self.trainer
         rank, world = (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
         batches = EpochBatches(len(data), self.batch_size, self.seed, rank=rank, world_size=world)

@@ -83,7 +83,8 @@ def test_one_positive_each_is_the_clip_loss_of_open_clip():
 def test_order_of_the_batch_does_not_matter():
     rng = np.random.default_rng(3)
     logits = torch.from_numpy(rng.standard_normal((6, 10)))
-    positives = torch.from_numpy(rng.random((6, 10)) < 0.3) | torch.eye(6, 10, dtype=torch.bool) | torch.eye(6, 10, dtype=torch.bool).flip(0, 1)
+    eye = torch.eye(6, 10, dtype=torch.bool)
+    positives = torch.from_numpy(rng.random((6, 10)) < 0.3) | eye | eye.flip(0, 1)
     rows, columns = torch.from_numpy(rng.permutation(6)), torch.from_numpy(rng.permutation(10))
     shuffled = info_nce_of_logits(logits[rows][:, columns], positives[rows][:, columns])
     assert shuffled.item() == pytest.approx(info_nce_of_logits(logits, positives).item(), rel=1e-12)
@@ -127,7 +128,8 @@ def test_objective_weighs_the_parts_of_a_similarity():
     parts = {"pooled": torch.randn(3, 3, generator=rng), "tokens": torch.randn(3, 3, generator=rng)}
     positives = torch.eye(3, dtype=torch.bool)
     losses = MultiPositiveInfoNCE({"pooled": 3.0, "tokens": 1.0})(parts, positives)
-    expected = (3 * reference(parts["pooled"].double().numpy(), positives.numpy()) + reference(parts["tokens"].double().numpy(), positives.numpy())) / 4
+    pooled, tokens = (reference(parts[name].double().numpy(), positives.numpy()) for name in ("pooled", "tokens"))
+    expected = (3 * pooled + tokens) / 4
     assert losses["loss"].item() == pytest.approx(expected, rel=1e-6)
     with pytest.raises(ValueError, match="no_such"):
         MultiPositiveInfoNCE({"no_such": 1.0})(parts, positives)

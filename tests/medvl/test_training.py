@@ -58,7 +58,10 @@ def recipe(studies, tmp_path_factory):
                 "class_path": "modalities.xray.conv.ConvEncoder",
                 "init_args": {"embed_dim": 16, "widths": [8, 8, 8], "blocks": [1, 1, 1], "drop_rate": 0.2},
             },
-            "report": {"class_path": "reports.towers.MiniLmReportEncoder", "init_args": {"embed_dim": 16, "hidden_dim": 16, "dropout": 0.2}},
+            "report": {
+                "class_path": "reports.towers.MiniLmReportEncoder",
+                "init_args": {"embed_dim": 16, "hidden_dim": 16, "dropout": 0.2},
+            },
             "similarity": {"class_path": "medvl.nn.similarity.TokenSimilarity"},
             "loss": {"class_path": "medvl.losses.MultiPositiveInfoNCE"},
         },
@@ -169,7 +172,7 @@ def test_stopped_and_resumed_ends_with_the_same_weights(recipe, finished, tmp_pa
 
     arguments = ["--config", str(recipe), "--out", str(tmp_path), "--resume", "true"]
 
-    class StopNow(Exception):
+    class StopNowError(Exception):
         pass
 
     original = torch.optim.AdamW.step
@@ -177,13 +180,13 @@ def test_stopped_and_resumed_ends_with_the_same_weights(recipe, finished, tmp_pa
 
     def step(self, *args, **kwargs):
         if calls["n"] == stop_at:
-            raise StopNow
+            raise StopNowError
         calls["n"] += 1
         return original(self, *args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.optim.AdamW, "step", step)
-        with pytest.raises(StopNow):
+        with pytest.raises(StopNowError):
             run("fit", arguments)
     assert torch.load(tmp_path / "resume.ckpt", weights_only=True)["global_step"] == stop_at
     assert run("fit", arguments) == 0
@@ -244,7 +247,9 @@ def test_bad_rows_are_listed_counted_and_cost_only_themselves(recipe, studies, t
 def test_one_fit_in_bf16_and_one_encoding_on_cuda(recipe, tmp_path):
     from medvl.training.cli import run
 
-    assert run("fit", ["--config", str(recipe), "--out", str(tmp_path), "--trainer.accelerator=cuda", "--trainer.precision=bf16-mixed"]) == 0
+    assert (
+        run("fit", ["--config", str(recipe), "--out", str(tmp_path), "--trainer.accelerator=cuda", "--trainer.precision=bf16-mixed"]) == 0
+    )
     model = medvl.load(tmp_path)
     assert model.device.type == "cuda"
     picture = np.random.default_rng(0).random((32, 32), dtype=np.float32)
