@@ -77,7 +77,7 @@ def predict(
     """Score, point and compare every image of ``rows``.
 
     Args:
-        prompts: prompt pairs; the map of a finding is that of its positive prompts less that of its negative ones.
+        prompts: prompt pairs; the map of a finding is the mean of those of its positive prompts.
         source: splits reports into sentences for retrieval.
         findings: which to score; None takes those of the prompts that any row has a label for.
         progress: called with the number of images done.
@@ -133,9 +133,9 @@ def predict(
 
 
 def finding_maps(model: DualEncoder, images: ImageFeatures, bank: PromptBank) -> torch.Tensor:
-    """(B, F, *grid): token cosines with a finding's positive prompts less those with its negative prompts, each averaged."""
+    """(B, F, *grid): mean token cosine with a finding's positive prompts. (Less the negative prompts' it pointed no better on phantoms.)"""
     maps = model.similarity.maps(images, bank.features)  # (B, P, *grid)
-    return torch.einsum("fp,bp...->bf...", bank.positive - bank.negative, maps)
+    return torch.einsum("fp,bp...->bf...", bank.positive, maps)
 
 
 def _pointed(mask: NDArray[np.bool_] | None, scores: NDArray[np.float32]) -> tuple[tuple[int, int] | None, float, float]:
