@@ -230,6 +230,10 @@ class ImageReader(Configurable, abc.ABC):
             path for path in inside if not any(part == "masks" or part.startswith(".") for part in path.relative_to(folder).parts)
         )
 
+    def study_key(self, path: Path) -> str | None:
+        """What the files of one study share, safe to keep in memory but never shown; None: the file is a study of its own. Never raises."""
+        return None
+
     @abc.abstractmethod
     def read(self, path: Path) -> ImageSample:
         """Read and preprocess one file.

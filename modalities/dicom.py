@@ -9,7 +9,9 @@ Letters: H rows, W columns; v a value after the modality LUT; c and w centre and
 
 from __future__ import annotations
 
+import hashlib
 import math
+import re
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +30,9 @@ MAX_FILE_BYTES = 2**31
 
 RANGE_PERCENTILES = (0.1, 99.9)
 """What an image without a window is shown between: the tails hold hot pixels and burnt-in letters."""
+
+UID = re.compile(r"[0-9]+(\.[0-9]+)+")
+"""What a UID looks like (PS3.5 9.1); longer ones and leading zeros occur and still tell studies apart."""
 
 PROJECTION_SOP_CLASSES = (
     "1.2.840.10008.5.1.4.1.1.1",  # computed radiography; digital X-ray, mammography and intra-oral lie under it
@@ -90,6 +95,26 @@ def read_radiograph(path: Path) -> NativeRadiograph:
             raise
         except Exception as error:  # hostile headers raise anything; their texts may quote header values, so only the type is named
             raise notes.refuse(f"not a readable DICOM image: {type(error).__name__} while reading its header or pixels") from None
+
+
+def study_key(path: Path) -> str | None:
+    """A hash of StudyInstanceUID, from the header alone; None where the file has none that can be read. Never raises.
+
+    What is not numbers and dots is none: the placeholder that a de-identification leaves would join the studies of many patients.
+    """
+    from pydicom import dcmread
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # pydicom's warnings quote header values
+        try:
+            if not path.is_file() or path.stat().st_size > MAX_FILE_BYTES:
+                return None
+            force = not has_dicom_magic(path)
+            dataset = dcmread(path, stop_before_pixels=True, specific_tags=["StudyInstanceUID"], force=force)
+            uid = str(dataset.get("StudyInstanceUID") or "").strip(" \0")
+        except Exception:  # hostile headers raise anything; reading the image is what tells of them
+            return None
+    return hashlib.blake2b(uid.encode(), digest_size=16).hexdigest() if UID.fullmatch(uid) else None
 
 
 def has_dicom_magic(path: Path) -> bool:

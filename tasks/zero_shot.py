@@ -2,20 +2,22 @@
 
 Shapes: B images, F findings, P prompts. A score is the softmax of the pair: the sigmoid of (mean similarity with the positive prompts -
 mean similarity with the negative prompts), similarities as logits, so the learned temperature is in them. It is not calibrated, so it
-is called a score and not a probability.
+is called a score and not a probability. A study of several images has the sigmoid of the mean over its images of that difference.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from medvl.model import DualEncoder
-from medvl.types import ImageFeatures, TextFeatures, UnreadableImageError
+from medvl.types import ImageFeatures, ImageReader, ImageSample, TextFeatures, UnreadableImageError
 from reports.prompts import PromptSet
 
 
@@ -31,13 +33,19 @@ class PromptBank:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """Scores of one image, or why there are none."""
+    """Scores of one study, or why there are none."""
 
-    path: str
-    ok: bool
-    error: str | None = None
+    paths: tuple[str, ...]
+    ok: bool  # at least one image was read
+    error: str | None = None  # also where ok, if some of the images could not be read
     findings: dict[str, float] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
+    unreadable: dict[str, str] = field(default_factory=dict)  # path -> reason
+
+    @property
+    def path(self) -> str:
+        """The first of the study's files."""
+        return self.paths[0]
 
 
 def encode_prompts(model: DualEncoder, prompts: PromptSet, findings: Sequence[str] | None = None) -> PromptBank:
@@ -64,27 +72,86 @@ def encode_prompts(model: DualEncoder, prompts: PromptSet, findings: Sequence[st
 
 
 @torch.inference_mode()
-def score(model: DualEncoder, images: ImageFeatures, bank: PromptBank) -> Tensor:
-    """(B, F) scores in (0, 1): the pair softmax of mean similarities (the module's docstring has the formula)."""
+def pair_logits(model: DualEncoder, images: ImageFeatures, bank: PromptBank) -> Tensor:
+    """(B, F) mean similarity with the positive prompts less that with the negative ones."""
     similarity = model.similarity(images, bank.features)  # (B, P)
-    return ((bank.positive - bank.negative) @ similarity.T).T.sigmoid()
+    return ((bank.positive - bank.negative) @ similarity.T).T
+
+
+def score(model: DualEncoder, images: ImageFeatures, bank: PromptBank) -> Tensor:
+    """(B, F) scores in (0, 1) of single images: the pair softmax of mean similarities (the module's docstring has the formula)."""
+    return pair_logits(model, images, bank).sigmoid()
 
 
 def diagnose(model: DualEncoder, paths: Sequence[Path], bank: PromptBank, batch_size: int = 16) -> Iterator[Diagnosis]:
-    """Score files one batch at a time, in order; a file that cannot be read costs only itself."""
+    """Score the studies that the files make up, in the order of their first files; a file that cannot be read costs only itself.
+
+    Headers are read first, to know the studies; images then a batch at a time, and each study is yielded once its last image is scored.
+    """
+    studies = group_by_study(model.reader, paths)
+    outcomes = _outcomes(model, [path for study in studies for path in study], bank, batch_size)
+    for study in studies:
+        yield _diagnosis(list(islice(outcomes, len(study))), bank.findings)
+
+
+def group_by_study(reader: ImageReader, paths: Sequence[Path]) -> list[list[Path]]:
+    """Files by the reader's study key, in the order given; a file without a key is a study of its own, one given twice counts once."""
+    studies: dict[str, list[Path]] = {}
+    seen: set[str] = set()
+    for path in paths:
+        place = os.path.abspath(path)  # noqa: PTH100 (a link counts as a file of its own)
+        if place in seen:
+            continue
+        seen.add(place)
+        key = reader.study_key(path)
+        studies.setdefault(f"file {place}" if key is None else f"study {key}", []).append(path)
+    return list(studies.values())
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """One image of a study: its logits, or why there are none."""
+
+    path: str
+    logits: Tensor | None = None  # (F,), float64, on the CPU
+    error: str = ""
+    warnings: tuple[str, ...] = ()
+
+
+def _outcomes(model: DualEncoder, paths: Sequence[Path], bank: PromptBank, batch_size: int) -> Iterator[_Outcome]:
+    """One outcome per file, in order, a batch at a time."""
     for start in range(0, len(paths), batch_size):
-        results: list[Diagnosis | None] = []
-        samples = []
+        read: list[ImageSample | UnreadableImageError] = []
         for path in paths[start : start + batch_size]:
             try:
-                samples.append(model.read(path))
-                results.append(None)
+                read.append(model.read(path))
             except UnreadableImageError as error:  # noqa: PERF203
-                results.append(Diagnosis(str(path), ok=False, error=str(error)))
-        scores = iter(zip(samples, score(model, model.encode_samples(samples), bank).tolist(), strict=True) if samples else ())
-        for path, result in zip(paths[start : start + batch_size], results, strict=True):
-            if result is not None:
-                yield result
-                continue
-            sample, row = next(scores)
-            yield Diagnosis(str(path), ok=True, findings=dict(zip(bank.findings, row, strict=True)), warnings=sample.warnings)
+                read.append(error)
+        samples = [one for one in read if not isinstance(one, UnreadableImageError)]
+        rows = iter(pair_logits(model, model.encode_samples(samples), bank).cpu().double() if samples else ())
+        for path, one in zip(paths[start : start + batch_size], read, strict=True):
+            if isinstance(one, UnreadableImageError):
+                yield _Outcome(str(path), error=str(one))
+            else:
+                yield _Outcome(str(path), logits=next(rows), warnings=one.warnings)
+
+
+def _diagnosis(outcomes: Sequence[_Outcome], findings: Sequence[str]) -> Diagnosis:
+    """The images of one study as one result; where there are several, a warning says which file it is of."""
+    paths = tuple(one.path for one in outcomes)
+    logits = [one.logits for one in outcomes if one.logits is not None]
+    unreadable = {one.path: one.error for one in outcomes if one.logits is None}
+    error = "; ".join(unreadable.values()) or None
+    if error is not None and len(paths) > 1:
+        error = f"{len(unreadable)} of the study's {len(paths)} files could not be read: {error}"
+    if not logits:
+        return Diagnosis(paths, ok=False, error=error, unreadable=unreadable)
+    scores = torch.stack(logits).mean(0).sigmoid().tolist()
+    return Diagnosis(
+        paths,
+        ok=True,
+        error=error,
+        findings=dict(zip(findings, scores, strict=True)),
+        warnings=tuple(note if len(paths) == 1 else f"{one.path}: {note}" for one in outcomes for note in one.warnings),
+        unreadable=unreadable,
+    )

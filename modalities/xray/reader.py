@@ -77,6 +77,15 @@ class XrayReader(ImageReader):
         if (self.std <= 0).any():
             raise ValueError(f"std is {std}, expected positive numbers")
 
+    def study_key(self, path: Path) -> str | None:
+        """A hash of the DICOM header's StudyInstanceUID; None for a picture, an unreadable header or a missing UID. Never raises."""
+        path = Path(path)
+        if not os.path.isfile(path) or not _is_dicom(path, _head(path)):  # noqa: PTH113 (pathlib's may raise)
+            return None
+        from modalities.dicom import study_key
+
+        return study_key(path)
+
     def read(self, path: Path) -> ImageSample:
         """One file to a sample.
 
@@ -198,14 +207,18 @@ def _head(path: Path) -> bytes:
         return b""
 
 
+def _is_dicom(path: Path, head: bytes) -> bool:
+    """By what the file holds, not by its suffix: DICOM's mark, else no picture's signature and a name that a bare dataset may have."""
+    return head[128:132] == b"DICM" or (not head.startswith(PICTURE_MAGIC) and path.suffix.lower() in (".dcm", ".dicom", ""))
+
+
 def _read_native(path: Path) -> _Native:
-    """By what the file holds, not by its suffix: DICOM's mark, a picture's signature, else a DICOM dataset without preamble."""
     if not path.is_file():
         raise UnreadableImageError(f"{path}: {'is a folder, expected a file' if path.is_dir() else 'no such file'}")
     head = _head(path)
-    if head[128:132] != b"DICM" and head.startswith(PICTURE_MAGIC):
-        return _read_picture(path)
-    if head[128:132] != b"DICM" and path.suffix.lower() not in (".dcm", ".dicom", ""):
+    if not _is_dicom(path, head):
+        if head.startswith(PICTURE_MAGIC):
+            return _read_picture(path)
         raise UnreadableImageError(f"{path}: expected a DICOM, PNG, JPEG or TIFF file, its first bytes are of none of these")
     from modalities.dicom import read_radiograph
 

@@ -1,4 +1,4 @@
-"""``medvl diagnose``: a score per finding for image files."""
+"""``medvl diagnose``: a score per finding for the studies that image files make up."""
 
 from __future__ import annotations
 
@@ -57,8 +57,9 @@ def diagnose(
 ) -> None:
     """Score findings in radiographs by comparing them with prompt pairs.
 
-    FILE is an image (DICOM, PNG, JPEG, TIFF) or a folder of them; tables and folders named masks are passed over. Each image is a study
-    of its own. With --json one object a line, in order, as soon as it is known. Scores are not calibrated: not probabilities.
+    FILE is an image (DICOM, PNG, JPEG, TIFF) or a folder of them; tables and folders named masks are passed over. DICOM files whose
+    headers name the same study are one, scored by the mean over its images; a picture is a study of its own. With --json one object a
+    line per study, in order, as soon as it is known. Scores are not calibrated: not probabilities.
 
     \b
     Examples:
@@ -81,14 +82,17 @@ def diagnose(
         if out is None:
             click.echo(json_text(as_object(results[-1])))
         elif results[-1].ok:
-            click.echo(results[-1].path)
+            click.echo("\n".join(results[-1].paths))
             out.print(as_table(results[-1]))
-    rejected = [(result.path, result.error or "") for result in results if not result.ok]
+    rejected = [one for result in results for one in result.unreadable.items()]
     if csv_path is not None:
         write_csv(
             csv_path,
-            ("path", "ok", "error", *bank.findings),
-            ((r.path, int(r.ok), r.error or "", *(repr(r.findings[name]) if r.ok else "" for name in bank.findings)) for r in results),
+            ("path", "paths", "ok", "error", *bank.findings),
+            (
+                (r.path, json_text(r.paths), int(r.ok), r.error or "", *(repr(r.findings[name]) if r.ok else "" for name in bank.findings))
+                for r in results
+            ),
         )
     report_rejected(rejected, "files", rejected_path)
     if not as_json:
@@ -109,7 +113,8 @@ def named_if_empty_folder(result: Diagnosis) -> Diagnosis:
     """A folder that stayed in the list is one without an image: say so."""
     if result.ok or not Path(result.path).is_dir():
         return result
-    return replace(result, error=f"{result.path}: no image in this folder; expected DICOM, PNG, JPEG or TIFF files")
+    error = f"{result.path}: no image in this folder; expected DICOM, PNG, JPEG or TIFF files"
+    return replace(result, error=error, unreadable={result.path: error})
 
 
 def as_object(result: Diagnosis) -> dict[str, Any]:
@@ -118,7 +123,7 @@ def as_object(result: Diagnosis) -> dict[str, Any]:
 
     return {
         "path": result.path,
-        "paths": [result.path],
+        "paths": list(result.paths),
         "ok": result.ok,
         "error": result.error,
         "findings": result.findings,
@@ -130,7 +135,9 @@ def as_object(result: Diagnosis) -> dict[str, Any]:
 
 def as_table(result: Diagnosis) -> Table:
     """One study for a person."""
-    notes = "; ".join(("scores are not calibrated: compare studies, not findings", *result.warnings))
+    notes = "; ".join(
+        ("scores are not calibrated: compare studies, not findings", *([result.error] if result.error else []), *result.warnings)
+    )
     table = new_table(None, "finding", "score", "0" + "1".rjust(BAR - 1), numbers=("score",), whole=("finding",), caption=notes)
     for name, score in result.findings.items():
         table.add_row(name, f"{score:.3f}", "█" * round(score * BAR))

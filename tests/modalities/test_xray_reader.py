@@ -9,6 +9,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import pydicom
 import pytest
 import torch
 from hypothesis import given, settings
@@ -330,6 +331,44 @@ def test_left_stays_left(tmp_path):
     stored[:, 24:] = 4000
     pixels = XrayReader(32).read(save_dicom(tmp_path / "film.dcm", stored, PatientOrientation=["R", "F"])).pixels[0]
     assert pixels[:, 24:].min() > pixels[:, :24].max()
+
+
+def test_files_of_one_study_share_a_key_that_does_not_tell_the_uid(tmp_path):
+    stored, reader = np.zeros((8, 8), np.uint16), XrayReader(8)
+    uids = {"a.dcm": "1.2.33", "b": "1.2.33", "c.dcm": "1.2.34"}
+    keys = {name: reader.study_key(save_dicom(tmp_path / name, stored, StudyInstanceUID=uid)) for name, uid in uids.items()}
+    assert keys["a.dcm"] == keys["b"] != keys["c.dcm"]
+    assert all(key is not None and "1.2.3" not in key for key in keys.values())
+    bare, cut = tmp_path / "bare.dcm", tmp_path / "cut.dcm"
+    dataset = pydicom.dcmread(tmp_path / "a.dcm")
+    del dataset.file_meta
+    dataset.save_as(bare, implicit_vr=False, little_endian=True, enforce_file_format=False)
+    cut.write_bytes((tmp_path / "a.dcm").read_bytes()[:-40])
+    assert reader.study_key(bare) == reader.study_key(cut) == keys["a.dcm"]
+
+
+@pytest.mark.filterwarnings("ignore:Invalid value for VR UI")
+@pytest.mark.parametrize("uid", [None, "", "REMOVED", ["1.2.3", "1.2.4"]])
+def test_a_file_without_a_usable_uid_is_a_study_of_its_own(tmp_path, uid):
+    attributes = {} if uid is None else {"StudyInstanceUID": uid}
+    assert XrayReader(8).study_key(save_dicom(tmp_path / "a.dcm", np.zeros((8, 8), np.uint16), **attributes)) is None
+
+
+def test_no_picture_or_unreadable_file_has_a_study_key(tmp_path, grey):
+    Image.fromarray(grey).save(tmp_path / "a.png")
+    (tmp_path / "broken.dcm").write_bytes(bytes(128) + b"DICM" + b"nothing of use")
+    (tmp_path / "empty.dcm").write_bytes(b"")
+    for name in ("a.png", "broken.dcm", "empty.dcm", "absent.dcm", ".", "x" * 400, "a\0b"):
+        assert XrayReader(8).study_key(tmp_path / name) is None
+
+
+@given(st.binary(max_size=200))
+@settings(max_examples=60, deadline=None)
+def test_the_study_key_of_any_bytes_is_a_key_or_none(tmp_path_factory, content):
+    path = tmp_path_factory.getbasetemp() / "hostile.dcm"
+    path.write_bytes(bytes(128) + b"DICM" + content)
+    key = XrayReader(8).study_key(path)
+    assert key is None or len(key) == 32
 
 
 def test_the_reader_is_a_reader():

@@ -107,6 +107,34 @@ def test_diagnose_writes_an_object_a_line_in_order_and_a_bad_file_costs_only_its
         assert {k: float(v) for k, v in row.items() if k in one["findings"]} == one["findings"]
 
 
+def test_diagnose_writes_an_object_per_study_and_no_uid(tiny: Any, tmp_path: Path) -> None:
+    import pydicom
+
+    uid, files = "1.2.826.0.1.4711", [tmp_path / name for name in ("pa.dcm", "lateral.dcm", "cut.dcm")]
+    for file in files:
+        dataset = pydicom.dcmread(tiny.dicom)
+        dataset.StudyInstanceUID = uid
+        dataset.save_as(file)
+    files[2].write_bytes(files[2].read_bytes()[:-500])
+    whole = medvl("diagnose", files[0], tiny.png, files[1], "--model", tiny.model, "--json")
+    assert whole.exit_code == 0, whole.output
+    assert [strict(line)["paths"] for line in whole.stdout.splitlines()] == [[str(file) for file in files[:2]], [str(tiny.png)]]
+    tables = ["--csv", tmp_path / "s.csv", "--rejected", tmp_path / "r.csv"]
+    done = medvl("diagnose", *files, "--model", tiny.model, "--json", *tables)
+    assert done.exit_code == 1 and "1 rejected (files)" in done.stderr
+    one = strict(done.stdout)
+    assert one["ok"] is True and one["path"] == str(files[0]) and one["paths"] == [str(file) for file in files]
+    assert str(files[2]) in one["error"] and str(files[0]) not in one["error"] and one["findings"]
+    with (tmp_path / "r.csv").open(newline="") as file:
+        assert [row["path"] for row in csv.DictReader(file)] == [str(files[2])]
+    with (tmp_path / "s.csv").open(newline="") as file:
+        assert [(row["ok"], strict(row["paths"])) for row in csv.DictReader(file)] == [("1", one["paths"])]
+    shown = medvl("diagnose", *files, "--model", tiny.model)
+    assert shown.exit_code == 1 and all(str(file) in shown.stdout for file in files)
+    for text in (whole.output, done.output, shown.output, (tmp_path / "s.csv").read_text(), (tmp_path / "r.csv").read_text()):
+        assert uid not in text and "4711" not in text.replace(str(tmp_path), "")
+
+
 def test_diagnose_takes_folders_and_passes_over_tables_and_masks(tiny: Any) -> None:
     done = medvl("diagnose", tiny.folder, "--model", tiny.model, "--json", "--finding", "edema", "--finding", "lung_nodule")
     assert done.exit_code == 0, done.stderr
@@ -367,8 +395,10 @@ def test_what_our_code_refuses_by_intent_is_a_usage_error_with_its_message(monke
     assert done.exit_code == 3 and "ValueError" in done.stderr and "Secret" not in done.output
 
 
-def test_a_reader_that_leaves_early_is_no_internal_error(tiny: Any) -> None:
-    args = ["medvl", "diagnose", *[str(tiny.png)] * 40, "--model", str(tiny.model), "--json", "--batch-size", "1"]
+def test_a_reader_that_leaves_early_is_no_internal_error(tiny: Any, tmp_path: Path) -> None:
+    for i in range(40):
+        shutil.copyfile(tiny.png, tmp_path / f"{i}.png")
+    args = ["medvl", "diagnose", str(tmp_path), "--model", str(tiny.model), "--json", "--batch-size", "1"]
     code = f"import sys; from tasks.cli import main; sys.argv = {args!r}; main()"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as process:
