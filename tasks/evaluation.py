@@ -1,7 +1,12 @@
 """Evaluation of a model on labelled studies: zero-shot AUROC, pointing game, retrieval; every figure with n and a patient-level interval.
 
-Shapes: N images, F findings, R reports. What is predicted is kept apart from what is measured: ``predictions.csv`` and ``retrieval.csv``
-hold everything that ``results.json`` is computed from, besides labels and masks of the data.
+Shapes: N images, F findings, R reports, G items of a pool. What is predicted is kept apart from what is measured: ``predictions.csv`` and
+``retrieval.csv`` hold everything that ``results.json`` is computed from, besides patients and masks of the data.
+
+A row of ``retrieval.csv`` is a query: an image (direction image_to_report) or the report of a study (report_to_image). Twice, for the
+strict rule and with duplicates as hits, it has what Recall@K with ties and chance follow from: ``above`` items of the pool scored above
+the query's best relevant one, ``tied`` items that share its score, ``hits`` of these that are relevant, ``relevant`` items in the whole
+pool, and ``rank``, expected over a random order of the tied.
 """
 
 from __future__ import annotations
@@ -10,7 +15,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,6 +55,7 @@ class Predictions:
     mask_fraction: NDArray[np.float64]  # (N, F): share of the image that the mask covers, NaN without a mask
     retrieval: RetrievalScores | None
     rejected: tuple[tuple[StudyImage, str], ...]  # images that could not be read or whose mask does not fit, and why
+    baseline: NDArray[np.float64] | None = None  # (N, F) scores of the thumbnail baseline, NaN where it has none; None if it was not run
 
 
 @dataclass(frozen=True)
@@ -244,25 +250,39 @@ def _grounding(predictions: Predictions, patients: list[str], repeats: int, seed
 
 
 def _retrieval(predictions: Predictions, patients: list[str], repeats: int, seed: int) -> dict[str, Any]:
-    scores = predictions.retrieval
-    assert scores is not None
-    images = scores.own.any(1)  # images whose study has a report
-    pids = np.array(patients, dtype=object)
+    assert predictions.retrieval is not None
     found: dict[str, Any] = {}
-    similarity, own, same = scores.similarity[images], scores.own[images], scores.same[images]
-    first = own.argmax(0)  # an image of each report's study
-    for direction, matrix, strict, loose, ids in (
-        ("image_to_report", similarity, own, same, pids[images]),
-        ("report_to_image", similarity.T, own.T, same.T, pids[images][first]),
-    ):
-        exact = recall_at_k(matrix, strict, RECALL_AT, ids, repeats=repeats, seed=seed)
-        duplicates = recall_at_k(matrix, loose, RECALL_AT, ids, repeats=repeats, seed=seed)
-        found[direction] = {
+    for queries in _directions(predictions.retrieval):
+        ids = np.array(patients, dtype=object)[queries.images]
+        exact = recall_at_k(queries.similarity, queries.own, RECALL_AT, ids, repeats=repeats, seed=seed)
+        duplicates = recall_at_k(queries.similarity, queries.same, RECALL_AT, ids, repeats=repeats, seed=seed)
+        found[queries.direction] = {
             "rule": "strict: the report of the image's own study",
             **_recall(exact),
             "duplicates_as_hits": {"rule": "any report with the same sentences", **_recall(duplicates)},
         }
     return found
+
+
+@dataclass(frozen=True)
+class _Queries:
+    """One direction of retrieval: Q queries against a pool of G."""
+
+    direction: str
+    similarity: NDArray[np.float64]  # (Q, G)
+    own: NDArray[np.bool_]  # (Q, G)
+    same: NDArray[np.bool_]  # (Q, G)
+    images: NDArray[np.intp]  # (Q,) the image that each query is, or one of its study
+
+
+def _directions(scores: RetrievalScores) -> tuple[_Queries, _Queries]:
+    """Images against reports and back; images whose study has no report are neither queries nor pool."""
+    kept = np.flatnonzero(scores.own.any(1))
+    similarity, own, same = scores.similarity[kept], scores.own[kept], scores.same[kept]
+    return (
+        _Queries("image_to_report", similarity, own, same, kept),
+        _Queries("report_to_image", similarity.T, own.T, same.T, kept[own.argmax(0)]),
+    )
 
 
 def _recall(measured: Retrieval) -> dict[str, Any]:
@@ -295,9 +315,10 @@ def _number(value: float) -> float | None:
 def write(predictions: Predictions, measured: dict[str, Any], folder: Path) -> None:
     """Write ``results.json``, ``predictions.csv``, ``retrieval.csv`` and, if any image was unreadable, ``rejected.csv``."""
     folder.mkdir(parents=True, exist_ok=True)
+    baseline = predictions.baseline
     _write_csv(
         folder / "predictions.csv",
-        ["study_id", "finding", "label", "score", "peak_row", "peak_col", "path"],
+        ["study_id", "finding", "label", "score", "peak_row", "peak_col", "path", *([] if baseline is None else ["baseline_score"])],
         (
             [
                 row.study_id,
@@ -306,27 +327,15 @@ def write(predictions: Predictions, measured: dict[str, Any], folder: Path) -> N
                 repr(float(predictions.scores[i, j])),
                 *(predictions.peaks[i][j] or ("", "")),
                 row.path.name,
+                *([] if baseline is None else ["" if np.isnan(baseline[i, j]) else repr(float(baseline[i, j]))]),
             ]
             for i, row in enumerate(predictions.rows)
             for j, name in enumerate(predictions.findings)
         ),
     )
     if predictions.retrieval is not None:
-        pairs = predictions.retrieval
-        _write_csv(
-            folder / "retrieval.csv",
-            ["study_id", "rank_strict", "rank_duplicates", "pool"],
-            (
-                [
-                    row.study_id,
-                    expected_rank(pairs.similarity[i], pairs.own[i]),
-                    expected_rank(pairs.similarity[i], pairs.same[i]),
-                    pairs.similarity.shape[1],
-                ]
-                for i, row in enumerate(predictions.rows)
-                if pairs.own[i].any()
-            ),
-        )
+        rules = [f"{name}_{rule}" for rule in ("strict", "duplicates") for name in ("rank", "above", "tied", "hits", "relevant")]
+        _write_csv(folder / "retrieval.csv", ["direction", "study_id", "path", "pool", *rules], _retrieval_lines(predictions))
     if predictions.rejected:
         _write_csv(
             folder / "rejected.csv", ["row", "study_id", "reason"], ([row.row, row.study_id, why] for row, why in predictions.rejected)
@@ -334,11 +343,27 @@ def write(predictions: Predictions, measured: dict[str, Any], folder: Path) -> N
     write_atomically(folder / "results.json", (json.dumps(measured, indent=2, allow_nan=False) + "\n").encode())
 
 
-def expected_rank(similarity: NDArray[np.float64], relevant: NDArray[np.bool_]) -> float:
-    """Expected rank of the best relevant of (R,) reports, 1 the best; ties in random order."""
+def _retrieval_lines(predictions: Predictions) -> Iterator[list[Any]]:
+    assert predictions.retrieval is not None
+    for queries in _directions(predictions.retrieval):
+        for similarity, own, same, image in zip(queries.similarity, queries.own, queries.same, queries.images, strict=True):
+            row = predictions.rows[image]
+            path = row.path.name if queries.direction == "image_to_report" else ""
+            places = (value for relevant in (own, same) for value in (expected_rank(similarity, relevant), *_place(similarity, relevant)))
+            yield [queries.direction, row.study_id, path, len(similarity), *places]
+
+
+def _place(similarity: NDArray[np.float64], relevant: NDArray[np.bool_]) -> tuple[int, int, int, int]:
+    """Of (G,) items: how many score above the best relevant one, how many tie with it, how many of these and of all are relevant."""
     best = similarity[relevant].max()
-    tied, tied_relevant = int((similarity == best).sum()), int((similarity[relevant] == best).sum())
-    return float((similarity > best).sum() + (tied + 1) / (tied_relevant + 1))
+    tied = similarity == best
+    return int((similarity > best).sum()), int(tied.sum()), int((tied & relevant).sum()), int(relevant.sum())
+
+
+def expected_rank(similarity: NDArray[np.float64], relevant: NDArray[np.bool_]) -> float:
+    """Expected rank of the best relevant of (G,) items, 1 the best; ties in random order."""
+    above, tied, hits, _ = _place(similarity, relevant)
+    return float(above + (tied + 1) / (hits + 1))
 
 
 def _label(value: float) -> str:

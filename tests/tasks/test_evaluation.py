@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import math
 import shutil
@@ -18,7 +19,7 @@ import medvl
 from medvl.data.manifest import read_manifest
 from reports.prompts import load_prompts
 from reports.text_source import ReportSentences
-from tasks.evaluation import predict, results, write
+from tasks.evaluation import expected_rank, predict, results, write
 
 FINDINGS = ("cardiomegaly", "pleural_effusion", "lung_nodule")
 
@@ -107,23 +108,55 @@ def test_pointing_game_can_be_made_again_from_peaks_and_masks(table: list[dict[s
     assert measured["grounding"]["focal_findings"] == ["pleural_effusion", "lung_nodule"]
 
 
-def test_recall_can_be_made_again(folder: Path, measured: Any, predictions: Any) -> None:
+def chance_of_a_hit(items: int, hits: int, draws: int) -> float:
+    draws = min(max(draws, 0), items)
+    return 1 - math.comb(items - hits, draws) / math.comb(items, draws)
+
+
+@pytest.fixture(scope="module")
+def retrieval(folder: Path) -> list[dict[str, str]]:
     with (folder / "retrieval.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    one = measured["retrieval"]["image_to_report"]
-    assert len(rows) == 24 and {int(r["pool"]) for r in rows} == {24} == {one["pool"]}
-    ranks = [float(r["rank_strict"]) for r in rows]
-    similarity, own = predictions.retrieval.similarity, predictions.retrieval.own
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("direction", ["image_to_report", "report_to_image"])
+@pytest.mark.parametrize("rule", ["strict", "duplicates"])
+def test_recall_can_be_made_again_from_retrieval_csv(retrieval: list[dict[str, str]], measured: Any, direction: str, rule: str) -> None:
+    rows = [row for row in retrieval if row["direction"] == direction]
+    one = measured["retrieval"][direction]
+    found = one if rule == "strict" else one["duplicates_as_hits"]
+    assert len(rows) == len({row["study_id"] for row in rows}) == 24 and {int(r["pool"]) for r in rows} == {24} == {found["pool"]}
+    above, tied, hits, relevant = ([int(row[f"{name}_{rule}"]) for row in rows] for name in ("above", "tied", "hits", "relevant"))
     for k in (1, 5, 10):
-        hits = []
-        for i in range(24):  # of a tie that K cuts, the expected share
-            mine = similarity[i, own[i]].item()
-            above, tied = (similarity[i] > mine).sum(), (similarity[i] == mine).sum()
-            hits.append(min(max((k - above) / tied, 0), 1))
-        assert one[f"recall_at_{k}"] == pytest.approx(np.mean(hits))
-    assert one["median_rank"] == np.median(ranks)
-    assert one["chance"] == pytest.approx(10 / 24)
+        recall = [chance_of_a_hit(t, h, k - a) for a, t, h in zip(above, tied, hits, strict=True)]
+        assert found[f"recall_at_{k}"] == pytest.approx(np.mean(recall), abs=1e-12)
+        assert found[f"recall_at_{k}_interval"]["n"] == 24
+        chance = np.mean([chance_of_a_hit(24, r, k) for r in relevant])
+        assert found[f"recall_at_{k}_interval"]["chance"] == pytest.approx(chance, abs=1e-12)
+    ranks = [float(row[f"rank_{rule}"]) for row in rows]
+    assert ranks == [a + (t + 1) / (h + 1) for a, t, h in zip(above, tied, hits, strict=True)]
+    assert found["median_rank"] == np.median(ranks)
     assert all(float(r["rank_duplicates"]) <= float(r["rank_strict"]) for r in rows)
+
+
+@pytest.mark.parametrize("direction", ["image_to_report", "report_to_image"])
+def test_retrieval_csv_counts_what_the_similarity_holds(retrieval: list[dict[str, str]], predictions: Any, direction: str) -> None:
+    """One query at a time, in plain loops over the matrix."""
+    pairs = predictions.retrieval
+    images = [row.study_id for row in predictions.rows]
+    reports = {study: frozenset(sentences) for study, sentences in zip(pairs.study_ids, pairs.sentences, strict=True)}
+    for row in (row for row in retrieval if row["direction"] == direction):
+        study = row["study_id"]
+        if direction == "image_to_report":
+            items = dict(zip(pairs.study_ids, pairs.similarity[images.index(study)].tolist(), strict=True))
+        else:
+            items = dict(zip(images, pairs.similarity[:, pairs.study_ids.index(study)].tolist(), strict=True))
+        for rule, good in (("strict", {study}), ("duplicates", {other for other in items if reports[other] == reports[study]})):
+            best = max(items[other] for other in good)
+            assert int(row[f"above_{rule}"]) == sum(value > best for value in items.values())
+            assert int(row[f"tied_{rule}"]) == sum(value == best for value in items.values())
+            assert int(row[f"hits_{rule}"]) == sum(items[other] == best for other in good)
+            assert int(row[f"relevant_{rule}"]) == len(good)
 
 
 def test_retrieval_ranks_equal_reports_alike(predictions: Any) -> None:
@@ -134,6 +167,13 @@ def test_retrieval_ranks_equal_reports_alike(predictions: Any) -> None:
         np.testing.assert_array_equal(pairs.similarity[:, a], pairs.similarity[:, b])
     own = np.array([[row.study_id == study for study in pairs.study_ids] for row in predictions.rows])
     np.testing.assert_array_equal(pairs.own, own)
+
+
+def test_the_expected_rank_of_ties_is_the_mean_over_their_orders() -> None:
+    """Two relevant and two other items tie behind one that scores higher: every order of the four, one at a time."""
+    similarity, relevant = np.array([0.5, 0.5, 0.9, 0.5, 0.5, 0.1]), np.array([1, 0, 0, 1, 0, 1], dtype=bool)
+    orders = list(itertools.permutations((True, False, True, False)))
+    assert expected_rank(similarity, relevant) == pytest.approx(np.mean([2 + order.index(True) for order in orders]))
 
 
 def test_batch_size_does_not_move_a_prediction(model: Any, tiny: Any, predictions: Any) -> None:
