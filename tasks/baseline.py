@@ -5,13 +5,88 @@ Shapes: N training images, Q test images, T pixels of the thumbnail, F findings.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from medvl.data.manifest import StudyImage
+from medvl.metrics import auroc
+from medvl.model import DualEncoder
+from medvl.types import UnreadableImageError
+from tasks.evaluation import Predictions
+
 THUMBNAIL = 16
+WHAT = f"logistic regression on a {THUMBNAIL} x {THUMBNAIL} thumbnail, trained on the labels of the training studies"
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """What the thumbnail baseline says of the predicted images, and how well that does."""
+
+    scores: NDArray[np.float64]  # (Q, F); NaN for images of the training split, unreadable ones, and findings it could not learn
+    measured: dict[str, Any]  # JSON-ready: macro_auroc and per_finding, None where not defined, and how many images they rest on
+    rejected: tuple[tuple[StudyImage, str], ...]  # training images that could not be read, and why
+
+
+def learnable(train: Sequence[StudyImage], findings: Sequence[str]) -> tuple[str, ...]:
+    """The findings that are present in one training image and absent in another."""
+    return tuple(name for name in findings if {0, 1} <= {row.labels.get(name) for row in train})
+
+
+def thumbnail_baseline(model: DualEncoder, train: Sequence[StudyImage], predictions: Predictions) -> Baseline:
+    """Train on the training images that can be read and score the predicted images, apart from those of the training split.
+
+    Args:
+        model: reads the images.
+        train: rows to learn from; one that cannot be read is skipped and counted.
+        predictions: whose rows and findings are scored.
+    """
+    small, read, rejected = _read_thumbnails(model, train)
+    names = predictions.findings
+    scores = np.full((len(predictions.rows), len(names)), np.nan)
+    held_out = [i for i, row in enumerate(predictions.rows) if row.split != "train"]
+    tested, found, _ = _read_thumbnails(model, [predictions.rows[i] for i in held_out])
+    columns = [names.index(name) for name in learnable([train[i] for i in read], names)]
+    if found and columns:
+        labels = np.array([[train[i].labels.get(names[j], np.nan) for j in columns] for i in read], dtype=np.float64)
+        scores[np.ix_([held_out[i] for i in found], columns)] = logistic_scores(small, labels, tested)
+    per_finding = {}
+    for j, name in enumerate(names):
+        known = np.isin(predictions.labels[:, j], (0, 1)) & ~np.isnan(scores[:, j])
+        area = auroc(predictions.labels[known, j], scores[known, j])
+        per_finding[name] = area if np.isfinite(area) else None
+    values = [area for area in per_finding.values() if area is not None]
+    measured = {
+        "what": WHAT,
+        "macro_auroc": float(np.mean(values)) if values else None,
+        "per_finding": per_finding,
+        "images": len(found),
+        "train_images": len(read),
+        "train_rejected": len(rejected),
+    }
+    return Baseline(scores, measured, tuple(rejected))
+
+
+def _read_thumbnails(model: DualEncoder, rows: Sequence[StudyImage]) -> tuple[NDArray[np.float64], list[int], list[tuple[StudyImage, str]]]:
+    """Thumbnails (N, T) of the rows that can be read, which rows these are, and the others with the reason."""
+    small: list[NDArray[np.float64]] = []
+    read: list[int] = []
+    rejected: list[tuple[StudyImage, str]] = []
+    for i, row in enumerate(rows):
+        try:
+            sample = model.read(row.path)
+        except UnreadableImageError as error:  # noqa: PERF203
+            rejected.append((row, str(error)))
+        else:
+            small.append(thumbnails(sample.pixels[None]))
+            read.append(i)
+    return (np.concatenate(small) if small else np.zeros((0, THUMBNAIL**2))), read, rejected
 
 
 def thumbnails(pixels: Tensor) -> NDArray[np.float64]:

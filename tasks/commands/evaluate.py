@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,11 @@ from tasks.commands.common import (
 @click.option("--out", type=click.Path(path_type=Path), required=True, metavar="DIR", help="Where results.json and the tables go.")
 @click.option("--repeats", type=click.IntRange(min=0), default=1000, show_default=True, help="Bootstrap resamples for the intervals.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the resamples.")
-@click.option("--baseline", is_flag=True, help="Train the thumbnail baseline on the table's training labels and show it beside.")
+@click.option(
+    "--baseline/--no-baseline",
+    default=None,
+    help="Train the thumbnail baseline on the table's training labels and show it beside; done unless told, where there are such labels.",
+)
 @click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True, help="Images encoded at once.")
 @json_option
 @click.pass_context
@@ -54,13 +59,14 @@ def evaluate(
     out: Path,
     repeats: int,
     seed: int,
-    baseline: bool,
+    baseline: bool | None,
     batch_size: int,
     as_json: bool,
 ) -> None:
     """Measure zero-shot AUROC, pointing game and retrieval on the labelled studies of MANIFEST.
 
     Writes results.json, predictions.csv and, where there are reports, retrieval.csv. Intervals are bootstrapped over patients.
+    Beside the AUROC stands that of logistic regression on a thumbnail, trained on the labels of the table's training images.
 
     \b
     Examples:
@@ -79,14 +85,22 @@ def evaluate(
 
     with progress("images", len(rows)) as advance:
         predictions = predict(encoder, rows, prompt_set, ReportSentences(), batch_size=batch_size, progress=advance)
-    measured = results(predictions, repeats=repeats, seed=seed)
-    if baseline:
-        if not table.select(split="train", modality=modality).rows:
-            raise click.UsageError(f"--baseline: {manifest} has no {modality} row in split train to learn from")
-        from tasks.demo import baseline_auroc
+    simple = None
+    if baseline is not False:
+        from tasks.baseline import learnable, thumbnail_baseline
 
-        what = "logistic regression on a 16 x 16 thumbnail, trained on labels"
-        measured["baseline"] = {"what": what, **baseline_auroc(encoder, table, predictions)}
+        train = table.select(split="train", modality=modality).rows
+        if learnable(train, predictions.findings) and any(row.split != "train" for row in predictions.rows):
+            simple = thumbnail_baseline(encoder, train, predictions)
+            predictions = replace(predictions, baseline=simple.scores)
+        elif baseline:
+            raise click.UsageError(
+                f"--baseline: {manifest} has nothing to learn from ({modality} rows of split train with a finding present in one and"
+                " absent in another) or nothing to measure outside split train"
+            )
+    measured = results(predictions, repeats=repeats, seed=seed)
+    if simple is not None:
+        measured["baseline"] = simple.measured
     measured["data"] = {
         "manifest_sha256": table.sha256,
         "split": split,
@@ -102,13 +116,15 @@ def evaluate(
     write(predictions, measured, out)
     report_rejected([(bad.path, str(bad)) for bad in table.rejected], f"rows of {manifest}")
     report_rejected([(str(row.path), why) for row, why in predictions.rejected], "images")
+    unlearned = simple.rejected if simple is not None else ()
+    report_rejected([(str(row.path), why) for row, why in unlearned], "training images of the baseline")
     if as_json:
         click.echo(json_text(measured))
     else:
         show_results(measured)
         click.echo(f"Figures in {out / 'results.json'}, scores in {out / 'predictions.csv'}.")
         echo_notice()
-    if table.rejected or predictions.rejected:
+    if table.rejected or predictions.rejected or unlearned:
         ctx.exit(REJECTED)
 
 
