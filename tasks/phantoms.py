@@ -48,7 +48,8 @@ class CohortSettings:
     ct: bool
     ct_series: bool
     lateral: bool
-    version: int = 1
+    version: int = 2
+    """Of the generator: one more whenever the same seed would give other files."""
 
 
 def write_cohort(
@@ -78,7 +79,7 @@ def write_cohort(
         counts: studies per split, train, val and test in this order, adding to ``studies``; a patient whose two studies would be parted
             keeps both in the earlier split, so a count can be one off.
         fractions: shares of train, val and test that patients are split by where ``counts`` is not given; 0.7, 0.1 and 0.2 unless told.
-        workers: processes, one per core unless told; 1 works in this process.
+        workers: processes, one per CPU that this process may use unless told; 1 works in this process.
         progress: called with the number of studies that are newly done.
     Returns:
         the manifest.
@@ -187,7 +188,7 @@ def _make(
     out: Path, settings: CohortSettings, seed: int, missing: list[int], workers: int | None
 ) -> Iterator[tuple[int, list[dict[str, Any]]]]:
     """Make the missing studies, in this process or in several; results come in any order."""
-    count = min(workers or os.cpu_count() or 1, -(-len(missing) // CHUNK))
+    count = min(workers or usable_cpus(), -(-len(missing) // CHUNK))
     if count <= 1:
         for index in missing:
             yield index, make_study(out, settings, seed, index)
@@ -205,6 +206,11 @@ def _make(
         finally:
             for future in waiting:
                 future.cancel()
+
+
+def usable_cpus() -> int:
+    """CPUs that this process may run on: a container or a batch job is often given fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager

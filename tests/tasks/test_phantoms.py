@@ -1,6 +1,8 @@
 """Cohorts on disk: the same bytes however they are made, nothing shared between seeds, patients in one split."""
 
 import csv
+import json
+import os
 
 import numpy as np
 import pydicom
@@ -9,7 +11,7 @@ from PIL import Image
 
 from medvl.data.manifest import read_manifest
 from medvl.types import FINDINGS, Fact
-from tasks.phantoms import labels, patient_of, seed_digest, soften, write_cohort
+from tasks.phantoms import CohortSettings, labels, patient_of, seed_digest, soften, usable_cpus, write_cohort
 
 SIZE = 32
 
@@ -141,3 +143,20 @@ def test_only_mild_lone_findings_are_softened():
     assert all(facts[1].state == "present" for facts in softened)
     unsure = next(facts for facts in softened if facts[0].state == "uncertain")
     assert labels(unsure)["edema"] == -1 and labels(unsure)["cardiomegaly"] == 1 and labels(unsure)["lung_nodule"] == 0
+
+
+def test_workers_are_counted_by_the_cpus_that_this_process_may_use(monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 5, 9}, raising=False)
+    assert usable_cpus() == 3
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert usable_cpus() == 64
+
+
+def test_a_cohort_of_an_older_generator_is_not_mixed_with_ours(tmp_path):
+    write_cohort(tmp_path, 1, 3, size=SIZE, workers=1)
+    note = json.loads((tmp_path / "cohort.json").read_text())
+    assert note["version"] == CohortSettings("", SIZE, False, False, False).version == 2
+    (tmp_path / "cohort.json").write_text(json.dumps({**note, "version": 1}))
+    with pytest.raises(ValueError, match="differs in version"):
+        write_cohort(tmp_path, 2, 3, size=SIZE, workers=1)
