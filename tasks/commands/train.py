@@ -10,6 +10,8 @@ UNTOUCHED = {"ignore_unknown_options": True, "allow_extra_args": True, "allow_in
 
 
 def _run(ctx: click.Context, subcommand: str, args: tuple[str, ...]) -> None:
+    if args and set(args) <= {"--help", "-h"}:
+        click.echo(ctx.get_help() + "\n\nEvery option (this takes the trainer a few seconds to list):\n")
     from medvl.training.cli import run
 
     code = run(subcommand, list(args))
@@ -18,25 +20,51 @@ def _run(ctx: click.Context, subcommand: str, args: tuple[str, ...]) -> None:
     ctx.exit(code)
 
 
-@click.command(context_settings=UNTOUCHED, add_help_option=False, short_help="Train a model from a recipe (LightningCLI options).")
-@click.argument("args", nargs=-1, type=click.UNPROCESSED)
+@click.command(
+    context_settings=UNTOUCHED,
+    add_help_option=False,
+    options_metavar=None,
+    short_help="Train a model from a recipe (LightningCLI options).",
+)
+@click.argument("args", nargs=-1, type=click.UNPROCESSED, metavar="[OPTIONS]")
 @click.pass_context
 def fit(ctx: click.Context, args: tuple[str, ...]) -> None:
-    """Train a model from a recipe: medvl fit --config RECIPE.yaml [--data.init_args.manifest TABLE] [--trainer.max_epochs N]."""
+    """Train a model from a recipe; weights, resolved recipe, logs and the checkpoint go to the folder --out.
+
+    Exits with 1 if an image or row had to be left out; rejected.csv in that folder says which and why.
+
+    \b
+    Examples:
+      medvl fit --config tasks/recipes/xray_phantom.yaml --data.init_args.manifest data/manifest.csv --out run
+      medvl fit --config tasks/recipes/xray_notes.yaml --data.init_args.manifest films.csv --trainer.max_epochs 5 --out run
+      medvl fit --config run/config.yaml --out run --resume true      go on where a stopped run was
+    """
     _run(ctx, "fit", args)
 
 
-@click.command(context_settings=UNTOUCHED, add_help_option=False, short_help="Measure a run on its validation split.")
-@click.argument("args", nargs=-1, type=click.UNPROCESSED)
+@click.command(context_settings=UNTOUCHED, add_help_option=False, options_metavar=None, short_help="Measure a run on its validation split.")
+@click.argument("args", nargs=-1, type=click.UNPROCESSED, metavar="[OPTIONS]")
 @click.pass_context
 def validate(ctx: click.Context, args: tuple[str, ...]) -> None:
-    """Measure a run on its validation split: medvl validate --config RECIPE.yaml --ckpt_path FILE."""
+    """Measure the weights that a run kept on its validation split. Give the run's own resolved recipe and folder.
+
+    \b
+    Examples:
+      medvl validate --config run/config.yaml --out run
+      medvl validate --config run/config.yaml --out run --data.init_args.manifest other/manifest.csv
+    """
     _run(ctx, "validate", args)
 
 
-@click.command(context_settings=UNTOUCHED, add_help_option=False, short_help="Measure a run on its test split.")
-@click.argument("args", nargs=-1, type=click.UNPROCESSED)
+@click.command(context_settings=UNTOUCHED, add_help_option=False, options_metavar=None, short_help="Measure a run on its test split.")
+@click.argument("args", nargs=-1, type=click.UNPROCESSED, metavar="[OPTIONS]")
 @click.pass_context
 def test(ctx: click.Context, args: tuple[str, ...]) -> None:
-    """Measure a run on its test split: medvl test --config RECIPE.yaml --ckpt_path FILE."""
+    """Measure the weights that a run kept on its test split. AUROC, pointing game and retrieval come from medvl evaluate.
+
+    \b
+    Examples:
+      medvl test --config run/config.yaml --out run
+      medvl test --config run/config.yaml --out run --data.init_args.manifest other/manifest.csv
+    """
     _run(ctx, "test", args)
