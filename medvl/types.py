@@ -188,7 +188,7 @@ class ReportEncoder(Configurable, nn.Module, abc.ABC):
 
 
 class Similarity(Configurable, nn.Module, abc.ABC):
-    """Base of similarities. ``parts`` are trained each under the objective; their mean is the score."""
+    """Base of similarities. ``parts`` are trained each under the objective; the score is their mean unless a subclass says otherwise."""
 
     @abc.abstractmethod
     def parts(self, images: ImageFeatures, texts: TextFeatures) -> dict[str, Tensor]:

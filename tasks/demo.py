@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.resources
 import json
 import time
@@ -18,17 +19,20 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
+import medvl
 from medvl.data.manifest import Manifest, StudyImage, read_manifest
 from medvl.metrics import auroc
-from medvl.model import DualEncoder, load, write_atomically
+from medvl.model import CONFIG, WEIGHTS, DualEncoder, load, write_atomically
 from reports.prompts import PromptSet, load_prompts
 from reports.text_source import ReportSentences
 from tasks.baseline import logistic_scores, thumbnails
 from tasks.evaluation import Predictions, predict, results, write
 
 RECIPE = "xray_phantom.yaml"
+TRAINING = "training.json"
+"""What the model in the folder was, or is being, trained on; so that a second demo in one folder never tests a model on its own studies."""
 TRAIN_STUDIES, VAL_STUDIES, TEST_STUDIES = 4000, 200, 500
-EPOCHS = 8
+EPOCHS = 12
 
 
 @dataclass(frozen=True)
@@ -108,25 +112,42 @@ def _phantoms(folder: Path, seed: int, size: DemoSize, console: Console) -> Path
 
 
 def _train(table: Path, folder: Path, seed: int, size: DemoSize) -> None:
+    """Train, or go on with a training that was stopped; one that was of other data, another recipe or another length is thrown away."""
+    from medvl.training.callbacks import RESUME
     from medvl.training.cli import run
 
-    finished = folder / "finished.json"
-    stamp = json.dumps({"manifest": str(table), "seed": seed, "epochs": size.epochs})
-    if finished.is_file() and finished.read_text() == stamp:
+    recipe = recipe_path(RECIPE)
+    precision = fastest_precision()
+    asked = {
+        "manifest_sha256": hashlib.sha256(table.read_bytes()).hexdigest(),
+        "recipe_sha256": hashlib.sha256(recipe.read_bytes()).hexdigest(),
+        "medvl": medvl.__version__,
+        "seed": seed,
+        "epochs": size.epochs,
+        "precision": precision,
+    }
+    note = folder / TRAINING
+    found = json.loads(note.read_text()) if note.is_file() else {}
+    if found == {**asked, "finished": True}:
         return
+    if found != {**asked, "finished": False}:
+        for name in (RESUME, CONFIG, WEIGHTS):
+            (folder / name).unlink(missing_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(note, json.dumps({**asked, "finished": False}).encode())
     arguments = {
-        "config": recipe_path(RECIPE),
+        "config": recipe,
         "seed_everything": seed,
         "out": folder,
         "resume": "true",
         "trainer.max_epochs": size.epochs,
-        "trainer.precision": fastest_precision(),
+        "trainer.precision": precision,
         "data.init_args.manifest": table,
         "data.init_args.seed": seed,
         "model.seed": seed,
     }
     run("fit", [f"--{name}={value}" for name, value in arguments.items()])
-    write_atomically(finished, stamp.encode())
+    write_atomically(note, json.dumps({**asked, "finished": True}).encode())
 
 
 def fastest_precision() -> str:

@@ -15,9 +15,9 @@ from medvl.types import ImageFeatures, Similarity, TextFeatures
 
 
 class Temperature(nn.Module):
-    """A learned divisor of cosines, kept as its logarithm and clamped to [low, high].
+    """A learned positive number (the divisor of cosines, a sharpness), kept as its logarithm and clamped to [low, high].
 
-    The clamp passes the gradient that leads back inside, so a temperature at its bound is not stuck there.
+    The gradient passes the clamp, so a value beyond its bound is not stuck there; it may drift beyond and need as long to come back.
     """
 
     def __init__(self, init: float = 0.07, low: float = 0.01, high: float = 1.0) -> None:
@@ -28,7 +28,7 @@ class Temperature(nn.Module):
         self.low, self.high = math.log(low), math.log(high)
 
     def forward(self) -> Tensor:
-        """The divisor, a scalar."""
+        """The value, a scalar."""
         inside = self.log.clamp(self.low, self.high)
         return (self.log + (inside - self.log).detach()).exp()
 
@@ -50,32 +50,40 @@ class PooledSimilarity(Similarity):
 
 
 class TokenSimilarity(Similarity):
-    """Pooled cosine beside a soft maximum over tokens, so that a logit is made of the very map that explains it.
+    """A soft maximum over token cosines, so that a logit is made of the very map that explains it.
 
     The token part is a log-mean-exp of token cosines at sharpness r (multiple-instance pooling, arXiv:1411.6228, eq. 6):
         l_ij = 1/(r tau) log 1/N sum_n exp(r cos(token_in, text_j)),
-    between the mean (r -> 0) and the maximum (r -> infinity); r is learned and clamped. Tokens on padding do not count.
+    between the mean (r -> 0) and the maximum (r -> infinity); r is learned and clamped to [1, 100]. Started blunt (10), a finding of a few
+    tokens never gets a gradient of its own; 30 lets it. Tokens on padding do not count. The cosine of the pooled vectors is a part of its
+    own: trained beside, so that pooled vectors can be compared and searched, and left out of the score.
     """
 
-    def __init__(self, temperature: float = 0.07, sharpness: float = 10.0, pooled: bool = True) -> None:
+    def __init__(self, temperature: float = 0.07, sharpness: float = 30.0) -> None:
         super().__init__()
         self.temperature = Temperature(temperature)
         self.token_temperature = Temperature(temperature)
-        self.log_sharpness = nn.Parameter(torch.tensor(math.log(sharpness)))
-        self.pooled = pooled
+        self.sharpness = Temperature(sharpness, low=1.0, high=100.0)
 
     def parts(self, images: ImageFeatures, texts: TextFeatures) -> dict[str, Tensor]:
-        """Parts ``pooled`` (unless switched off) and ``tokens``."""
-        sharpness = self.log_sharpness.clamp(0.0, math.log(100.0)).exp()
+        """Parts ``tokens`` and ``pooled``."""
+        return {
+            "tokens": self._soft_maximum(images, texts),
+            "pooled": unit(images.pooled) @ unit(texts.pooled).T / self.temperature(),
+        }
+
+    def forward(self, images: ImageFeatures, texts: TextFeatures) -> Tensor:
+        """(B, M) scores: the token part."""
+        return self._soft_maximum(images, texts)
+
+    def _soft_maximum(self, images: ImageFeatures, texts: TextFeatures) -> Tensor:
+        sharpness = self.sharpness()
         scaled = token_cosines(images, texts, sharpness)  # (B, M, N)
         count = (
             torch.full_like(scaled[:, :1, 0], scaled.shape[-1]) if images.token_valid is None else images.token_valid.sum(1, keepdim=True)
         )
         soft_max = (scaled.logsumexp(-1).float() - count.float().log()) / sharpness
-        parts = {"tokens": soft_max / self.token_temperature()}
-        if self.pooled:
-            parts["pooled"] = unit(images.pooled) @ unit(texts.pooled).T / self.temperature()
-        return parts
+        return soft_max / self.token_temperature()
 
     def maps(self, images: ImageFeatures, texts: TextFeatures) -> Tensor:
         """The token cosines that the soft maximum is taken of."""

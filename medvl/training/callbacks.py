@@ -37,7 +37,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 class ResumePoint(Callback):
-    """Write ``resume.ckpt`` every so many steps and at the end of each epoch.
+    """Write ``resume.ckpt`` every so many steps and at the end of each epoch, there after validation and what :class:`KeepBest` made of it.
 
     Args:
         folder: the run's folder.
@@ -50,9 +50,13 @@ class ResumePoint(Callback):
         self.path, self.every_n_steps = folder / RESUME, every_n_steps
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Save where the step count says so."""
-        if trainer.global_step % self.every_n_steps == 0 or trainer.is_last_batch:
+        """Save where the step count says so; not on an epoch's last batch, whose validation a resumed run would skip."""
+        if trainer.global_step % self.every_n_steps == 0 and not trainer.is_last_batch:
             trainer.save_checkpoint(self.path)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save at the end of the epoch."""
+        trainer.save_checkpoint(self.path)
 
 
 class KeepBest(Callback):

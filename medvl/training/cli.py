@@ -65,9 +65,9 @@ class AlignmentCLI(LightningCLI):
         chosen = config.trainer
         callbacks: list[Any] = [*(chosen.callbacks or [])]
         if chosen.enable_progress_bar is not False:
-            callbacks.append(RichProgressBar(leave=False))
+            callbacks.append(RichProgressBar(leave=False, console_kwargs={"stderr": True}))
         if self.subcommand == "fit":
-            callbacks += [ResumePoint(out, config.checkpoint_every), KeepBest(out, best=config.keep_best), LearningRateMonitor("step")]
+            callbacks += [KeepBest(out, best=config.keep_best), ResumePoint(out, config.checkpoint_every), LearningRateMonitor("step")]
         return super().instantiate_trainer(
             callbacks=callbacks,
             logger=loggers if chosen.logger is None else chosen.logger,

@@ -43,7 +43,7 @@ class StudyDataModule(L.LightningDataModule):
         manifest: CSV or Parquet, see :func:`medvl.data.manifest.read_manifest`.
         reader: reads and preprocesses an image; saved with the weights.
         texts: turns a report into the sentences that are true of its study.
-        columns: how the table names its columns, if not as we do; a YAML file.
+        columns: how the table names its columns, if not as we do; the map itself or the path of a YAML file that holds it.
         splits: fractions to split by patient where the table has no split column.
         modality: which rows to use.
         batch_size: images per batch and process.
@@ -59,7 +59,7 @@ class StudyDataModule(L.LightningDataModule):
         manifest: str,
         reader: ImageReader,
         texts: TextSource,
-        columns: str | None = None,
+        columns: ColumnMap | str | None = None,
         splits: SplitFractions | None = None,
         modality: str = "xray",
         batch_size: int = 64,
@@ -71,7 +71,7 @@ class StudyDataModule(L.LightningDataModule):
     ) -> None:
         super().__init__()
         self.manifest_path, self.reader, self.texts = Path(manifest), reader, texts
-        self.columns = None if columns is None else ColumnMap.load(columns)
+        self.columns = ColumnMap.load(columns) if isinstance(columns, str) else columns
         self.splits, self.modality = splits, modality
         self.batch_size, self.sentences_per_image, self.augment = batch_size, sentences_per_image, augment
         self.cache, self.workers, self.seed = cache, workers, seed
@@ -119,17 +119,43 @@ class StudyDataModule(L.LightningDataModule):
         """The rows a split serves."""
         return self.sets[split].images
 
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint's position means anything for: this table, in these batches."""
+        return self._identity()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Refuse to go on from a checkpoint of other data.
+
+        Raises:
+            ValueError: another table, batch size or seed than the checkpoint was written with.
+        """
+        differing = sorted(name for name, value in self._identity().items() if state_dict.get(name) != value)
+        if differing:
+            raise ValueError(
+                f"{self.manifest_path}: the checkpoint was written with another {', '.join(differing)}; give the same, or start anew "
+                "(another --out, or --resume false)"
+            )
+
+    def _identity(self) -> dict[str, Any]:
+        assert self.manifest is not None
+        counts = {"manifest": self.manifest.sha256, "images": len(self.sets["train"])}
+        return {**counts, "batch_size": self.batch_size, "seed": self.seed, "sentences_per_image": self.sentences_per_image}
+
     def batches_per_epoch(self, world_size: int = 1) -> int:
-        """Training batches of an epoch on each process."""
+        """Training batches of an epoch on each process.
+
+        Raises:
+            ValueError: no usable training image.
+        """
+        if not len(self.sets["train"]):
+            raise ValueError(
+                f"{self.manifest_path}: no usable {self.modality} image in split 'train'; see {REJECTED} for what was left out"
+            )
         return len(EpochBatches(len(self.sets["train"]), self.batch_size, world_size=world_size))
 
     def train_dataloader(self) -> StudyLoader:
         """Batches of the epoch that the trainer is in, from the step that it is at; Lightning asks anew every epoch."""
         data = self.sets["train"]
-        if not len(data):
-            raise ValueError(
-                f"{self.manifest_path}: no usable {self.modality} image in split 'train'; see {REJECTED} for what was left out"
-            )
         trainer = self.trainer
         rank, world = (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
         batches = EpochBatches(len(data), self.batch_size, self.seed, rank=rank, world_size=world)

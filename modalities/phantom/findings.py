@@ -354,14 +354,17 @@ def _collapsed_lobe(chest: Chest, side: str, name: str, extent: float) -> Float:
 
 
 def _lung_nodule(rng: np.random.Generator, a: Anatomy, names: frozenset[str]) -> tuple[Anatomy, Plan]:
-    """Diameter as in the JSRT set, 5 to 60 mm with mean 17.3 (Shiraishi et al., AJR 2000), no smaller than the 9 mm below which soft
-    nodules are hardly seen on radiographs (Kundel, Radiology 1981) unless calcified; one in eight is (granuloma, 250 to 600 HU).
+    """Diameter as in the JSRT set, 5 to 60 mm, median 15 and mean 17.3 (Shiraishi et al., AJR 2000), but none below the 9 mm under which
+    soft nodules are hardly seen on radiographs (Kundel, Radiology 1981) unless calcified; one in eight is (granuloma, 250 to 600 HU).
+    Persons with one often have more: about three each on CT (Swensen et al., Radiology 2005), here 1.9, for CT also shows the small ones.
     """
-    count = 1 if rng.random() < 0.85 else 2
+    count = int(rng.choice([1, 2, 3, 4, 5], p=(0.55, 0.2, 0.12, 0.08, 0.05)))
     nodules = []
     for _ in range(count):
         calcified = bool(rng.random() < 0.125)
-        size = float(np.clip(rng.lognormal(np.log(16.2), 0.36), 6.0 if calcified else 9.0, 45.0))
+        size, least = 0.0, 5.0 if calcified else 9.0
+        while not least <= size <= 60.0:
+            size = float(rng.lognormal(np.log(15.0), 0.53))
         nodules.append((_side(rng, 0.55), size, float(rng.uniform(250, 600)) if calcified else float(rng.uniform(25, 60))))
 
     def draw(chest: Chest, r: np.random.Generator) -> None:
@@ -512,7 +515,8 @@ ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "
 
 def _rib_fracture(rng: np.random.Generator, a: Anatomy, names: frozenset[str]) -> tuple[Anatomy, Plan]:
     """One to five neighbouring ribs, mostly the fourth to ninth and lateral (Talbot et al., RadioGraphics 2017), offset or displaced by
-    more than a tenth of the rib's height up to no contact (Chest Wall Injury Society taxonomy: Edwards et al., J Trauma 2020).
+    more than a tenth of the rib's height up to no contact (Chest Wall Injury Society taxonomy: Edwards et al., J Trauma 2020). Two in five
+    patients come weeks later, with callus: a cuff of young bone, 300 to 700 HU, round each break.
     """
     side = _side(rng)
     count = int(rng.choice([1, 2, 3, 4, 5], p=(0.14, 0.2, 0.26, 0.22, 0.18)))
@@ -542,16 +546,18 @@ def _rib_fracture(rng: np.random.Generator, a: Anatomy, names: frozenset[str]) -
         f"{ORDINALS[first - 1]} rib" if count == 1 else f"{ORDINALS[first - 1]} {'and' if count == 2 else 'to'} {ORDINALS[last - 1]} ribs"
     )
     fact = Fact("rib_fracture", "present", side=_fact_side(side), location=f"{region} {ribs}")
-    hematoma = bool(rng.random() < 0.4)
+    hematoma, healing = bool(rng.random() < 0.4), bool(rng.random() < 0.4)
 
-    def draw(chest: Chest, _: np.random.Generator) -> None:
+    def draw(chest: Chest, r: np.random.Generator) -> None:
+        for fracture in fractures if healing else ():
+            box, dist = ellipsoid(chest.grid, _at_break(chest, fracture), np.array([r.uniform(9, 13), r.uniform(8, 12), r.uniform(8, 12)]))
+            share = cover(dist, 4.0)
+            dense = chest.hu[box]
+            blend(dense, share * (dense < 300), float(r.uniform(300, 700)))
+            chest.add_mask("rib_fracture", box, share > 0.5)
         if hematoma:  # blood under the parietal pleura at the fracture
-            middle = fractures[len(fractures) // 2]
-            z = float(rib_curve(chest.anatomy, middle.rib, np.array([middle.angle]))[0])
-            width, depth = (float(v) for v in cage_profile(chest.anatomy, np.float32(z)))
-            y = float(cage_centre_y(chest.anatomy, np.float32(z))) + depth * np.cos(middle.angle) * 0.95
-            x = SIDES[side] * width * np.sin(middle.angle) * 0.97
-            box, dist = ellipsoid(chest.grid, np.array([z, y, x]), np.array([12.0 + 8 * len(fractures), 22.0, 12.0]))
+            centre = _at_break(chest, fractures[len(fractures) // 2])
+            box, dist = ellipsoid(chest.grid, centre, np.array([12.0 + 8 * len(fractures), 22.0, 12.0]))
             mine, theirs = overlap(chest.box, box)
             share = cover(dist[theirs], 5.0) * chest.lung[side][mine]
             blend(chest.region[mine], share, 50.0)
@@ -560,6 +566,15 @@ def _rib_fracture(rng: np.random.Generator, a: Anatomy, names: frozenset[str]) -
             chest.add_mask("rib_fracture", whole, chest.fracture_mask)
 
     return a, Plan("rib_fracture", (fact,), draw, fractures=tuple(fractures))
+
+
+def _at_break(chest: Chest, fracture: Fracture) -> NDArray[np.float64]:
+    """(z, y, x) mm of a break, on the inner surface of the cage."""
+    a = chest.anatomy
+    z = float(rib_curve(a, fracture.rib, np.array([fracture.angle]))[0])
+    width, depth = (float(v) for v in cage_profile(a, np.float32(z)))
+    y = float(cage_centre_y(a, np.float32(z))) + depth * np.cos(fracture.angle) * 0.95
+    return np.array([z, y, SIDES[fracture.side] * width * np.sin(fracture.angle) * 0.97])
 
 
 # --- support devices ---------------------------------------------------------------------------------------------------------------
@@ -571,18 +586,16 @@ weight (barium 8.5 cm2/g at 60 keV, NIST: seven times water and more); thin cath
 
 
 def _support_device(rng: np.random.Generator, a: Anatomy, names: frozenset[str]) -> tuple[Anatomy, Plan]:
-    """One to three devices that occur together: intensive-care lines, a chest tube with a pneumothorax, a pacemaker (generator 45 x 50 x 8
-    mm, left in five of six); catheters 2 to 3 mm, tracheal tubes 10 to 11, gastric 5, chest tubes 8 to 11 mm across (Godoy et al., AJR
-    2012).
+    """A pacemaker (generator 45 x 50 x 8 mm, left in five of six), a chest tube, most often for a pneumothorax, or the lines and tubes of
+    intensive care, which come together: of ventilated patients most have a gastric tube and a central line too. Catheters 2 to 3 mm,
+    tracheal tubes 10 to 11, gastric 5, chest tubes 8 to 11 mm across (Godoy et al., AJR 2012).
     """
-    weights = np.array([0.3, 0.26, 0.16, 0.14, 0.14])
-    if "pneumothorax" in names:
-        weights[4] += 0.5
-    kinds = [DEVICES[int(rng.choice(5, p=weights / weights.sum()))]]
-    if kinds[0] == "endotracheal tube" and rng.random() < 0.7:
-        kinds += [k for k in ("nasogastric tube", "central venous catheter") if rng.random() < 0.7]
-    elif kinds[0] == "nasogastric tube" and rng.random() < 0.4:
-        kinds.append("central venous catheter")
+    group = rng.choice(["pacemaker", "chest tube", "intensive care"], p=(0.2, 0.5, 0.3) if "pneumothorax" in names else (0.4, 0.06, 0.54))
+    if group == "intensive care":
+        shares = {"endotracheal tube": 0.7, "nasogastric tube": 0.65, "central venous catheter": 0.8, "chest tube": 0.12, "pacemaker": 0.06}
+        kinds = [kind for kind in DEVICES if rng.random() < shares[kind]] or ["central venous catheter"]
+    else:
+        kinds = [str(group)]
     sides = {
         "pacemaker": _side(rng, 0.17),
         "central venous catheter": _side(rng, 0.72),

@@ -27,6 +27,8 @@ class ConvEncoder(ImageEncoder):
         blocks: residual blocks per stride.
         in_chans: channels of the image.
         drop_rate: dropout before the pooled projection.
+        bands: odd widths in pixels; the image less its mean over each such window is shown to the trunk as further channels, scaled to
+            unit variance, so that faint small structures (a nodule, a catheter) are not drowned by the large ones (unsharp masking).
     """
 
     stride = 4
@@ -38,12 +40,18 @@ class ConvEncoder(ImageEncoder):
         blocks: Sequence[int] = (2, 2, 2),
         in_chans: int = 1,
         drop_rate: float = 0.1,
+        bands: Sequence[int] = (5, 17),
     ) -> None:
         super().__init__()
         if len(widths) != len(blocks):
             raise ValueError(f"widths {tuple(widths)} and blocks {tuple(blocks)} differ in length")
         self.embed_dim = embed_dim
-        self.stem = nn.Sequential(nn.PixelUnshuffle(self.stride), _conv(in_chans * self.stride**2, widths[0]))
+        if any(band < 3 or band % 2 == 0 for band in bands):
+            raise ValueError(f"bands must be odd and at least 3 pixels wide, got {tuple(bands)}")
+        self.bands = tuple(bands)
+        channels = in_chans * (1 + len(self.bands))
+        self.scale = nn.BatchNorm2d(channels, affine=False)
+        self.stem = nn.Sequential(nn.PixelUnshuffle(self.stride), _conv(channels * self.stride**2, widths[0]))
         stages, before = [], widths[0]
         for level, (width, depth) in enumerate(zip(widths, blocks, strict=True)):
             residual = [_Residual(before if i == 0 else width, width) for i in range(depth)]
@@ -62,7 +70,7 @@ class ConvEncoder(ImageEncoder):
         """
         if batch.pixels.shape[-1] % 16 or batch.pixels.shape[-2] % 16:
             raise ValueError(f"ConvEncoder takes sides that are multiples of 16, got {tuple(batch.pixels.shape[-2:])}")
-        x = self.stem(batch.pixels.contiguous(memory_format=torch.channels_last))
+        x = self.stem(self._with_detail(batch).contiguous(memory_format=torch.channels_last))
         levels: list[Tensor] = []
         for stage in self.stages:
             x = stage(x)
@@ -75,6 +83,27 @@ class ConvEncoder(ImageEncoder):
         grid = (tokens.shape[2], tokens.shape[3])
         valid = None if batch.valid is None else cell_valid(batch.valid, grid)
         return ImageFeatures(pooled=pooled, tokens=tokens.flatten(2).transpose(1, 2), grid=grid, token_valid=valid)
+
+    def _with_detail(self, batch: ImageBatch) -> Tensor:
+        """(B, C * (1 + bands), H, W): the image and what differs from its surroundings, each of unit variance and cut at 5 deviations.
+
+        Means are over valid pixels only, so that the edge of the letterbox is no structure.
+        """
+        pixels = batch.pixels.float()
+        valid = torch.ones_like(pixels[:, :1]) if batch.valid is None else batch.valid[:, None].float()
+        pixels = pixels * valid
+        channels = [pixels]
+        for band in self.bands:
+            total, seen = _box_mean(pixels, band), _box_mean(valid, band)
+            channels.append((pixels - total / seen.clamp_min(1e-6)) * valid)
+        scaled: Tensor = self.scale(torch.cat(channels, dim=1))
+        return scaled.clamp(-5.0, 5.0)
+
+
+def _box_mean(x: Tensor, width: int) -> Tensor:
+    """Mean over a width x width window round each pixel, 0 outside the image; rows, then columns."""
+    rows = F.avg_pool2d(x, (width, 1), stride=1, padding=(width // 2, 0))
+    return F.avg_pool2d(rows, (1, width), stride=1, padding=(0, width // 2))
 
 
 def _conv(inputs: int, outputs: int) -> nn.Sequential:

@@ -41,7 +41,7 @@ class NamedMap:
 
     slug: str
     map: SimilarityMap
-    kind: str  # "phrase", or "finding": prompts for it less prompts against it
+    kind: str  # "phrase", or "finding": the mean over the prompts for it
 
 
 @click.command()
@@ -67,7 +67,7 @@ def ground(
     """Lay the similarity of each phrase over the image FILE.
 
     Writes SLUG.npy (float32, the file's own pixels, NaN where the model did not look), SLUG.png (overlay) and maps.json, SLUG made from
-    the phrase. A phrase's values are cosines; a finding's are cosines with the prompts for it less those with the prompts against it.
+    the phrase. Values are cosines; a finding's are the mean over the prompts for it.
 
     \b
     Examples:
@@ -162,7 +162,7 @@ def write_maps(model: DualEncoder, file: Path, maps: list[NamedMap], out: Path, 
             out / f"{named.slug}.png",
             peak=named.map.peak,
             orientation=view.orientation,
-            label="cosine" if named.kind == "phrase" else "cosine, for less against",
+            label="cosine",
         )
         records.append(
             {

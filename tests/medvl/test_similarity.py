@@ -38,7 +38,7 @@ def test_pooled_part_is_the_cosine_over_the_temperature(features):
 
 def test_token_part_is_the_log_mean_exp_of_valid_token_cosines(features):
     images, texts = features
-    part = TokenSimilarity(temperature=0.1, sharpness=7.0, pooled=False).parts(images, texts)["tokens"]
+    part = TokenSimilarity(temperature=0.1, sharpness=7.0).parts(images, texts)["tokens"]
     for i in range(B):
         for j in range(M):
             values = [cosine(t, texts.pooled[j]) for t, seen in zip(images.tokens[i], images.token_valid[i], strict=True) if seen]
@@ -46,10 +46,11 @@ def test_token_part_is_the_log_mean_exp_of_valid_token_cosines(features):
             assert part[i, j].item() == pytest.approx(expected, rel=1e-4)
 
 
-def test_score_is_the_mean_of_the_parts(features):
+def test_the_score_is_the_token_part(features):
     similarity = TokenSimilarity()
     parts = similarity.parts(*features)
-    torch.testing.assert_close(similarity(*features), (parts["tokens"] + parts["pooled"]) / 2)
+    assert set(parts) == {"tokens", "pooled"}
+    torch.testing.assert_close(similarity(*features), parts["tokens"], rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("similarity", [PooledSimilarity(), TokenSimilarity()])

@@ -193,6 +193,50 @@ def test_stopped_and_resumed_ends_with_the_same_weights(recipe, finished, tmp_pa
     assert_same_weights(tmp_path, finished)
 
 
+def test_what_validation_chose_survives_a_stop_before_during_and_after_validation(recipe, tmp_path):
+    """With keep_best the model on disk is that of the lowest validation loss of all epochs, whichever hook the run was stopped in."""
+    from medvl.training.callbacks import KeepBest
+    from medvl.training.cli import run
+
+    def arguments(out):
+        return ["--config", str(recipe), "--out", str(out), "--resume", "true", "--keep_best", "true", "--checkpoint_every", "500"]
+
+    whole = tmp_path / "whole"
+    assert run("fit", arguments(whole)) == 0
+
+    class StopNowError(Exception):
+        pass
+
+    original = KeepBest.on_validation_end
+    for name, before, nth in (("before", True, 2), ("after", False, 2), ("last", True, 4)):
+        calls = {"n": 0}
+
+        def stop(self, trainer, module, before=before, nth=nth, calls=calls):
+            calls["n"] += 1
+            if before and calls["n"] == nth:
+                raise StopNowError
+            original(self, trainer, module)
+            if calls["n"] == nth:
+                raise StopNowError
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(KeepBest, "on_validation_end", stop)
+            with pytest.raises(StopNowError):
+                run("fit", arguments(tmp_path / name))
+        assert run("fit", arguments(tmp_path / name)) == 0
+        assert_same_weights(tmp_path / name, whole)
+        chosen = [json.loads((folder / "config.json").read_text())["provenance"] for folder in (whole, tmp_path / name)]
+        assert chosen[0] == chosen[1]
+
+
+def test_a_checkpoint_of_other_data_is_refused(recipe, finished, tmp_path):
+    from medvl.training.cli import run
+
+    (tmp_path / "resume.ckpt").write_bytes((finished / "resume.ckpt").read_bytes())
+    with pytest.raises(ValueError, match="written with another batch_size"):
+        run("fit", ["--config", str(recipe), "--out", str(tmp_path), "--resume", "true", "--data.init_args.batch_size", "4"])
+
+
 def kill_and_resume(recipe: Path, out: Path, after_step: int) -> None:
     """SIGKILL a run once its checkpoint says ``after_step`` or later, then let it finish."""
     code = "import sys; from medvl.training.cli import run; sys.exit(run('fit', sys.argv[1:]))"
