@@ -10,22 +10,20 @@ import importlib.resources
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import Progress
 
 import medvl
-from medvl.data.manifest import Manifest, StudyImage, read_manifest
-from medvl.metrics import auroc
+from medvl.data.manifest import StudyImage, read_manifest
 from medvl.model import CONFIG, WEIGHTS, DualEncoder, load, write_atomically
 from reports.prompts import PromptSet, load_prompts
 from reports.text_source import ReportSentences
-from tasks.baseline import logistic_scores, thumbnails
+from tasks.baseline import Baseline, thumbnail_baseline
 from tasks.evaluation import Predictions, predict, results, write
 
 RECIPE = "xray_phantom.yaml"
@@ -74,10 +72,12 @@ def run_demo(out: Path, seed: int = 0, size: DemoSize | None = None, console: Co
     prompts = load_prompts()
     test = manifest.select(split="test", modality="xray").rows
     predictions: Predictions = timed("evaluation", lambda: _predict(model, test, prompts, console))
-    baseline = timed("baseline", lambda: baseline_auroc(model, manifest, predictions))
+    train = manifest.select(split="train", modality="xray").rows
+    baseline: Baseline = timed("baseline", lambda: thumbnail_baseline(model, train, predictions))
+    predictions = replace(predictions, baseline=baseline.scores)
     measured = {
         **results(predictions, seed=seed),
-        "baseline": {"what": "logistic regression on a 16 x 16 thumbnail, trained on the labels of the training studies", **baseline},
+        "baseline": baseline.measured,
         "facts": {
             "data": "synthetic",
             "seed": seed,
@@ -162,23 +162,6 @@ def _predict(model: DualEncoder, rows: tuple[StudyImage, ...], prompts: PromptSe
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("test images", total=len(rows))
         return predict(model, rows, prompts, ReportSentences(), progress=lambda done: progress.advance(task, done))
-
-
-def baseline_auroc(model: DualEncoder, manifest: Manifest, predictions: Predictions) -> dict[str, Any]:
-    """AUROC per finding and its mean of the thumbnail baseline, trained on the manifest's training images, on the predicted ones."""
-    train = manifest.select(split="train", modality="xray")
-    small, tested = (thumbnails(torch.stack([model.read(row.path).pixels for row in rows])) for rows in (train, predictions.rows))
-    labels = np.array([[row.labels.get(name, np.nan) for name in predictions.findings] for row in train])
-    scores = logistic_scores(small, labels, tested)
-    per_finding = {}
-    for j, name in enumerate(predictions.findings):
-        known = np.isin(predictions.labels[:, j], (0, 1))
-        per_finding[name] = auroc(predictions.labels[known, j], scores[known, j])
-    values = [value for value in per_finding.values() if np.isfinite(value)]
-    return {
-        "macro_auroc": float(np.mean(values)) if values else None,
-        "per_finding": {name: value if np.isfinite(value) else None for name, value in per_finding.items()},
-    }
 
 
 def _page(path: Path, model: DualEncoder, predictions: Predictions, measured: dict[str, Any]) -> None:
