@@ -135,7 +135,8 @@ def run(subcommand: str, args: list[str]) -> int:
         0, or 1 if some inputs were left out.
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # tips and device lists; what matters is on the console
-    warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+    for message in ("LightningCLI's args parameter", ".*LeafSpec.* is deprecated", "The number of training batches"):
+        warnings.filterwarnings("ignore", message=message)
     cli = AlignmentCLI(
         AlignmentModule,
         StudyDataModule,

@@ -143,10 +143,14 @@ def test_cuda_equals_cpu():
     positives = torch.eye(16, dtype=torch.bool)
     values, gradients = [], []
     for device in ("cpu", "cuda"):
-        leaf = image.to(device).requires_grad_()
-        loss = multi_positive_info_nce(leaf, text.to(device), positives.to(device), 0.07)
+        leaves = [x.to(device).requires_grad_() for x in (image, text)]
+        loss = multi_positive_info_nce(*leaves, positives.to(device), 0.07)
         loss.backward()
         values.append(loss.item())
-        gradients.append(leaf.grad.cpu())
+        gradients.append([leaf.grad.cpu() for leaf in leaves])
     assert values[0] == pytest.approx(values[1], rel=1e-5)
-    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-6)
+    for on_cpu, on_cuda in zip(*gradients, strict=True):
+        torch.testing.assert_close(on_cpu, on_cuda, rtol=1e-4, atol=1e-6)
+    with torch.autocast("cuda", torch.bfloat16):
+        half = multi_positive_info_nce(image.cuda(), text.cuda(), positives.cuda(), 0.07)
+    assert half.item() == pytest.approx(values[0], rel=2e-2)

@@ -288,14 +288,19 @@ def test_bad_rows_are_listed_counted_and_cost_only_themselves(recipe, studies, t
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
-def test_one_fit_in_bf16_and_one_encoding_on_cuda(recipe, tmp_path):
+def test_one_fit_in_bf16_and_one_diagnosis_on_cuda(recipe, studies, tmp_path):
     from medvl.training.cli import run
+    from reports.prompts import load_prompts
+    from tasks.zero_shot import diagnose, encode_prompts
 
-    assert (
-        run("fit", ["--config", str(recipe), "--out", str(tmp_path), "--trainer.accelerator=cuda", "--trainer.precision=bf16-mixed"]) == 0
-    )
-    model = medvl.load(tmp_path)
-    assert model.device.type == "cuda"
-    picture = np.random.default_rng(0).random((32, 32), dtype=np.float32)
-    on_cpu = medvl.load(tmp_path, device="cpu")
-    torch.testing.assert_close(model.encode_image(picture).pooled.cpu(), on_cpu.encode_image(picture).pooled, rtol=1e-2, atol=1e-3)
+    on_cuda = ["--trainer.accelerator=cuda", "--trainer.precision=bf16-mixed"]
+    assert run("fit", ["--config", str(recipe), "--out", str(tmp_path), *on_cuda]) == 0
+    assert medvl.load(tmp_path).device.type == "cuda"
+    films = sorted(studies.parent.glob("?.png"))[:4]
+    scores = []
+    for device in ("cuda", "cpu"):
+        model = medvl.load(tmp_path, device=device)
+        told = list(diagnose(model, films, encode_prompts(model, load_prompts())))
+        assert [one.ok for one in told] == [True] * 4
+        scores.append([list(one.findings.values()) for one in told])
+    np.testing.assert_allclose(scores[0], scores[1], atol=1e-2)
