@@ -30,7 +30,7 @@ RECIPE = "xray_phantom.yaml"
 TRAINING = "training.json"
 """What the model in the folder was, or is being, trained on; so that a second demo in one folder never tests a model on its own studies."""
 TRAIN_STUDIES, VAL_STUDIES, TEST_STUDIES = 4000, 200, 500
-EPOCHS = 12
+EPOCHS = 13
 
 
 @dataclass(frozen=True)

@@ -52,16 +52,16 @@ class Plan:
 def sample_findings(rng: np.random.Generator) -> tuple[str, ...]:
     """Which findings a study has; about one study in five has none. Names in the order of FINDINGS."""
     u = dict(zip(FINDINGS, rng.random(len(FINDINGS)), strict=True))
-    has = {"cardiomegaly": u["cardiomegaly"] < 0.16}
-    has["edema"] = u["edema"] < (0.34 if has["cardiomegaly"] else 0.11)
-    has["pleural_effusion"] = u["pleural_effusion"] < (0.45 if has["edema"] else 0.14)
-    has["pneumothorax"] = u["pneumothorax"] < 0.15
-    has["rib_fracture"] = u["rib_fracture"] < (0.30 if has["pneumothorax"] else 0.12)
-    has["support_device"] = u["support_device"] < (0.35 if has["pneumothorax"] or has["edema"] else 0.13)
-    has["consolidation"] = u["consolidation"] < 0.15
+    has = {"cardiomegaly": u["cardiomegaly"] < 0.14}
+    has["edema"] = u["edema"] < (0.34 if has["cardiomegaly"] else 0.1)
+    has["pleural_effusion"] = u["pleural_effusion"] < (0.45 if has["edema"] else 0.12)
+    has["pneumothorax"] = u["pneumothorax"] < 0.13
+    has["rib_fracture"] = u["rib_fracture"] < (0.34 if has["pneumothorax"] else 0.17)
+    has["support_device"] = u["support_device"] < (0.36 if has["pneumothorax"] or has["edema"] else 0.16)
+    has["consolidation"] = u["consolidation"] < 0.17
     has["atelectasis"] = u["atelectasis"] < (0.24 if has["pleural_effusion"] else 0.12)
-    has["lung_nodule"] = u["lung_nodule"] < 0.16
-    has["emphysema"] = u["emphysema"] < 0.14
+    has["lung_nodule"] = u["lung_nodule"] < 0.2
+    has["emphysema"] = u["emphysema"] < 0.12
     return tuple(name for name in FINDINGS if has[name])
 
 
