@@ -48,7 +48,7 @@ class CohortSettings:
     ct: bool
     ct_series: bool
     lateral: bool
-    version: int = 3
+    version: int = 2
     """Of the generator: one more whenever the same seed would give other files."""
 
 
