@@ -28,7 +28,7 @@ def demo(out: Path, seed: int, train_studies: int | None, test_studies: int | No
     \b
     Examples:
       medvl demo
-      medvl demo --out /tmp/demo --seed 1
+      medvl demo --out demo1 --seed 1
       medvl demo --out quick --train-studies 64 --test-studies 32 --epochs 1    a look in under a minute, not a result
     """
     check_out_folder(out)
