@@ -139,7 +139,7 @@ def predict(
 
 
 def finding_maps(model: DualEncoder, images: ImageFeatures, bank: PromptBank) -> torch.Tensor:
-    """(B, F, *grid): mean token cosine with a finding's positive prompts. (Less the negative prompts' it pointed no better on phantoms.)"""
+    """(B, F, *grid): mean token cosine with a finding's positive prompts."""
     maps = model.similarity.maps(images, bank.features)  # (B, P, *grid)
     return torch.einsum("fp,bp...->bf...", bank.positive, maps)
 
