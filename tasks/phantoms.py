@@ -48,7 +48,7 @@ class CohortSettings:
     ct: bool
     ct_series: bool
     lateral: bool
-    version: int = 2
+    version: int = 3
     """Of the generator: one more whenever the same seed would give other files."""
 
 

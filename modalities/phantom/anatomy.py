@@ -2,11 +2,14 @@
 
 Frame and arrays as in :mod:`modalities.phantom.grid` (x left, y posterior, z down, mm; arrays (S, H, W)).
 
-Sources of the ranges: inner chest width 28 cm (men), 25 cm (women) and cardiothoracic ratio 0.45 +- 0.03, upper limit 0.50: Danzer, Am J
-Med Sci 1919, and Brakohiapa et al., Pan Afr Med J 2017; aortic arch that grows by about 1 mm a decade: Wolak et al., JACC Imaging 2008;
-aerated lung -700 to -900 HU, soft tissue 20 to 60, fat -120 to -80, cancellous vertebral bone 100 to 250 falling with age, cortex 300 to
-1500: Hounsfield scale as tabulated by Kalender, Computed Tomography (2011), and Jang et al., Radiology 2019 (spine); rib count, slope and
-a cortex of about 1 mm round marrow: Gray's Anatomy; tree of vessels by Murray's law: PNAS 1926.
+Sources of the ranges (what was looked up, and where, is in SOURCES.md beside this file): inner chest 27.9 cm wide in men, 25.7 in women,
+cardiothoracic ratio 0.46 +- 0.04, films of healthy adults in Jos (drawn: 28.0, 25.2, 0.44 +- 0.03; upper limit 0.50); aorta that widens
+by about 1 mm a decade: MRI of 3573 adults of MESA, J Magn Reson Imaging 2013, and descending aorta 24 +- 3 mm: Wolak et al., JACC Imaging
+2008 (drawn: 26 mm); lung bases without disease -700 to -860 HU over all phases of breathing: J Comput Assist Tomogr 1979;
+cancellous bone of L1 226 HU before 30 years, 2.5 less each year: Jang et al., Radiology 2019 (the thoracic spine drawn here: 240, 1.8
+less); trachea 18 mm wide in men, 15 in women: J Korean Radiol Soc 1988; rib cortex 0.9 to 2.6 mm: Holcombe et al., J Anat 2019 (drawn
+thicker and less dense, for the voxels). Soft tissue 20 to 60 HU, fat -120 to -80, cortex 300 to 1500, rib slope and the tree of vessels by
+Murray's law are textbook knowledge, not looked up.
 """
 
 from __future__ import annotations

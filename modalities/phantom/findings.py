@@ -3,10 +3,11 @@
 A finding is planned first (numbers drawn, anatomy changed: a collapsed lobe pulls the heart over before anything is drawn), then drawn
 into the volume with its exact mask. Arrays and axes as in :mod:`modalities.phantom.grid`; HU throughout.
 
-Prevalence: in MIMIC-CXR about a third of studies has no finding, a quarter an effusion or a device, a fifth atelectasis or an enlarged
-heart, 5 % a pneumothorax or consolidation, 2 to 3 % a nodule or fracture (Johnson et al., Sci Data 2019). Here rare ones are enriched
-until each is near 15 to 25 %, a fifth of studies has none, and what goes together in life does here: edema with a large heart and
-effusions, fractures with pneumothorax, chest tubes with pneumothorax.
+Prevalence: of the studies in MIMIC-CXR 33 % have no finding, 29 % a device, 23 % an effusion, 20 % atelectasis, 17 % an enlarged heart,
+12 % edema, 5 % consolidation, 4 % a pneumothorax, 3 % a lesion of the lung, 2 % a fracture (MIT-LCP/mimic-cxr, the table behind Johnson
+et al., arXiv:1901.07042; emphysema is not counted there). Here rare ones are enriched until each is in 12 to 22 % of studies, a fifth of
+studies has none, and what goes together in life does here: edema with a large heart and effusions, fractures with pneumothorax, chest
+tubes with pneumothorax. Which numbers below were looked up, and where, is in SOURCES.md beside this file.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ from modalities.phantom.grid import Float, axis_box, blend, cover, polyline, smo
 
 SEVERITIES: tuple[Severity, ...] = ("mild", "moderate", "severe")
 FLUID_HU, LUNG_SOLID_HU, COLLAPSED_HU = 8.0, 32.0, 48.0
-"""Simple effusion 0 to 20 HU (Abramowitz et al., AJR 2009); consolidated lung 20 to 45, airless collapsed lung a little denser."""
+"""Effusion 7 +- 9 HU (exudate) to 10 +- 7 (transudate): Abramowitz et al., AJR 2009. Consolidated lung 20 to 45, airless collapsed lung a
+little denser: not found in a source, chosen near blood and muscle."""
 
 
 @dataclass(frozen=True)
@@ -99,8 +101,8 @@ def _fact_side(side: str) -> Side:
 
 
 def _cardiomegaly(rng: np.random.Generator, a: Anatomy, names: frozenset[str]) -> tuple[Anatomy, Plan]:
-    """Cardiothoracic ratio over 0.50 (Danzer 1919); mild to 0.55, moderate to 0.60, severe to 0.67, as in series of adults
-    (Brakohiapa et al., Pan Afr Med J 2017).
+    """Cardiothoracic ratio over 0.50, the usual limit on PA films; over 0.55 a heart is likely to be large on MRI too
+    (doi:10.1186/s13244-021-01097-0). The steps mild to 0.55, moderate to 0.60, severe to 0.67 are ours.
     """
     severity = _severity(rng, (0.35, 0.4, 0.25))
     low, high = {"mild": (0.515, 0.55), "moderate": (0.55, 0.60), "severe": (0.60, 0.67)}[severity]
@@ -116,9 +118,11 @@ def _cardiomegaly(rng: np.random.Generator, a: Anatomy, names: frozenset[str]) -
 
 
 def _emphysema(rng: np.random.Generator, a: Anatomy, names: frozenset[str]) -> tuple[Anatomy, Plan]:
-    """Hyperinflated: low flat domes (rise under 15 mm: Reich et al., AJR 1985), barrel chest, slim heart; patches of lung below -950 HU.
+    """Hyperinflated: low flat domes (a rise under 15 mm is called flat: Eur Respir J, criteria for radiographs; drawn so when severe),
+    barrel chest, slim heart; patches of lung below -950 HU, the usual threshold on CT.
 
-    Mild, moderate and severe differ in extent and in hyperinflation (classes after Lynch et al., Radiology 2015).
+    Mild, moderate and severe differ in extent and in hyperinflation; they fold the five centrilobular classes of Lynch et al., Radiology
+    2015, into three, with steps of ours.
     """
     severity = _severity(rng, (0.3, 0.4, 0.3))
     degree = {"mild": 0.45, "moderate": 0.75, "severe": 1.0}[severity]
@@ -168,8 +172,9 @@ def _emphysema(rng: np.random.Generator, a: Anatomy, names: frozenset[str]) -> t
 
 
 def _edema(rng: np.random.Generator, a: Anatomy, names: frozenset[str]) -> tuple[Anatomy, Plan]:
-    """Perihilar haze (bat wing), blurred and redistributed vessels, septal lines of 10 to 20 mm at the bases (Kerley; Gluecker et al.,
-    RadioGraphics 1999). Ground glass adds 100 to 300 HU, alveolar edema up to 550.
+    """Perihilar haze (bat wing), blurred and redistributed vessels, septal lines at the bases (Gluecker et al., RadioGraphics 1999), 10 to
+    20 mm long (10 to 30: Radiopaedia). Congested and edematous lung weighs 0.33 to 0.93 g/mL against 0.25 to 0.37 (Garnett et al., Can Med
+    Assoc J 1977): 80 to 550 HU more, spread here over mild to severe.
     """
     severity = _severity(rng, (0.3, 0.4, 0.3))
     degree = {"mild": 0.0, "moderate": 0.5, "severe": 1.0}[severity] + float(rng.uniform(0, 0.3))
@@ -248,7 +253,7 @@ def lobe(chest: Chest, side: str, name: str) -> Float:
 
 def _consolidation(rng: np.random.Generator, a: Anatomy, names: frozenset[str]) -> tuple[Anatomy, Plan]:
     """Airless but not shrunken lung, segmental (40 mm across) to lobar (120 mm), with air bronchograms of 2 to 5 mm, ill-defined except at
-    a fissure (Hansell et al., Fleischner glossary, Radiology 2008).
+    a fissure (words of the Fleischner glossary, Hansell et al., Radiology 2008; the sizes are ours, not looked up).
     """
     side = _side(rng, 0.55)
     name = LOBES[side][int(rng.choice(3, p=(0.3, 0.22, 0.48)))]
@@ -296,8 +301,8 @@ def _air_bronchograms(chest: Chest, rng: np.random.Generator, side: str, spot: N
 
 
 def _atelectasis(rng: np.random.Generator, a: Anatomy, names: frozenset[str]) -> tuple[Anatomy, Plan]:
-    """A lobe loses its air and most of its volume: a dense wedge against mediastinum or diaphragm, the dome rises by 15 to 35 mm and the
-    mediastinum moves over by 8 to 22 mm (signs: Woodring and Reed, J Thorac Imaging 1996).
+    """A lobe loses its air and most of its volume: a dense wedge against mediastinum or diaphragm, the dome rises and the mediastinum moves
+    over (signs: Woodring and Reed, J Thorac Imaging 1996). How far, 14 to 32 mm and 8 to 20 mm, less for middle lobe and lingula, is ours.
     """
     side = _side(rng)
     name = ("upper lobe", "middle lobe" if side == "right" else "lingula", "lower lobe")[int(rng.choice(3, p=(0.27, 0.13, 0.6)))]
@@ -354,9 +359,9 @@ def _collapsed_lobe(chest: Chest, side: str, name: str, extent: float) -> Float:
 
 
 def _lung_nodule(rng: np.random.Generator, a: Anatomy, names: frozenset[str]) -> tuple[Anatomy, Plan]:
-    """Diameter as in the JSRT set, 5 to 60 mm, median 15 and mean 17.3 (Shiraishi et al., AJR 2000), but none below the 9 mm under which
-    soft nodules are hardly seen on radiographs (Kundel, Radiology 1981) unless calcified; one in eight is (granuloma, 250 to 600 HU).
-    Persons with one often have more: about three each on CT (Swensen et al., Radiology 2005), here 1.9, for CT also shows the small ones.
+    """Diameter as in the JSRT set (Shiraishi et al., AJR 2000), whose 154 nodules measure 5 to 60 mm, mean 17.2, geometric mean 15.9,
+    standard deviation of the logarithm 0.41, but none below 9 mm (8 of the 154) unless calcified; radiographs are said to show 8 to 10 mm.
+    Not looked up: that one in eight is calcified (granuloma, 250 to 600 HU), and how many a person with one has (here 1.9; CT shows more).
     """
     count = int(rng.choice([1, 2, 3, 4, 5], p=(0.55, 0.2, 0.12, 0.08, 0.05)))
     nodules = []
@@ -364,7 +369,7 @@ def _lung_nodule(rng: np.random.Generator, a: Anatomy, names: frozenset[str]) ->
         calcified = bool(rng.random() < 0.125)
         size, least = 0.0, 5.0 if calcified else 9.0
         while not least <= size <= 60.0:
-            size = float(rng.lognormal(np.log(15.0), 0.53))
+            size = float(rng.lognormal(np.log(15.9), 0.41))
         nodules.append((_side(rng, 0.55), size, float(rng.uniform(250, 600)) if calcified else float(rng.uniform(25, 60))))
 
     def draw(chest: Chest, r: np.random.Generator) -> None:
@@ -421,7 +426,8 @@ def _spot(chest: Chest, rng: np.random.Generator, side: str, where: NDArray[np.b
 # --- pleural effusion --------------------------------------------------------------------------------------------------------------
 
 EFFUSION_ML = {"mild": (200.0, 500.0), "moderate": (500.0, 1000.0), "severe": (1000.0, 1900.0)}
-"""200 mL blunt the angle on a PA film, 500 mL hide the dome (Woodring, AJR 1984; Blackmore et al., Acad Radiol 1996); over 1 L is large."""
+"""175 to 525 mL blunt the angle on an erect PA film (Woodring, AJR 1984); some 500 mL hide the dome (teaching texts, not traced to a
+paper); 1 L as the border of large is ours."""
 
 
 def _pleural_effusion(rng: np.random.Generator, a: Anatomy, names: frozenset[str]) -> tuple[Anatomy, Plan]:
@@ -467,7 +473,7 @@ def _pleural_effusion(rng: np.random.Generator, a: Anatomy, names: frozenset[str
 
 def _pneumothorax(rng: np.random.Generator, a: Anatomy, names: frozenset[str]) -> tuple[Anatomy, Plan]:
     """Air between lung and wall, most at the apex of a standing patient. Rim at the hilum 7 to 13, 13 to 20, 20 to 45 mm: the British
-    Thoracic Society calls 2 cm or more large (MacDuff et al., Thorax 2010). One severe case in three is under tension.
+    Thoracic Society calls 2 cm or more large (MacDuff et al., Thorax 2010). One severe case in three is under tension: our choice.
     """
     severity = _severity(rng, (0.34, 0.36, 0.3))
     low, high = {"mild": (7.0, 13.0), "moderate": (13.0, 20.0), "severe": (20.0, 45.0)}[severity]
@@ -514,9 +520,11 @@ ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "
 
 
 def _rib_fracture(rng: np.random.Generator, a: Anatomy, names: frozenset[str]) -> tuple[Anatomy, Plan]:
-    """One to five neighbouring ribs, mostly the fourth to ninth and lateral (Talbot et al., RadioGraphics 2017), offset or displaced by
-    more than a tenth of the rib's height up to no contact (Chest Wall Injury Society taxonomy: Edwards et al., J Trauma 2020). Two in five
-    patients come weeks later, with callus: a cuff of young bone, 300 to 700 HU, round each break.
+    """One to five neighbouring ribs, 3.1 on average (3 on radiographs of crushed chests: World J Radiol 2011; fewer after minor trauma,
+    where 47 % had one: Rofo 2014), the fourth to ninth and mostly lateral (most often fourth to seventh, lateral and posterolateral:
+    Liebsch et al., PLoS ONE 2019). Ends stand off by 0.4 to 0.75 of the rib's height, or by 0.9 and more: offset to severely displaced in
+    the Chest Wall Injury Society's terms; the undisplaced, over 90 % in contact, are not drawn. Two in five patients come weeks later,
+    with callus: a cuff of young bone, 300 to 700 HU, round each break (not looked up).
     """
     side = _side(rng)
     count = int(rng.choice([1, 2, 3, 4, 5], p=(0.14, 0.2, 0.26, 0.22, 0.18)))
@@ -581,14 +589,15 @@ def _at_break(chest: Chest, fracture: Fracture) -> NDArray[np.float64]:
 
 DEVICES = ("pacemaker", "central venous catheter", "endotracheal tube", "nasogastric tube", "chest tube")
 METAL_HU, BARIUM_HU, CATHETER_HU, PLASTIC_HU = 9000.0, 8000.0, 4000.0, 700.0
-"""On the extended scale (12-bit CT stops at 3071): titanium and lead wires; the stripe of tubes, about 20 to 30 % barium sulphate by
-weight (barium 8.5 cm2/g at 60 keV, NIST: seven times water and more); thin catheters of 20 % barium with their lumen; PVC tubing."""
+"""On the extended scale (12-bit CT stops at 3071): titanium and lead wires; the stripe of tubes, 20 to 30 % barium sulphate by weight (not
+looked up), of which barium has 8.51 cm2/g at 60 keV (xraydb): seven times water and more; thin catheters with their lumen; PVC tubing."""
 
 
 def _support_device(rng: np.random.Generator, a: Anatomy, names: frozenset[str]) -> tuple[Anatomy, Plan]:
     """A pacemaker (generator 45 x 50 x 8 mm, left in five of six), a chest tube, most often for a pneumothorax, or the lines and tubes of
-    intensive care, which come together: of ventilated patients most have a gastric tube and a central line too. Catheters 2 to 3 mm,
-    tracheal tubes 10 to 11, gastric 5, chest tubes 8 to 11 mm across (Godoy et al., AJR 2012).
+    intensive care, which come together: of ventilated patients most have a gastric tube and a central line too (shares not looked up).
+    Across, by a third of a mm per French: catheters 2.5 mm (7 to 8 French), gastric tubes 5.2 (16), chest tubes 8 to 11 (24 to 32);
+    tracheal tubes 10.6, as those for adults are about 1 cm (Radiopaedia).
     """
     group = rng.choice(["pacemaker", "chest tube", "intensive care"], p=(0.2, 0.5, 0.3) if "pneumothorax" in names else (0.4, 0.06, 0.54))
     if group == "intensive care":
@@ -680,7 +689,7 @@ def _central_line(chest: Chest, rng: np.random.Generator, side: str) -> None:
 
 
 def _endotracheal(chest: Chest, rng: np.random.Generator, side: str) -> None:
-    """Tip 3 to 7 cm above the carina with the neck neutral (Goodman et al., AJR 1976)."""
+    """Tip 2.5 to 6.5 cm above the carina: 5 +- 2 with the neck neutral (Goodman et al., AJR 1976), 3 +- 2 bent (Radiopaedia)."""
     a = chest.anatomy
     top = a.shift_top
     tip = chest.carina[0] - rng.uniform(25, 65)

@@ -90,7 +90,7 @@ class ConvEncoder(ImageEncoder):
         Means are over valid pixels only, so that the edge of the letterbox is no structure.
         """
         pixels = batch.pixels.float()
-        valid = torch.ones_like(pixels[:, :1]) if batch.valid is None else batch.valid[:, None].float()
+        valid = pixels.new_ones(1, 1, *pixels.shape[2:]) if batch.valid is None else batch.valid[:, None].float()
         pixels = pixels * valid
         channels = [pixels]
         for band in self.bands:
