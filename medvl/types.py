@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from medvl.geometry import Letterbox
+    from medvl.geometry import GridTransform
 
 FINDINGS: tuple[str, ...] = (
     "cardiomegaly",
@@ -105,7 +105,7 @@ class ImageSample:
 
     pixels: Tensor  # (C, H, W) float32
     valid: Tensor  # (H, W) bool, False on letterbox padding
-    transform: Letterbox  # native pixels <-> tower pixels
+    transform: GridTransform  # native grid <-> tower grid
     view: str | None = None  # PA, AP, lateral; None if the file does not say
     warnings: tuple[str, ...] = ()
 

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from medvl.geometry import Letterbox
+from medvl.geometry import GridTransform
 from medvl.metrics import peak
 from medvl.model import DualEncoder
 from medvl.types import ImageFeatures
@@ -51,7 +51,7 @@ def token_maps(model: DualEncoder, images: ImageFeatures, phrases: Sequence[str]
     return model.similarity.maps(images, model.encode_text(phrases))
 
 
-def native_maps(grids: Tensor, transform: Letterbox) -> NDArray[np.float32]:
+def native_maps(grids: Tensor, transform: GridTransform) -> NDArray[np.float32]:
     """(Q, rows, columns) of one image's (Q, *grid) token maps."""
     maps: NDArray[np.float32] = transform.map_to_native(grids).cpu().numpy().astype(np.float32)
     return maps

@@ -13,6 +13,7 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from medvl.data.studies import StudyBatch
 from medvl.losses import MultiPositiveInfoNCE
@@ -80,6 +81,20 @@ class AlignmentModule(L.LightningModule):
         self.log(f"{stage}_loss", losses["loss"].detach(), prog_bar=True, logger=False, batch_size=count, sync_dist=stage != "train")
         return losses["loss"]
 
+    def configure_gradient_clipping(
+        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """Clip without a gradient scaler too.
+
+        Lightning refuses to clip for fused optimisers under autocast, as a scaler unscales inside their step; only float16 has one.
+        """
+        if self.trainer.precision == "16-mixed":
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif gradient_clip_val and gradient_clip_algorithm == "value":
+            nn.utils.clip_grad_value_(self.parameters(), gradient_clip_val)
+        elif gradient_clip_val:
+            nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+
     def total_steps(self) -> int:
         """Optimiser steps of the whole run.
 
@@ -101,7 +116,8 @@ class AlignmentModule(L.LightningModule):
             {"params": [p for p in trained if p.ndim > 1], "weight_decay": self.weight_decay},
             {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
         ]
-        optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=self.learning_rate, fused=True)
+        fused = self.trainer.precision != "16-mixed"  # see configure_gradient_clipping
+        optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=self.learning_rate, fused=fused)
         total = self.total_steps()
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, total, self.warmup, self.final_rate))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from medvl.geometry import Letterbox
+from medvl.geometry import letterbox
 from medvl.types import ImageBatch, ImageReader, ImageSample, UnreadableImageError
 
 MAX_PICTURE_PIXELS = 2**27
@@ -150,7 +150,7 @@ class XrayReader(ImageReader):
 
     def _sample(self, native: _Native) -> ImageSample:
         rows, cols = native.pixels.shape
-        transform = Letterbox((rows, cols), self.size)
+        transform = letterbox((rows, cols), self.size)
         valid = transform.valid()
         image = transform.apply(torch.from_numpy(native.pixels)[None])
         inside = image[:, valid]  # (1, pixels)
