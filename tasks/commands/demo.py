@@ -32,9 +32,10 @@ def demo(out: Path, seed: int, train_studies: int | None, test_studies: int | No
       medvl demo --out quick --train-studies 64 --test-studies 32 --epochs 1    a look in under a minute, not a result
     """
     check_out_folder(out)
-    from tasks.demo import DemoSize, run_demo
+    from tasks.demo import VAL_STUDIES, DemoSize, run_demo
 
-    chosen = {"train": train_studies, "test": test_studies, "epochs": epochs}
+    val = None if train_studies is None else max(8, min(VAL_STUDIES, train_studies // 8))
+    chosen = {"train": train_studies, "val": val, "test": test_studies, "epochs": epochs}
     results = run_demo(out, seed, DemoSize(**{name: value for name, value in chosen.items() if value is not None}))
     if as_json:
         click.echo(json_text(results))

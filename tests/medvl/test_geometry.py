@@ -200,9 +200,10 @@ def _chain(rng, shape, most=6):
         elif kind == 3:
             record = record.pad(rng.integers(0, 4, n).tolist(), rng.integers(0, 4, n).tolist())
         else:
-            low, high = np.ceil(np.array(record.seen)[:, 0]).astype(int), np.floor(np.array(record.seen)[:, 1]).astype(int)
-            start = np.maximum(0, low + rng.integers(-1, 2, n))
-            record = record.crop(start.tolist(), np.maximum(1, np.minimum(high, np.array(record.shape) - 1) - start + 1).tolist())
+            size = np.array(record.shape)
+            low, high = (np.clip(np.round(np.array(record.seen)[:, i]).astype(int), 0, size - 1) for i in (0, 1))
+            start = rng.integers(np.maximum(low - 1, 0), np.maximum(low, 1))  # from before the image, so that something of it is left
+            record = record.crop(start.tolist(), (np.maximum(high, low + 1).clip(max=size - 1) - start + 1).tolist())
     return record
 
 
