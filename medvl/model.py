@@ -10,6 +10,8 @@ import hashlib
 import importlib
 import json
 import os
+import shutil
+import subprocess
 import tempfile
 import textwrap
 from collections.abc import Iterator, Sequence
@@ -222,9 +224,19 @@ def join(parts: Sequence[ImageFeatures]) -> ImageFeatures:
         values = [getattr(part, name) for part in parts]
         return None if values[0] is None else torch.cat(values)
 
-    return ImageFeatures(
-        pooled=torch.cat([p.pooled for p in parts]), tokens=cat("tokens"), grid=parts[0].grid, token_valid=cat("token_valid")
-    )
+    names = ("tokens", "token_valid", "slices", "slice_weights", "slice_valid")
+    return ImageFeatures(pooled=torch.cat([part.pooled for part in parts]), grid=parts[0].grid, **{name: cat(name) for name in names})
+
+
+def commit() -> str | None:
+    """The commit that this code was checked out at, with ``-dirty`` if it was changed since; None for an installed copy."""
+    root = Path(medvl.__file__).resolve().parent.parent
+    git = shutil.which("git")
+    if git is None or not (root / ".git").exists():
+        return None
+    asked = [git, "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    found = subprocess.run(asked, capture_output=True, text=True, check=False)  # noqa: S603 (fixed words)
+    return found.stdout.strip() or None
 
 
 def batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:

@@ -13,7 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
@@ -59,14 +61,17 @@ class ImageBatch:
 
     ``pixels`` is (B, C, H, W) for X-ray and (B, C, S, H, W) for CT, float, as preprocessing made it.
     ``valid`` is (B, H, W) bool for X-ray, False on letterbox padding; (B, S) bool for CT, False on padded slices; None: all valid.
+    ``position_mm`` is (B, S) for CT: height of each slice along the stacking axis, 0 at the first; None for X-ray.
     """
 
     pixels: Tensor
     valid: Tensor | None = None
+    position_mm: Tensor | None = None
 
     def to(self, device: torch.device | str) -> ImageBatch:
         """The same batch on another device."""
-        return ImageBatch(self.pixels.to(device), None if self.valid is None else self.valid.to(device))
+        moved = (None if part is None else part.to(device) for part in (self.valid, self.position_mm))
+        return ImageBatch(self.pixels.to(device), *moved)
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,9 @@ class ImageFeatures:
     tokens: Tensor | None = None  # (B, N, D), same space as pooled; None if the tower keeps none
     grid: tuple[int, ...] | None = None  # (H, W) for X-ray, (S, H, W) for CT; prod(grid) == N
     token_valid: Tensor | None = None  # (B, N) bool, False where a token saw only padding; None: all valid
+    slices: Tensor | None = None  # (B, S, D), one vector per CT slice in the space of pooled; None for towers without slices
+    slice_weights: Tensor | None = None  # (B, S), share of each slice in pooled, rows sum to 1, 0 on padding; None without slices
+    slice_valid: Tensor | None = None  # (B, S) bool, False on padding; None: all valid
 
     def replace(self, **changes: Any) -> ImageFeatures:
         """A copy with the named fields changed."""
@@ -103,11 +111,13 @@ class TextFeatures:
 class ImageSample:
     """One image, read and preprocessed, with the record that lays a map back on its native pixels."""
 
-    pixels: Tensor  # (C, H, W) float32
-    valid: Tensor  # (H, W) bool, False on letterbox padding
+    pixels: Tensor  # (C, H, W) float32; (C, S, H, W) for CT
+    valid: Tensor  # (H, W) bool, False on letterbox padding; (S,) for CT, False on padded slices
     transform: GridTransform  # native grid <-> tower grid
     view: str | None = None  # PA, AP, lateral; None if the file does not say
     warnings: tuple[str, ...] = ()
+    affine: NDArray[np.float64] | None = None  # of a volume: native index (s, h, w) to RAS mm
+    spacing_mm: tuple[float, ...] | None = None  # of the tower's grid, where known
 
 
 class Configurable:
@@ -244,11 +254,11 @@ class ImageReader(Configurable, abc.ABC):
 
     @abc.abstractmethod
     def read_array(self, array: Any) -> ImageSample:
-        """Preprocess an (H, W) array that the caller has read, bright = dense."""
+        """Preprocess an (H, W) array, bright = dense, or an (S, H, W) array of HU, that the caller has read."""
 
     @abc.abstractmethod
     def native(self, path: Path) -> Tensor:
-        """(H, W) float32 in 0..1, the image in native pixels as a person would be shown it (bright = dense)."""
+        """(H, W), or (S, H, W), float32 in 0..1: the image in native pixels as a person would be shown it (bright = dense)."""
 
     @abc.abstractmethod
     def collate(self, samples: Sequence[ImageSample]) -> ImageBatch:

@@ -1,9 +1,11 @@
 """Changes to training images that keep a report true: no left-right flip, and small enough to leave every finding in the picture.
 
-Shapes: B images, C channels, H rows, W columns.
+Shapes: B images, C channels, S slices, H rows, W columns.
 """
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -37,9 +39,11 @@ class Augment(Configurable):
         self.contrast, self.brightness, self.noise = contrast, brightness, noise
 
     def __call__(self, images: ImageBatch, rng: np.random.Generator) -> ImageBatch:
-        """A changed copy of 2D images; what moves in from outside is 0 and not valid."""
+        """A changed copy. Of 2D images, what moves in from outside is 0 and not valid; the slices of a volume move together, and their edge
+        moves in.
+        """
         pixels = images.pixels
-        b, _, h, w = pixels.shape
+        b, h, w = len(pixels), *pixels.shape[-2:]
         angle = np.deg2rad(rng.uniform(-self.rotation_deg, self.rotation_deg, b))
         zoom = 1 / rng.uniform(1 - self.scale, 1 + self.scale, b)
         shift = rng.uniform(-2 * self.shift, 2 * self.shift, (b, 2))  # grid_sample's coordinates run from -1 to 1
@@ -51,13 +55,17 @@ class Augment(Configurable):
             ],
             axis=1,
         )
-        valid = torch.ones(b, h, w, dtype=torch.bool) if images.valid is None else images.valid
         grid = F.affine_grid(torch.from_numpy(theta).float(), [b, 1, h, w], align_corners=False)
-        moved = F.grid_sample(torch.cat([pixels, valid[:, None].float()], dim=1), grid, align_corners=False)
-        gain = torch.from_numpy(rng.uniform(1 - self.contrast, 1 + self.contrast, (b, 1, 1, 1))).float()
-        offset = torch.from_numpy(rng.uniform(-self.brightness, self.brightness, (b, 1, 1, 1))).float()
-        sigma = torch.from_numpy(rng.uniform(0, self.noise, (b, 1, 1, 1))).float()
+        each = (b, *[1] * (pixels.ndim - 1))
+        gain = torch.from_numpy(rng.uniform(1 - self.contrast, 1 + self.contrast, each)).float()
+        offset = torch.from_numpy(rng.uniform(-self.brightness, self.brightness, each)).float()
+        sigma = torch.from_numpy(rng.uniform(0, self.noise, each)).float()
         noise = torch.from_numpy(rng.standard_normal(pixels.shape, dtype=np.float32))
+        if pixels.ndim == 5:
+            moved = F.grid_sample(pixels.flatten(1, 2), grid, padding_mode="border", align_corners=False).view_as(pixels)
+            return replace(images, pixels=moved * gain + offset + sigma * noise)
+        valid = torch.ones(b, h, w, dtype=torch.bool) if images.valid is None else images.valid
+        moved = F.grid_sample(torch.cat([pixels, valid[:, None].float()], dim=1), grid, align_corners=False)
         inside = moved[:, -1:] > 0.5
         changed = torch.where(inside, moved[:, :-1] * gain + offset + sigma * noise, 0.0)
         return ImageBatch(changed, inside[:, 0])
