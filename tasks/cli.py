@@ -20,6 +20,7 @@ from tasks.commands.demo import demo
 from tasks.commands.diagnose import diagnose
 from tasks.commands.evaluate import evaluate
 from tasks.commands.ground import ground
+from tasks.commands.inspect import inspect
 from tasks.commands.phantom import phantom
 from tasks.commands.search import search
 from tasks.commands.train import fit, test, validate
@@ -94,6 +95,7 @@ def cli(debug: bool) -> None:
     Examples:
       medvl demo --out demo                          phantoms, training, evaluation and a page to look at: minutes, no data needed
       medvl phantom data --studies 200 --seed 1      synthetic radiographs with reports and masks
+      medvl inspect film.dcm volume.nii.gz           modality, geometry, units and warnings of files
       medvl fit --config tasks/recipes/NAME.yaml     train on a study manifest
       medvl diagnose film.dcm folder/ --model demo/model --json
       medvl ground film.dcm --phrase "left pleural effusion" --model demo/model --out maps
@@ -104,7 +106,7 @@ def cli(debug: bool) -> None:
     """
 
 
-for _command in (demo, phantom, fit, validate, test, diagnose, ground, search, evaluate):
+for _command in (demo, phantom, inspect, fit, validate, test, diagnose, ground, search, evaluate):
     cli.add_command(_command)
 
 

@@ -151,15 +151,16 @@ class XrayReader(ImageReader):
     def _sample(self, native: _Native) -> ImageSample:
         rows, cols = native.pixels.shape
         transform = letterbox((rows, cols), self.size)
-        valid = transform.valid()
         image = transform.apply(torch.from_numpy(native.pixels)[None])
-        inside = image[:, valid]  # (1, pixels)
+        (top, bottom), (left, right) = ((round(low + 0.5), round(high + 0.5)) for low, high in transform.seen)
+        inside = image[:, top:bottom, left:right]
         if self.normalise == "image":
-            normal = _standardise(inside).expand(self.channels, -1)
+            normal = _standardise(inside).expand(self.channels, -1, -1)
         else:
-            normal = (inside - self.mean[:, None]) / self.std[:, None]
+            normal = (inside - self.mean[:, None, None]) / self.std[:, None, None]
         pixels = torch.zeros(self.channels, self.size, self.size)
-        pixels[:, valid] = normal
+        pixels[:, top:bottom, left:right] = normal
+        valid = transform.valid()
         return ImageSample(pixels=pixels, valid=valid, transform=transform, view=native.view, warnings=native.warnings)
 
 
@@ -186,9 +187,10 @@ def grey_from_array(array: NDArray[Any]) -> tuple[NDArray[np.float32], tuple[str
 
 
 def _standardise(inside: Tensor) -> Tensor:
-    """(1, pixels) clipped to its percentiles 1 and 99, to mean 0 and standard deviation 1; all 0 for a constant image."""
-    ends = torch.quantile(inside[0, :: max(1, inside.shape[1] // 2**16)], torch.tensor(CLIP_PERCENTILES))
-    clipped = inside.clamp(float(ends[0]), float(ends[1]))
+    """(1, rows, columns) clipped to its percentiles 1 and 99, to mean 0 and standard deviation 1; all 0 for a constant image."""
+    flat = inside.flatten().numpy()
+    low, high = np.quantile(flat[:: max(1, flat.size // 2**16)], CLIP_PERCENTILES)
+    clipped = inside.clamp(float(low), float(high))
     return (clipped - clipped.mean()) / clipped.std(correction=0).clamp_min(1e-4)
 
 
@@ -201,6 +203,8 @@ def _per_channel(value: float | Sequence[float], channels: int, name: str) -> Te
 
 def _head(path: Path) -> bytes:
     try:
+        if not path.is_file():  # a pipe or device would be waited for
+            return b""
         with path.open("rb") as file:
             return file.read(132)
     except OSError:
@@ -218,7 +222,7 @@ def _read_native(path: Path) -> _Native:
     head = _head(path)
     if not _is_dicom(path, head):
         if head.startswith(PICTURE_MAGIC):
-            return _read_picture(path)
+            return _native_picture(path)
         raise UnreadableImageError(f"{path}: expected a DICOM, PNG, JPEG or TIFF file, its first bytes are of none of these")
     from modalities.dicom import read_radiograph
 
@@ -226,8 +230,28 @@ def _read_native(path: Path) -> _Native:
     return _Native(radiograph.pixels, radiograph.view, radiograph.warnings)
 
 
-def _read_picture(path: Path) -> _Native:
-    """A PNG, JPEG or TIFF of 8 or 16 bits, or TIFF of floats, to grey."""
+def read_picture_values(path: Path) -> tuple[NDArray[Any], tuple[str, ...]]:
+    """A PNG, JPEG or TIFF of 8 or 16 bits, or a TIFF of floats, as (H, W) grey levels of its own type, and what was noticed.
+
+    Where white is 0 the levels are turned round, so that bright is high in every file.
+
+    Raises:
+        UnreadableImageError: not a readable picture, or absurdly large.
+    """
+    values, white_is_zero, notes = _read_picture(path)
+    if white_is_zero:
+        values = (np.iinfo(values.dtype).max if values.dtype.kind in "iu" else values.max()) - values
+    return values, notes
+
+
+def _native_picture(path: Path) -> _Native:
+    values, white_is_zero, notes = _read_picture(path)
+    pixels, scaling = grey_from_array(values)
+    return _Native(1 - pixels if white_is_zero else pixels, None, (*notes, *scaling))
+
+
+def _read_picture(path: Path) -> tuple[NDArray[Any], bool, tuple[str, ...]]:
+    """Grey levels (H, W), whether white is 0, and what was noticed."""
     from PIL import Image
 
     with warnings.catch_warnings():
@@ -238,14 +262,14 @@ def _read_picture(path: Path) -> _Native:
                     raise UnreadableImageError(
                         f"{path}: {picture.height} x {picture.width} pixels, more than the {MAX_PICTURE_PIXELS} that are decoded"
                     )
-                return _grey_picture(picture)
+                return _grey_levels(picture)
         except UnreadableImageError:
             raise
         except Exception as error:  # damaged files raise anything; their texts may quote embedded comments
             raise UnreadableImageError(f"{path}: not a readable PNG, JPEG or TIFF image ({type(error).__name__})") from None
 
 
-def _grey_picture(picture: Any) -> _Native:
+def _grey_levels(picture: Any) -> tuple[NDArray[Any], bool, tuple[str, ...]]:
     from PIL import ImageOps
 
     notes: list[str] = []
@@ -270,7 +294,4 @@ def _grey_picture(picture: Any) -> _Native:
         if (colour[..., 0] != colour[..., 1]).any() or (colour[..., 0] != colour[..., 2]).any():
             notes.append("colour image turned to grey; a photograph or a screen capture may differ from the original")
         array = np.asarray(picture.convert("RGB").convert("L"))
-    pixels, scaling = grey_from_array(array)
-    if white_is_zero:
-        pixels = 1 - pixels
-    return _Native(pixels, None, (*notes, *scaling))
+    return array, white_is_zero, tuple(notes)
