@@ -1,4 +1,4 @@
-"""Writing DICOM and NIfTI: radiographs (DX), CT series and CT volumes. Everything written here is synthetic and says so.
+"""Writing DICOM and NIfTI: synthetic radiographs (DX), CT series and CT volumes, which say that they are; maps on the grid of a volume.
 
 Volumes are (S, H, W) with a 4 x 4 affine from voxel index (s, h, w) to RAS mm; files are written whole or not at all (a temporary name,
 then a rename), and equal input gives equal bytes: UIDs come from the names given, and no clock is read.
@@ -156,20 +156,37 @@ def write_nifti(path: Path, volume: NDArray[Any], affine: NDArray[np.float64]) -
         volume: (S, H, W) int16 or bool.
         affine: (s, h, w) to RAS mm.
     """
-    import nibabel
-
     _check_volume(volume, affine, path)
     data = volume.astype(np.uint8) if volume.dtype == bool else np.asarray(volume, dtype=np.int16)
+    write_whole(path, _nifti_bytes(data, affine, b"synthetic thorax phantom (medvl)"))
+
+
+def _nifti_bytes(data: NDArray[Any], affine: NDArray[np.float64], description: bytes) -> bytes:
+    """A gzipped NIfTI-1 of (S, H, W) data; no clock is read, so that equal input gives equal bytes."""
+    import nibabel
+
     turned = np.asarray(affine, dtype=np.float64)[:, [2, 1, 0, 3]]
     image = nibabel.Nifti1Image(data.transpose(2, 1, 0), turned)
     image.header.set_xyzt_units("mm")
     image.set_qform(turned, code=1)
     image.set_sform(turned, code=1)
-    image.header["descrip"] = b"synthetic thorax phantom (medvl)"
+    image.header["descrip"] = description
     packed = io.BytesIO()
     with gzip.GzipFile(filename="", mode="wb", fileobj=packed, compresslevel=3, mtime=0) as stream:
         stream.write(image.to_bytes())
-    write_whole(path, packed.getvalue())
+    return packed.getvalue()
+
+
+def write_map(path: Path, scores: NDArray[np.float32], affine: NDArray[np.float64]) -> None:
+    """Write a map as float32 ``.nii.gz`` on the voxels of the volume it belongs to, NaN where nothing is known.
+
+    Args:
+        path: the file; its folder must exist.
+        scores: (S, H, W).
+        affine: (s, h, w) to RAS mm.
+    """
+    _check_volume(scores, affine, path)
+    write_whole(path, _nifti_bytes(np.asarray(scores, dtype=np.float32), affine, b"similarity map (medvl), research use only"))
 
 
 def write_whole(path: Path, content: bytes) -> None:

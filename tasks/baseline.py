@@ -90,9 +90,11 @@ def _read_thumbnails(model: DualEncoder, rows: Sequence[StudyImage]) -> tuple[ND
 
 
 def thumbnails(pixels: Tensor) -> NDArray[np.float64]:
-    """(N, C, H, W) to (N, 256): area means of a 16 x 16 grid over the first channel."""
-    small: NDArray[np.float64] = F.adaptive_avg_pool2d(pixels[:, :1].float(), THUMBNAIL).flatten(1).double().numpy()
-    return small
+    """(N, C, H, W) or (N, C, S, H, W) to (N, 256): means over a grid of 16 x 16, of volumes 4 x 8 x 8, of the first channel."""
+    first = pixels[:, :1].float()
+    small = F.adaptive_avg_pool2d(first, THUMBNAIL) if pixels.ndim == 4 else F.adaptive_avg_pool3d(first, (4, 8, 8))
+    found: NDArray[np.float64] = small.flatten(1).double().numpy()
+    return found
 
 
 def logistic_scores(

@@ -36,6 +36,7 @@ from tasks.zero_shot import PromptBank, encode_prompts, score
 FOCAL_FRACTION = 0.25
 """A finding is focal if its mask covers less than this share of the image in the median positive study; only these are pointed at."""
 RECALL_AT = (1, 5, 10)
+RETRIEVAL, REJECTED = "retrieval.csv", "rejected.csv"
 
 
 class MaskError(ValueError):
@@ -50,7 +51,9 @@ class Predictions:
     rows: tuple[StudyImage, ...]  # N
     labels: NDArray[np.float64]  # (N, F): 1, 0, -1 uncertain, NaN not mentioned
     scores: NDArray[np.float64]  # (N, F)
-    peaks: tuple[tuple[tuple[int, int] | None, ...], ...]  # N x F: row and column of the map's peak in native pixels
+    peaks: tuple[
+        tuple[tuple[int, ...] | None, ...], ...
+    ]  # N x F: (row, column), of volumes (slice, row, column), of the map's peak, native
     hits: NDArray[np.float64]  # (N, F): 1 peak in the mask, 0 beside it, NaN without a mask
     mask_fraction: NDArray[np.float64]  # (N, F): share of the image that the mask covers, NaN without a mask
     retrieval: RetrievalScores | None
@@ -105,7 +108,7 @@ def predict(
         for row in part:
             try:
                 sample = model.read(row.path)
-                masks.append({name: finding_mask(row, name, sample.transform.native_shape) for name in names})
+                masks.append({name: finding_mask(row, name, sample) for name in names})
             except (UnreadableImageError, MaskError) as error:  # noqa: PERF203
                 rejected.append((row, str(error)))
             else:
@@ -144,7 +147,7 @@ def finding_maps(model: DualEncoder, images: ImageFeatures, bank: PromptBank) ->
     return torch.einsum("fp,bp...->bf...", bank.positive, maps)
 
 
-def _pointed(mask: NDArray[np.bool_] | None, scores: NDArray[np.float32]) -> tuple[tuple[int, int] | None, float, float]:
+def _pointed(mask: NDArray[np.bool_] | None, scores: NDArray[np.float32]) -> tuple[tuple[int, ...] | None, float, float]:
     """Peak of the map, whether it lies in the finding's mask (NaN without one), and the share of the image that the mask covers."""
     at = peak(scores)
     if mask is None:
@@ -152,32 +155,48 @@ def _pointed(mask: NDArray[np.bool_] | None, scores: NDArray[np.float32]) -> tup
     return at, pointing_game(at, mask), float(mask.mean())
 
 
-def finding_mask(row: StudyImage, name: str, shape: tuple[int, ...]) -> NDArray[np.bool_] | None:
-    """The mask of a finding that is present, from its mask file or boxes, in the image's own pixels; None if there is none.
+def finding_mask(row: StudyImage, name: str, sample: ImageSample) -> NDArray[np.bool_] | None:
+    """The mask of a finding that is present, from its mask file or boxes, on the image's own grid; None if there is none.
 
+    Args:
+        sample: the image as it was read, which knows its own grid.
     Raises:
-        MaskError: a mask file that cannot be read, or of another shape than the image.
+        MaskError: a mask file that cannot be read, or that lies on another grid than the image.
     """
     if row.labels.get(name) != 1:
         return None
+    shape = sample.transform.native_shape
     mask = np.zeros(shape, dtype=bool)
     if name in row.masks:
-        from PIL import Image
-
-        try:
-            with Image.open(row.masks[name]) as picture:
-                plain = picture.mode in ("1", "L", "P", "F") or picture.mode.startswith("I")  # of a palette the index counts
-                mask = np.asarray(picture if plain else picture.convert("L")) != 0
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
-            raise MaskError(f"study {row.study_id}: the mask of {name} is no readable picture ({type(error).__name__})") from None
-        if mask.shape != shape:
-            raise MaskError(
-                f"study {row.study_id}: the mask of {name} has {mask.shape} pixels, the image {shape}; masks are in native pixels"
-            )
-    for box in row.boxes:
+        mask = _volume_mask(row, name, sample) if len(shape) == 3 else _picture_mask(row, name, shape)
+    for box in row.boxes if len(shape) == 2 else ():
         if box.finding == name:
             mask = mask | box.mask((shape[0], shape[1]))
     return mask if mask.any() else None
+
+
+def _picture_mask(row: StudyImage, name: str, shape: tuple[int, ...]) -> NDArray[np.bool_]:
+    from PIL import Image
+
+    try:
+        with Image.open(row.masks[name]) as picture:
+            plain = picture.mode in ("1", "L", "P", "F") or picture.mode.startswith("I")  # of a palette the index counts
+            mask = np.asarray(picture if plain else picture.convert("L")) != 0
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise MaskError(f"study {row.study_id}: the mask of {name} is no readable picture ({type(error).__name__})") from None
+    if mask.shape != shape:
+        raise MaskError(f"study {row.study_id}: the mask of {name} has {mask.shape} pixels, the image {shape}; masks are in native pixels")
+    return mask
+
+
+def _volume_mask(row: StudyImage, name: str, sample: ImageSample) -> NDArray[np.bool_]:
+    from modalities.ct.mask import read_mask
+
+    assert sample.affine is not None
+    try:
+        return read_mask(row.masks[name], sample.affine, sample.transform.native_shape)
+    except UnreadableImageError as error:
+        raise MaskError(f"study {row.study_id}: the mask of {name} cannot be used: {error}") from None
 
 
 def _pairs(
@@ -312,21 +331,28 @@ def _number(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-def write(predictions: Predictions, measured: dict[str, Any], folder: Path) -> None:
-    """Write ``results.json``, ``predictions.csv``, ``retrieval.csv`` and, if any image was unreadable, ``rejected.csv``."""
+def write(predictions: Predictions, measured: dict[str, Any], folder: Path, others: Sequence[tuple[int, str, str, str]] = ()) -> None:
+    """Write ``results.json``, ``predictions.csv``, ``rejected.csv`` and, if there are reports, ``retrieval.csv``; an older one goes.
+
+    Args:
+        others: further lines of ``rejected.csv`` besides the predictions' own: row, study_id, reason, what was rejected.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / RETRIEVAL).unlink(missing_ok=True)
     baseline = predictions.baseline
+    deep = ["peak_slice"] if any(at is not None and len(at) == 3 for row in predictions.peaks for at in row) else []
     _write_csv(
         folder / "predictions.csv",
-        ["study_id", "finding", "label", "score", "peak_row", "peak_col", "path", *([] if baseline is None else ["baseline_score"])],
+        ["study_id", "finding", "label", "score", "peak_row", "peak_col", "path", *deep, *([] if baseline is None else ["baseline_score"])],
         (
             [
                 row.study_id,
                 name,
                 _label(predictions.labels[i, j]),
                 repr(float(predictions.scores[i, j])),
-                *(predictions.peaks[i][j] or ("", "")),
+                *(predictions.peaks[i][j] or ("", ""))[-2:],
                 row.path.name,
+                *((predictions.peaks[i][j] or ("",))[0] for _ in deep),
                 *([] if baseline is None else ["" if np.isnan(baseline[i, j]) else repr(float(baseline[i, j]))]),
             ]
             for i, row in enumerate(predictions.rows)
@@ -335,11 +361,9 @@ def write(predictions: Predictions, measured: dict[str, Any], folder: Path) -> N
     )
     if predictions.retrieval is not None:
         rules = [f"{name}_{rule}" for rule in ("strict", "duplicates") for name in ("rank", "above", "tied", "hits", "relevant")]
-        _write_csv(folder / "retrieval.csv", ["direction", "study_id", "path", "pool", *rules], _retrieval_lines(predictions))
-    if predictions.rejected:
-        _write_csv(
-            folder / "rejected.csv", ["row", "study_id", "reason"], ([row.row, row.study_id, why] for row, why in predictions.rejected)
-        )
+        _write_csv(folder / RETRIEVAL, ["direction", "study_id", "path", "pool", *rules], _retrieval_lines(predictions))
+    lines = [*others, *((row.row, row.study_id, why, "image") for row, why in predictions.rejected)]
+    _write_csv(folder / REJECTED, ["row", "study_id", "reason", "what"], (list(line) for line in lines))
     write_atomically(folder / "results.json", (json.dumps(measured, indent=2, allow_nan=False) + "\n").encode())
 
 

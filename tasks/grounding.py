@@ -5,7 +5,9 @@ Shapes: B images, Q phrases, H rows, W columns. Scores are cosines in [-1, 1]; p
 
 from __future__ import annotations
 
+import hashlib
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +28,10 @@ class SimilarityMap:
     """How much each native pixel of one image resembles one phrase."""
 
     phrase: str
-    scores: NDArray[np.float32]  # (rows, columns) of the file, cosines, NaN where the tower did not look
-    peak: tuple[int, int] | None  # row and column of the highest score; None for a map that points nowhere
+    scores: NDArray[
+        np.float32
+    ]  # (rows, columns) of the file, of a volume (slices, rows, columns); cosines, NaN where the tower did not look
+    peak: tuple[int, ...] | None  # index of the highest score; None for a map that points nowhere
 
 
 def ground(model: DualEncoder, path: Path, phrases: Sequence[str]) -> list[SimilarityMap]:
@@ -52,11 +56,16 @@ def token_maps(model: DualEncoder, images: ImageFeatures, phrases: Sequence[str]
 
 
 def native_maps(grids: Tensor, transform: GridTransform) -> NDArray[np.float32]:
-    """(Q, rows, columns) of one image's (Q, *grid) token maps."""
+    """(Q, *native shape) of one image's (Q, *grid) token maps."""
     maps: NDArray[np.float32] = transform.map_to_native(grids).cpu().numpy().astype(np.float32)
     return maps
 
 
 def slug(phrase: str) -> str:
-    """The phrase as a file name: lower case, runs of anything but letters and digits as one underscore."""
-    return re.sub(r"[^a-z0-9]+", "_", phrase.lower()).strip("_")[:80] or "phrase"
+    """The phrase as a file name: plain lower case, runs of anything but letters and digits as one underscore.
+
+    Accents go; of a phrase without a Latin letter or digit there is a hash of its words left.
+    """
+    plain = unicodedata.normalize("NFKD", phrase.lower()).encode("ascii", "ignore").decode()
+    words = "_".join(re.findall(r"\w+", phrase.lower()))
+    return re.sub(r"[^a-z0-9]+", "_", plain).strip("_")[:80] or f"phrase_{hashlib.blake2b(words.encode(), digest_size=4).hexdigest()}"

@@ -400,7 +400,7 @@ def _example(
     row, j = predictions.rows[i], predictions.findings.index(name)
     view = shown(model.reader, row.path)
     native, sides = view.pixels, view.orientation
-    mask = finding_mask(row, name, native.shape)
+    mask = finding_mask(row, name, model.read(row.path))
     pictures = [Picture("radiograph", thumbnail(native, orientation=sides))]
     if mask is not None:
         pictures.append(Picture("true mask", thumbnail(native, mask=mask)))

@@ -7,6 +7,7 @@ it is NaN stay grey. White isolines enclose the highest 10, 5 and 1 percent of i
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -45,9 +46,12 @@ def overlay(
     limits: tuple[float, float] | None = None,
     orientation: tuple[str, str] | None = None,
     label: str = "cosine",
+    pixel_aspect: float = 1.0,
 ) -> Path:
     """Write the picture that :func:`plot_map` makes as PNG; the arguments are its."""
-    figure = plot_map(native, scores, phrase, mask=mask, peak=peak, limits=limits, orientation=orientation, label=label)
+    figure = plot_map(
+        native, scores, phrase, mask=mask, peak=peak, limits=limits, orientation=orientation, label=label, pixel_aspect=pixel_aspect
+    )
     write_atomically(path, _png(figure))
     return path
 
@@ -62,6 +66,7 @@ def plot_map(
     limits: tuple[float, float] | None = None,
     orientation: tuple[str, str] | None = None,
     label: str = "cosine",
+    pixel_aspect: float = 1.0,
 ) -> Figure:
     """A similarity map over its image, with colour bar, isolines and footer.
 
@@ -74,17 +79,19 @@ def plot_map(
         limits: ends of the colour scale; None takes the largest absolute score on both sides, so that the colour of 0 stays.
         orientation: DICOM's PatientOrientation, such as ("L", "F"); without it no side is marked.
         label: of the colour bar.
+        pixel_aspect: height of a pixel over its width, in mm.
     Raises:
         ValueError: arrays of different shapes, or scores without a finite value.
     """
     _check(native, scores, mask)
     rows, columns = native.shape
-    across, down = _axes_pixels(rows, columns)
+    across, down = _axes_pixels(max(1, round(rows * pixel_aspect)), columns)
     left, right, top, bottom = 16, 120, 44, 34  # pixels for title, colour bar and footer
     width, height = across + left + right, down + top + bottom
     figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI, facecolor="white")
     axes = figure.add_axes((left / width, bottom / height, across / width, down / height))
     colours, levels = _draw(axes, native, scores, mask, peak, _limits(scores, limits))
+    axes.set_aspect("auto")  # the axes have the picture's proportions in mm
     _mark_sides(axes, orientation)
     beside = figure.add_axes(((left + across + 14) / width, bottom / height, 14 / width, down / height))
     bar = figure.colorbar(colours, cax=beside)
@@ -228,5 +235,7 @@ def _check(native: NDArray[np.float32], scores: NDArray[np.float32] | None, mask
 def _png(figure: Figure) -> bytes:
     FigureCanvasAgg(figure)
     content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=DPI, metadata={"Software": None})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # a phrase in a script the font lacks; maps.json has it whole
+        figure.savefig(content, format="png", dpi=DPI, metadata={"Software": None})
     return content.getvalue()

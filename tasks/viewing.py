@@ -18,6 +18,7 @@ class Shown:
 
     pixels: NDArray[np.float32]
     orientation: tuple[str, str] | None
+    pixel_aspect: float = 1.0  # height of a pixel over its width, in mm
 
 
 def shown(reader: ImageReader, path: Path) -> Shown:
@@ -28,3 +29,28 @@ def shown(reader: ImageReader, path: Path) -> Shown:
     """
     orientation = read_radiograph(path).patient_orientation if path.is_file() and has_dicom_magic(path) else None
     return Shown(reader.native(path).numpy(), orientation)
+
+
+def shown_slice(
+    volume: NDArray[np.float32], scores: NDArray[np.float32], affine: NDArray[np.float64], peak: tuple[int, ...] | None
+) -> tuple[Shown, NDArray[np.float32], tuple[int, int] | None, int]:
+    """The slice of a volume that a map points at, as radiologists see slices: front up, the patient's right at the left.
+
+    Args:
+        volume: (S, H, W) in 0..1 on the file's own grid; ``scores`` likewise.
+        affine: (s, h, w) to RAS mm.
+        peak: of the map; None takes the middle slice.
+    Returns:
+        the slice, its scores, the peak's (row, column) in it, and which slice from below it is.
+    """
+    from modalities.ct.reader import turn_to_tower
+
+    axes, flipped = turn_to_tower(affine)
+    cut = tuple(slice(None, None, -1 if f else 1) for f in flipped)
+    shape = tuple(volume.shape[a] for a in axes)
+    at = tuple(n // 2 for n in shape)
+    if peak is not None:
+        at = tuple(n - 1 - peak[a] if f else peak[a] for a, f, n in zip(axes, flipped, shape, strict=True))
+    pixels, found = (np.ascontiguousarray(x.transpose(axes)[cut][at[0]]) for x in (volume, scores))
+    step = np.linalg.norm(affine[:3, :3], axis=0)[list(axes)]
+    return Shown(pixels, ("L", "P"), float(step[1] / step[2])), found, None if peak is None else (at[1], at[2]), at[0]

@@ -57,6 +57,11 @@ _ALIASES: Mapping[str, tuple[str, ...]] = {  # what other tables call it; only e
     "modality": ("type",),
     "path": ("image", "file", "filename", "image_path", "image_index", "dicom"),
 }
+_HOW_TO_MAP = (
+    "Name the table's own columns in a column map: lines 'ours: theirs' in a YAML file, for --columns of a command, `columns` of a "
+    "recipe or ColumnMap.load"
+)
+_SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}
 _LEAVES = re.compile(r"^(?:[/\\]|[A-Za-z]:)|(?:^|[/\\])\.\.(?:[/\\]|$)")
 
 
@@ -404,12 +409,12 @@ class _RowReader:
             reasons.append(f"{name} is empty")
             return None
         if not self.allow_outside and _LEAVES.search(value):
-            reasons.append(f"{name} is absolute or has a '..' step, so it may leave the table's folder")
+            reasons.append(f"{name} is absolute or has a '..' step, so it may leave the table's folder; move it there or set allow_outside")
             return None
         where = os.path.normpath(os.path.join(self.root, value))  # noqa: PTH118 (pathlib would be a third of the reading time)
         try:
             if not self.allow_outside and not self._is_inside(where):
-                reasons.append(f"{name} leaves the table's folder through a symbolic link")
+                reasons.append(f"{name} leaves the table's folder through a symbolic link; move it there or set allow_outside")
                 return None
             mode = os.stat(where).st_mode if self.check_files else stat.S_IFREG  # noqa: PTH116
         except (OSError, ValueError):  # ValueError: a null byte in the path
@@ -470,7 +475,11 @@ def _read_csv(table: Path, data: bytes, *, gzipped: bool, delimiter: str) -> tup
     except csv.Error as error:
         raise ManifestError(f"manifest {table}: line {reader.line_num}: {error}; a quote may be missing above") from None
     if len(header) < 2:
-        raise ManifestError(f"manifest {table}: row 1 has {len(header)} columns; expected a header with {', '.join(REQUIRED)}")
+        found = next((name for mark, name in _SEPARATORS.items() if mark in "".join(header)), None)
+        raise ManifestError(
+            f"manifest {table}: row 1 has {len(header)} columns; expected a header with {', '.join(REQUIRED)}, parted by "
+            "commas, in a .tsv by tabs" + (f"; it looks as if {found} part them" if found else "")
+        )
     return header, records
 
 
@@ -513,14 +522,15 @@ def _check_columns(table: Path, header: Sequence[str], names: ColumnMap) -> None
         # a table without a header would otherwise have its first record, perhaps a patient's, quoted in a log
         raise ManifestError(
             f"manifest {table}: missing column {', '.join(missing.values())}; none of the {len(header)} names in row 1 is a known one. "
-            "If row 1 is a record, add a header; if it is the header, name its columns with a column map, as in ColumnMap(path=...)"
+            f"If row 1 is a record, add a header; if it is the header: {_HOW_TO_MAP}"
         )
     guesses = {name: _guess(name, column, header) for name, column in missing.items()}
-    hints = ", ".join(f"{name}={guess!r}" for name, guess in guesses.items() if guess and name in REQUIRED + _OPTIONAL)
+    hints = [f"{name}: {guess}" for name, guess in guesses.items() if guess and name in REQUIRED + _OPTIONAL]
+    if "modality" in missing:
+        hints.append("constants: {modality: xray}")
     raise ManifestError(
         f"manifest {table}: missing column {', '.join(f'{column} (for {name})' for name, column in missing.items())}; "
-        f"the table has {', '.join(map(_shown, header))}. Name the table's own columns with a column map, as in "
-        f"ColumnMap({hints or 'path=...'})" + ("" if "modality" not in missing else ", constants={'modality': 'xray'}")
+        f"the table has {', '.join(map(_shown, header))}. {_HOW_TO_MAP}" + (f"; here: {'; '.join(hints)}" if hints else "")
     )
 
 

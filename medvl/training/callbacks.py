@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 from pathlib import Path
@@ -12,11 +13,11 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback
 
-from medvl.model import write_atomically
+from medvl.model import commit, write_atomically
 from medvl.training.data import StudyDataModule
 from medvl.training.module import AlignmentModule
 
-RESUME = "resume.ckpt"
+RESUME, RESOLVED = "resume.ckpt", "config.yaml"
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -107,4 +108,11 @@ class KeepBest(Callback):
             step=trainer.global_step,
             epoch=trainer.current_epoch,
             manifest_sha256=None if data.manifest is None else data.manifest.sha256,
+            recipe_sha256=_sha256(self.folder / RESOLVED),
+            commit=commit(),
         )
+
+
+def _sha256(path: Path) -> str | None:
+    """Of a file, if it is there."""
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None

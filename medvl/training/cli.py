@@ -19,11 +19,10 @@ from rich.console import Console
 from rich.progress import Progress
 
 from medvl.model import WEIGHTS, write_atomically
-from medvl.training.callbacks import RESUME, AtomicCheckpointIO, KeepBest, ResumePoint
+from medvl.training.callbacks import RESOLVED, RESUME, AtomicCheckpointIO, KeepBest, ResumePoint
 from medvl.training.data import REJECTED, StudyDataModule
 from medvl.training.module import AlignmentModule
 
-RESOLVED = "config.yaml"
 log = logging.getLogger(__name__)
 
 

@@ -46,6 +46,7 @@ class StudyDataModule(L.LightningDataModule):
         columns: how the table names its columns, if not as we do; the map itself or the path of a YAML file that holds it.
         splits: fractions to split by patient where the table has no split column.
         modality: which rows to use.
+        allow_outside: accept paths that leave the table's folder.
         batch_size: images per batch and process.
         sentences_per_image: drawn per image and epoch; None takes all.
         augment: changes training images; None leaves them.
@@ -62,6 +63,7 @@ class StudyDataModule(L.LightningDataModule):
         columns: ColumnMap | str | None = None,
         splits: SplitFractions | None = None,
         modality: str = "xray",
+        allow_outside: bool = False,
         batch_size: int = 64,
         sentences_per_image: int | None = None,
         augment: Augment | None = None,
@@ -72,7 +74,7 @@ class StudyDataModule(L.LightningDataModule):
         super().__init__()
         self.manifest_path, self.reader, self.texts = Path(manifest), reader, texts
         self.columns = ColumnMap.load(columns) if isinstance(columns, str) else columns
-        self.splits, self.modality = splits, modality
+        self.splits, self.modality, self.allow_outside = splits, modality, allow_outside
         self.batch_size, self.sentences_per_image, self.augment = batch_size, sentences_per_image, augment
         self.cache, self.workers, self.seed = cache, workers, seed
         self.sets: dict[str, StudyDataset] = {}
@@ -82,7 +84,9 @@ class StudyDataModule(L.LightningDataModule):
         """Read the manifest; rows that cannot be used are listed, never silently dropped."""
         if self.sets:
             return
-        self.manifest = read_manifest(self.manifest_path, columns=self.columns, splits=self.splits, strict=False)
+        self.manifest = read_manifest(
+            self.manifest_path, columns=self.columns, splits=self.splits, allow_outside=self.allow_outside, strict=False
+        )
         for split in ("train", "val", "test"):
             chosen = self.manifest.select(split=split, modality=self.modality)
             drawn = self.sentences_per_image if split == "train" else None

@@ -37,7 +37,8 @@ def model_options(command: F) -> F:
 
 
 def manifest_options(command: F) -> F:
-    """``--columns`` and ``--modality``, for commands that read a manifest."""
+    """``--columns``, ``--modality`` and ``--allow-outside``, for commands that read a manifest."""
+    command = click.option("--allow-outside", is_flag=True, help="Accept paths that leave the table's folder.")(command)
     command = click.option(
         "--modality", type=click.Choice(["xray", "ct"]), default="xray", show_default=True, help="Which rows of the manifest to use."
     )(command)
@@ -89,9 +90,15 @@ def load_model(folder: Path, device: str | None) -> DualEncoder:
 
 def weights_sha256(folder: Path) -> str:
     """Hash of the weights, as the run's config.json has it (loading has compared it with the file)."""
+    return str(model_facts(folder)["weights_sha256"])
+
+
+def model_facts(folder: Path) -> dict[str, Any]:
+    """What the run's config.json says of the model: hash of the weights, version, and how it came about."""
     from medvl.model import CONFIG
 
-    return str(json.loads((folder / CONFIG).read_text(encoding="utf-8"))["weights_sha256"])
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    return {name: config.get(name) for name in ("weights_sha256", "medvl", "provenance")}
 
 
 def load_prompt_set(path: Path | None) -> PromptSet:
@@ -102,7 +109,7 @@ def load_prompt_set(path: Path | None) -> PromptSet:
         return load_prompts(path)
 
 
-def load_manifest(table: Path, columns: Path | None) -> Manifest:
+def load_manifest(table: Path, columns: Path | None, allow_outside: bool = False) -> Manifest:
     """A manifest with its bad rows left out (they stand in ``rejected``)."""
     from medvl.data.manifest import ColumnMap, ManifestError, read_manifest
 
@@ -112,7 +119,8 @@ def load_manifest(table: Path, columns: Path | None) -> Manifest:
     import yaml
 
     with usage_errors(ManifestError, ValueError, yaml.YAMLError):
-        return read_manifest(table, columns=None if columns is None else ColumnMap.load(columns), strict=False)
+        chosen = None if columns is None else ColumnMap.load(columns)
+        return read_manifest(table, columns=chosen, allow_outside=allow_outside, strict=False)
 
 
 def json_text(value: Any) -> str:

@@ -19,12 +19,12 @@ from tasks.commands.common import (
     load_model,
     load_prompt_set,
     manifest_options,
+    model_facts,
     model_options,
     new_table,
     progress,
     prompts_option,
     report_rejected,
-    weights_sha256,
 )
 
 
@@ -54,6 +54,7 @@ def evaluate(
     manifest: Path,
     columns: Path | None,
     modality: str,
+    allow_outside: bool,
     split: str,
     prompts: Path | None,
     out: Path,
@@ -65,7 +66,8 @@ def evaluate(
 ) -> None:
     """Measure zero-shot AUROC, pointing game and retrieval on the labelled studies of MANIFEST.
 
-    Writes results.json, predictions.csv and, where there are reports, retrieval.csv. Intervals are bootstrapped over patients.
+    Writes results.json, predictions.csv, rejected.csv and, where there are reports, retrieval.csv. Intervals are bootstrapped over
+    patients. A patient in two splits is in none: those rows are rejected, as are paths that leave the table's folder.
     Beside the AUROC stands that of logistic regression on a thumbnail, trained on the labels of the table's training images.
 
     \b
@@ -74,13 +76,14 @@ def evaluate(
       medvl evaluate --model run --manifest films.csv --columns columns.yaml --split all --out results --json
     """
     prompt_set = load_prompt_set(prompts)
-    table = load_manifest(manifest, columns)
+    table = load_manifest(manifest, columns, allow_outside)
     rows = table.select(split=None if split == "all" else split, modality=modality).rows
     if not rows:
         raise click.UsageError(f"--manifest {manifest}: no {modality} row in split {split} among {len(table)} good rows")
     encoder = load_model(model, device)
     check_out_folder(out)
     from reports.text_source import ReportSentences
+    from tasks.evaluation import REJECTED as REJECTED_CSV
     from tasks.evaluation import predict, results, write
 
     with progress("images", len(rows)) as advance:
@@ -108,16 +111,20 @@ def evaluate(
         "modality": modality,
         "bad_rows": len(table.rejected),
     }
-    measured["model"] = {"weights_sha256": weights_sha256(model)}
+    measured["model"] = model_facts(model)
     left_out = sorted({name for row in rows for name in row.labels} - set(prompt_set.findings))
     if left_out:
         click.echo(f"labelled, but without prompts, so not measured: {', '.join(left_out)}", err=True)
     measured["prompts"] = {"version": prompt_set.version, "sha256": prompt_set.sha256, "labelled_without_prompts": left_out}
-    write(predictions, measured, out)
-    report_rejected([(bad.path, str(bad)) for bad in table.rejected], f"rows of {manifest}")
-    report_rejected([(str(row.path), why) for row, why in predictions.rejected], "images")
     unlearned = simple.rejected if simple is not None else ()
-    report_rejected([(str(row.path), why) for row, why in unlearned], "training images of the baseline")
+    bad_rows = [(bad.row, bad.study_id, "; ".join(bad.reasons), "table row") for bad in table.rejected]
+    write(
+        predictions, measured, out, [*bad_rows, *((row.row, row.study_id, why, "training image of the baseline") for row, why in unlearned)]
+    )
+    everything = f"all in {out / REJECTED_CSV}"
+    report_rejected([(bad.path, str(bad)) for bad in table.rejected], f"rows of {manifest}; {everything}")
+    report_rejected([(str(row.path), why) for row, why in predictions.rejected], f"images; {everything}")
+    report_rejected([(str(row.path), why) for row, why in unlearned], f"training images of the baseline; {everything}")
     if as_json:
         click.echo(json_text(measured))
     else:

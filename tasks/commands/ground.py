@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from medvl.model import DualEncoder
+    from medvl.types import ImageSample
     from reports.prompts import PromptSet
     from tasks.grounding import SimilarityMap
 
@@ -64,18 +65,19 @@ def ground(
     out: Path,
     as_json: bool,
 ) -> None:
-    """Lay the similarity of each phrase over the image FILE.
+    """Lay the similarity of each phrase over the image FILE: a radiograph, or with a CT model a volume or the folder of a series.
 
     Writes SLUG.npy (float32, the file's own pixels, NaN where the model did not look), SLUG.png (overlay) and maps.json, SLUG made from
-    the phrase. Values are cosines; a finding's are the mean over the prompts for it.
+    the phrase; of a volume also SLUG.nii.gz with its affine, and the picture is of the slice that the map points at. Values are cosines;
+    a finding's are the mean over the prompts for it.
 
     \b
     Examples:
       medvl ground film.dcm --phrase "left pleural effusion" --model demo/model --out maps
       medvl ground film.dcm --finding pneumothorax --finding lung_nodule --model demo/model --out maps --json
     """
-    if not file.is_file():
-        raise click.UsageError(f"{file}: no such file; expected a DICOM, PNG, JPEG or TIFF image")
+    if not file.exists():
+        raise click.UsageError(f"{file}: no such file; expected an image that the model reads")
     if not phrases and not findings:
         raise click.UsageError("nothing to look for: give --phrase TEXT or --finding NAME")
     if not all(phrase.strip() for phrase in phrases):
@@ -89,22 +91,23 @@ def ground(
 
     try:
         with usage_errors(NotImplementedError):
-            maps = find_maps(encoder, file, list(dict.fromkeys(phrases)), list(dict.fromkeys(findings)), prompt_set)
+            sample = encoder.read(file)
+            maps = find_maps(encoder, sample, list(dict.fromkeys(phrases)), list(dict.fromkeys(findings)), prompt_set)
     except UnreadableImageError as error:
         if as_json:
             click.echo(json_text({"path": str(file), "ok": False, "error": str(error), "maps": [], "notice": RESEARCH_USE}))
         click.echo(f"1 file rejected:\n  {error}", err=True)
         ctx.exit(REJECTED)
-    records = write_maps(encoder, file, maps, out, weights_sha256(model))
+    records = write_maps(encoder, file, sample, maps, out, weights_sha256(model))
     if as_json:
         click.echo(json_text({"path": str(file), "ok": True, "error": None, "maps": records, "notice": RESEARCH_USE}))
         return
     from rich.markup import escape
 
-    headings = ("looked for", "peak (row, col)", "highest", "lowest", "overlay")
+    headings = ("looked for", "peak (row, col)" if sample.affine is None else "peak (slice, row, col)", "highest", "lowest", "overlay")
     table = new_table(None, *headings, numbers=("highest", "lowest"), whole=("looked for", "overlay"))
     for record in records:
-        peak = "none: the map is flat" if record["peak"] is None else "{}, {}".format(*record["peak"])
+        peak = "none: the map is flat" if record["peak"] is None else ", ".join(map(str, record["peak"]))
         numbers = ("" if record[key] is None else f"{record[key]:.3f}" for key in ("max", "min"))
         table.add_row(escape(record["phrase"]), peak, *numbers, escape(str(out / record["png"])))
     click.echo(str(file))
@@ -112,14 +115,13 @@ def ground(
     echo_notice()
 
 
-def find_maps(model: DualEncoder, file: Path, phrases: list[str], findings: list[str], prompts: PromptSet) -> list[NamedMap]:
+def find_maps(model: DualEncoder, sample: ImageSample, phrases: list[str], findings: list[str], prompts: PromptSet) -> list[NamedMap]:
     """Maps of phrases, then of findings, with names that differ."""
     from medvl.metrics import peak
     from tasks.evaluation import finding_maps
     from tasks.grounding import SimilarityMap, native_maps, slug, token_maps
     from tasks.zero_shot import encode_prompts
 
-    sample = model.read(file)
     features = model.encode_samples([sample])
     found: list[tuple[str, NDArray[np.float32], str]] = []
     if phrases:
@@ -138,31 +140,41 @@ def find_maps(model: DualEncoder, file: Path, phrases: list[str], findings: list
     return named
 
 
-def write_maps(model: DualEncoder, file: Path, maps: list[NamedMap], out: Path, sha256: str) -> list[dict[str, Any]]:
-    """Write .npy, .png and maps.json; returns what maps.json holds."""
+def write_maps(model: DualEncoder, file: Path, sample: ImageSample, maps: list[NamedMap], out: Path, sha256: str) -> list[dict[str, Any]]:
+    """Write .npy, .png, of volumes .nii.gz, and maps.json; returns what maps.json holds."""
     import numpy as np
 
     from medvl.model import write_atomically
     from medvl.types import RESEARCH_USE
+    from modalities.export import write_map
     from tasks.render import overlay
-    from tasks.viewing import shown
+    from tasks.viewing import shown, shown_slice
 
-    view = shown(model.reader, file)
+    volume = None if sample.affine is None else model.reader.native(file).numpy()
+    view = shown(model.reader, file) if volume is None else None
     records = []
     for named in maps:
-        scores = named.map.scores
+        scores, picture, at = named.map.scores, named.map.scores, named.map.peak
         seen = scores[np.isfinite(scores)]
         array = io.BytesIO()
         np.save(array, scores, allow_pickle=False)
         write_atomically(out / f"{named.slug}.npy", array.getvalue())
+        of_volume: dict[str, Any] = {}
+        if volume is not None and sample.affine is not None:
+            view, picture, at, height = shown_slice(volume, scores, sample.affine, named.map.peak)
+            write_map(out / f"{named.slug}.nii.gz", scores, sample.affine)
+            world = None if named.map.peak is None else (sample.affine @ [*named.map.peak, 1])[:3].tolist()
+            of_volume = {"nifti": f"{named.slug}.nii.gz", "slices": scores.shape[0], "shown_slice_from_below": height, "peak_ras_mm": world}
+        assert view is not None
         overlay(
             view.pixels,
-            scores,
+            picture,
             named.map.phrase,
             out / f"{named.slug}.png",
-            peak=named.map.peak,
+            peak=at,
             orientation=view.orientation,
             label="cosine",
+            pixel_aspect=view.pixel_aspect,
         )
         records.append(
             {
@@ -171,8 +183,9 @@ def write_maps(model: DualEncoder, file: Path, maps: list[NamedMap], out: Path, 
                 "slug": named.slug,
                 "npy": f"{named.slug}.npy",
                 "png": f"{named.slug}.png",
-                "rows": scores.shape[0],
-                "columns": scores.shape[1],
+                "rows": scores.shape[-2],
+                "columns": scores.shape[-1],
+                **of_volume,
                 "peak": None if named.map.peak is None else list(named.map.peak),
                 "min": float(seen.min()) if seen.size else None,
                 "max": float(seen.max()) if seen.size else None,

@@ -13,7 +13,13 @@ from tasks.commands.common import check_out_folder, echo_notice, json_option, js
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--studies", type=click.IntRange(min=1), required=True, metavar="N", help="How many patients, each with one study.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="The same seed gives the same bytes.")
-@click.option("--size", type=click.IntRange(min=32, max=2048), default=128, show_default=True, help="Rows and columns of a radiograph.")
+@click.option(
+    "--size",
+    type=click.IntRange(min=32, max=512),
+    default=128,
+    show_default=True,
+    help="Rows and columns of a radiograph, a multiple of 16.",
+)
 @click.option("--lateral", is_flag=True, help="A lateral radiograph beside the frontal one.")
 @click.option("--ct", is_flag=True, help="The CT volume too, as NIfTI.")
 @click.option("--ct-series", is_flag=True, help="The CT volume too, as a DICOM series.")

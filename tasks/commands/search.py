@@ -30,6 +30,7 @@ from tasks.commands.common import (
 @click.option("--split", type=click.Choice(["train", "val", "test"]), help="Search only this split; all unless told.")
 @click.option("--query", required=True, metavar="TEXT|FILE", help="What to look for; an image if there is such a file, else a text.")
 @click.option("--top", type=click.IntRange(min=1), default=5, show_default=True, metavar="K", help="How many reports.")
+@click.option("--rejected", "rejected_path", type=click.Path(path_type=Path), metavar="OUT", help="List rows that cannot be used in a CSV.")
 @json_option
 @click.pass_context
 def search(
@@ -39,9 +40,11 @@ def search(
     index: Path,
     columns: Path | None,
     modality: str,
+    allow_outside: bool,
     split: str | None,
     query: str,
     top: int,
+    rejected_path: Path | None,
     as_json: bool,
 ) -> None:
     """Find the reports of MANIFEST that fit a text or an image best.
@@ -53,7 +56,7 @@ def search(
     """
     if not query.strip():
         raise click.UsageError("--query is empty")
-    table = load_manifest(index, columns)
+    table = load_manifest(index, columns, allow_outside)
     encoder = load_model(model, device)
     wanted: str | Path = Path(query) if is_file(query) else query
     if isinstance(wanted, str) and Path(query).suffix.lower() in encoder.reader.suffixes:
@@ -67,7 +70,7 @@ def search(
     studies = studies_of(rows, ReportSentences())
     if not studies:
         raise click.UsageError(f"--index {index}: none of the {len(rows)} rows that were asked for has a report to search")
-    report_rejected([(bad.path, str(bad)) for bad in table.rejected], f"rows of {index}")
+    report_rejected([(bad.path, str(bad)) for bad in table.rejected], f"rows of {index}", rejected_path)
     try:
         hits = find(encoder, wanted, build_index(encoder, studies), top)
     except UnreadableImageError as error:

@@ -225,11 +225,19 @@ def test_missing_columns_are_named_beside_what_came(write):
         ManifestError, match=r"missing column modality .*, path .*the table has study_id, patient_id, Modality, image"
     ) as caught:
         read_manifest(table)
-    assert "ColumnMap(modality='Modality', path='image')" in str(caught.value)
+    assert "here: modality: Modality; path: image; constants: {modality: xray}" in str(caught.value)
+    assert "--columns" in str(caught.value)
     with pytest.raises(ManifestError, match=r"missing column note \(for report\)"):
         read_manifest(write([record(0)]), columns=ColumnMap(report="note"))
     with pytest.raises(ManifestError, match=r"missing column oedema \(for labels\[edema\]\)"):
         read_manifest(write([record(0)]), columns=ColumnMap(labels={"edema": "oedema"}))
+
+
+def test_a_table_with_another_separator_is_told_so(tmp_path):
+    table = tmp_path / "table.csv"
+    table.write_text("study_id;patient_id;modality;path\ns;p;xray;a.png\n")
+    with pytest.raises(ManifestError, match="it looks as if semicolons part them"):
+        read_manifest(table)
 
 
 def test_a_table_without_a_header_is_not_quoted(write):

@@ -247,7 +247,7 @@ def test_pointing_game_equals_a_plain_search(rows, cols, rng):
 def test_pointing_game_refuses_an_empty_mask_and_other_pixels():
     with pytest.raises(ValueError, match="leave the study out"):
         pointing_game((0, 0), np.zeros((3, 3)))
-    with pytest.raises(ValueError, match="share their pixels"):
+    with pytest.raises(ValueError, match="must share it"):
         pointing_game((5, 0), np.ones((3, 3)))
     with pytest.raises(ValueError, match="rows, cols"):
         peak(np.zeros(3))

@@ -147,6 +147,21 @@ def test_augmentation_keeps_left_and_right_and_marks_what_came_from_outside():
     assert torch.equal(changed.pixels, again.pixels)
 
 
+def test_the_slices_of_a_volume_are_augmented_alike():
+    """A rod along the slices stays straight, on its side, and what moves in is the edge and no hole."""
+    pixels = torch.full((8, 2, 5, 32, 32), -1.0)
+    pixels[..., 12:20, 4:8] = 3.0
+    valid, position = torch.ones(8, 5, dtype=torch.bool), torch.arange(5.0).expand(8, 5)
+    changed = Augment(rotation_deg=8, contrast=0, brightness=0, noise=0)(ImageBatch(pixels, valid, position), np.random.default_rng(0))
+    assert torch.equal(changed.pixels, changed.pixels[:, :1, :1].expand_as(pixels))
+    assert not torch.equal(changed.pixels, pixels)
+    weight = changed.pixels[:, 0, 0] + 1
+    assert ((weight.sum(1) * torch.arange(32)).sum(-1) / weight.sum((1, 2)) < 14).all()
+    assert changed.pixels.min() >= -1 - 1e-5
+    assert changed.valid is valid
+    assert changed.position_mm is position
+
+
 def test_a_run_leaves_a_loadable_model_its_recipe_and_a_log(finished):
     assert {"model.safetensors", "config.json", "config.yaml", "resume.ckpt", "logs"} <= {p.name for p in finished.iterdir()}
     model = medvl.load(finished, device="cpu")

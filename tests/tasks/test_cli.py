@@ -22,7 +22,7 @@ from tasks.cli import cli
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTICE = "research use, not for diagnosis"
-COMMANDS = ["demo", "phantom", "fit", "validate", "test", "diagnose", "ground", "search", "evaluate"]
+COMMANDS = ["demo", "phantom", "inspect", "fit", "validate", "test", "diagnose", "ground", "search", "evaluate"]
 
 
 def medvl(*args: Any) -> Result:

@@ -75,4 +75,6 @@ def test_a_slug_is_a_plain_file_name(phrase: str) -> None:
 def test_slugs_read_as_the_phrase() -> None:
     assert slug("Left pleural effusion, small.") == "left_pleural_effusion_small"
     assert slug("../../etc/passwd") == "etc_passwd"
-    assert slug("気胸") == "phrase"
+    assert slug("Épanchement pleural") == "epanchement_pleural"
+    assert slug("気胸") == slug(" 気胸!")  # a hash, so that two phrases of another script do not meet
+    assert len({slug("気胸"), slug("胸水"), slug("!")}) == 3

@@ -1,0 +1,176 @@
+"""CT from the command line on phantoms: trained, diagnosed, grounded in 3D and evaluated, against nibabel and plain recomputation."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner
+from PIL import Image
+
+from tasks.cli import cli
+from tasks.demo import recipe_path
+from tasks.phantoms import write_cohort
+
+SIZE, STUDIES = 32, 12
+
+
+@pytest.fixture(scope="module")
+def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Volumes and films of twelve phantoms, with masks; a third of them for testing."""
+    folder = tmp_path_factory.mktemp("ct")
+    return write_cohort(folder, STUDIES, 11, size=SIZE, ct=True, counts={"train": 6, "val": 2, "test": 4}, workers=1)
+
+
+@pytest.fixture(scope="module")
+def run_folder(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The CT recipe, two steps of it, on small slices."""
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("run")
+    recipe = yaml.safe_load(recipe_path("ct_slices.yaml").read_text())
+    recipe["data"]["init_args"]["reader"]["init_args"] |= {"spacing_mm": [16, 11, 11], "shape": [None, 32, 32]}
+    (out / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    arguments = {
+        "config": out / "recipe.yaml",
+        "data.init_args.manifest": cohort,
+        "data.init_args.batch_size": 3,
+        "trainer.max_epochs": 1,
+        "trainer.enable_progress_bar": "false",
+        "out": out,
+    }
+    done = CliRunner().invoke(cli, ["fit", *(f"--{name}={value}" for name, value in arguments.items())])
+    assert done.exit_code == 0, done.output
+    return out
+
+
+def volumes(cohort: Path) -> list[Path]:
+    return sorted((cohort.parent / "ct").glob("*.nii.gz"))
+
+
+def strict(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line, parse_constant=pytest.fail) for line in text.splitlines() if line.startswith("{")]
+
+
+def test_a_volume_is_diagnosed_and_a_folder_finds_the_volumes_alone(cohort: Path, run_folder: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.nii.gz"
+    broken.write_bytes(b"\x1f\x8b nothing of use")
+    files = [str(volumes(cohort)[0]), str(broken), str(cohort.parent / "ct")]
+    done = CliRunner().invoke(cli, ["diagnose", *files, "--model", str(run_folder), "--json"])
+    assert done.exit_code == 1
+    found = strict(done.stdout)
+    assert [one["ok"] for one in found] == [True, False] + [True] * (STUDIES - 1)
+    assert str(broken) in found[1]["error"]
+    assert all(0 < score < 1 for score in found[0]["findings"].values())
+
+
+def test_a_map_of_a_volume_lies_on_the_voxels_and_millimetres_of_its_file(cohort: Path, run_folder: Path, tmp_path: Path) -> None:
+    file = volumes(cohort)[1]
+    options = ["--phrase", "left pleural effusion", "--model", str(run_folder), "--out", str(tmp_path), "--json"]
+    done = CliRunner().invoke(cli, ["ground", str(file), *options])
+    assert done.exit_code == 0, done.output
+    record = strict(done.stdout)[0]["maps"][0]
+    image, native = nib.load(tmp_path / record["nifti"]), nib.load(file)
+    assert image.shape == native.shape
+    np.testing.assert_allclose(image.affine, native.affine, atol=1e-5)
+    array, written = np.load(tmp_path / record["npy"]), image.get_fdata()
+    np.testing.assert_array_equal(array, written.transpose(2, 1, 0).astype(np.float32))
+    assert array[tuple(record["peak"])] == pytest.approx(np.nanmax(array))
+    s, h, w = record["peak"]
+    np.testing.assert_allclose(record["peak_ras_mm"], nib.affines.apply_affine(native.affine, [w, h, s]), atol=1e-3)
+    with Image.open(tmp_path / record["png"]) as picture:
+        assert min(picture.size) > 100
+
+
+def test_every_orientation_of_a_file_gives_the_same_scores_and_the_same_peak_in_the_world(
+    cohort: Path, run_folder: Path, tmp_path: Path
+) -> None:
+    plain = nib.load(volumes(cohort)[2])
+    found = []
+    for code in ("LAS", "RPI", "PSR", "IRA"):
+        path = tmp_path / f"{code}.nii.gz"
+        nib.save(
+            plain.as_reoriented(nib.orientations.ornt_transform(nib.io_orientation(plain.affine), nib.orientations.axcodes2ornt(code))),
+            path,
+        )
+        done = CliRunner().invoke(
+            cli, ["ground", str(path), "--phrase", "heart", "--model", str(run_folder), "--out", str(tmp_path), "--json"]
+        )
+        scores = CliRunner().invoke(cli, ["diagnose", str(path), "--model", str(run_folder), "--json"])
+        found.append((strict(done.stdout)[0]["maps"][0]["peak_ras_mm"], list(strict(scores.stdout)[0]["findings"].values())))
+    for peak, scores in found[1:]:
+        np.testing.assert_allclose(peak, found[0][0], atol=1e-2)
+        np.testing.assert_allclose(scores, found[0][1], atol=1e-5)
+
+
+def test_evaluation_points_at_3d_masks(cohort: Path, run_folder: Path, tmp_path: Path) -> None:
+    options = ["--manifest", str(cohort), "--modality", "ct", "--split", "all", "--repeats", "20", "--out", str(tmp_path), "--json"]
+    done = CliRunner().invoke(cli, ["evaluate", "--model", str(run_folder), *options])
+    assert done.exit_code == 0, done.output
+    measured = strict(done.stdout)[0]
+    assert measured["images"] == STUDIES
+    with cohort.open(newline="") as file:
+        rows = {row["study_id"]: row for row in csv.DictReader(file) if row["modality"] == "ct"}
+    hits: dict[str, list[bool]] = {}
+    with (tmp_path / "predictions.csv").open(newline="") as file:
+        for line in csv.DictReader(file):
+            mask = rows[line["study_id"]][f"mask_{line['finding']}"]
+            if line["label"] == "1" and mask:
+                inside = np.asarray(nib.load(cohort.parent / mask).dataobj).transpose(2, 1, 0)
+                hits.setdefault(line["finding"], []).append(
+                    bool(inside[int(line["peak_slice"]), int(line["peak_row"]), int(line["peak_col"])])
+                )
+    assert len(hits) > 3
+    for name, of_finding in hits.items():
+        assert measured["grounding"]["per_finding"][name]["pointing_game"] == pytest.approx(np.mean(of_finding)), name
+    provenance = measured["model"]["provenance"]
+    assert len(provenance["recipe_sha256"]) == 64
+    assert set(provenance) >= {"commit", "manifest_sha256", "chosen_by"}
+
+
+def test_a_mask_on_other_voxels_costs_its_study_alone(cohort: Path, run_folder: Path, tmp_path: Path) -> None:
+    with cohort.open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["modality"] == "ct"]
+    name, row = next((key, row) for row in rows for key, value in row.items() if key.startswith("mask_") and value and row[key[5:]] == "1")
+    mask = nib.load(cohort.parent / row[name])
+    shifted = mask.affine.copy()
+    shifted[0, 3] += 30
+    nib.save(nib.Nifti1Image(np.asarray(mask.dataobj), shifted), tmp_path / "shifted.nii.gz")
+    for row_of in rows:
+        row_of["path"] = str(cohort.parent / row_of["path"])
+        for key in [key for key in row_of if key.startswith("mask_") and row_of[key]]:
+            row_of[key] = str(cohort.parent / row_of[key])
+    row[name] = "shifted.nii.gz"
+    table = tmp_path / "table.csv"
+    with table.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    options = [
+        "--manifest",
+        str(table),
+        "--modality",
+        "ct",
+        "--split",
+        "all",
+        "--repeats",
+        "0",
+        "--no-baseline",
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    done = CliRunner().invoke(cli, ["evaluate", "--model", str(run_folder), *options, "--json"])
+    assert done.exit_code == 2  # every path leaves the table's folder
+    done = CliRunner().invoke(cli, ["evaluate", "--model", str(run_folder), *options, "--allow-outside", "--json"])
+    assert done.exit_code == 1, done.output
+    assert strict(done.stdout)[0]["images"] == STUDIES - 1
+    with (tmp_path / "out" / "rejected.csv").open(newline="") as file:
+        listed = list(csv.DictReader(file))
+    assert [line["study_id"] for line in listed] == [row["study_id"]]
+    assert "expected the same grid" in listed[0]["reason"]
