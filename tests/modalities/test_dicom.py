@@ -392,8 +392,8 @@ def _frames(ds: Dataset) -> None:
     ds.NumberOfFrames = 7
 
 
-def _one_bit(ds: Dataset) -> None:
-    ds.BitsAllocated = ds.BitsStored = 1
+def _seven_bits(ds: Dataset) -> None:
+    ds.BitsAllocated = ds.BitsStored = 7
 
 
 def _no_pixels(ds: Dataset) -> None:
@@ -417,7 +417,7 @@ def _short_lut(ds: Dataset) -> None:
     ds.VOILUTSequence[0].LUTDescriptor = [5000, 0, 12]
 
 
-@pytest.mark.parametrize("spoil", [_absurd, _cut, _frames, _one_bit, _no_pixels, _no_rows, _segmentation, _photometric, _short_lut])
+@pytest.mark.parametrize("spoil", [_absurd, _cut, _frames, _seven_bits, _no_pixels, _no_rows, _segmentation, _photometric, _short_lut])
 def test_what_is_no_radiograph_is_refused_by_path_alone(write, twelve_bits, spoil):
     ds = radiograph(twelve_bits)
     spoil(ds)
