@@ -38,6 +38,16 @@ PROJECTION_SOP_CLASSES = (
     "1.2.840.10008.5.1.4.1.1.12",  # X-ray angiography, radiofluoroscopy
     "1.2.840.10008.5.1.4.1.1.7",  # secondary capture
 )
+SECTION_SOP_CLASSES = (
+    "1.2.840.10008.5.1.4.1.1.2",  # CT
+    "1.2.840.10008.5.1.4.1.1.3",  # ultrasound, several frames
+    "1.2.840.10008.5.1.4.1.1.4",  # MR
+    "1.2.840.10008.5.1.4.1.1.6",  # ultrasound
+    "1.2.840.10008.5.1.4.1.1.13.1",  # volumes reconstructed from X-ray
+    "1.2.840.10008.5.1.4.1.1.20",  # nuclear medicine
+    "1.2.840.10008.5.1.4.1.1.128",  # PET
+    "1.2.840.10008.5.1.4.1.1.130",  # PET, enhanced
+)
 PARAMETRIC_MAP = "1.2.840.10008.5.1.4.1.1.30"
 NOT_IMAGE_SOP_CLASSES = (
     "1.2.840.10008.5.1.4.1.1.66",  # segmentation, registration, fiducials
@@ -240,7 +250,9 @@ def show(image: DicomImage, voi: int | str | Voi | None = None) -> NativeRadiogr
     )
 
 
-def read_radiograph(path: Path, *, frame: int | None = None, voi: int | str | Voi | None = None, exact: bool = False) -> NativeRadiograph:
+def read_radiograph(
+    path: Path, *, frame: int | None = None, voi: int | str | Voi | None = None, exact: bool = False, sections: bool = True
+) -> NativeRadiograph:
     """Read one radiograph, as shown, in its own pixels.
 
     Args:
@@ -248,12 +260,15 @@ def read_radiograph(path: Path, *, frame: int | None = None, voi: int | str | Vo
         frame: which one, from 0, of a file that holds several.
         voi: as of :func:`show`.
         exact: decode through pydicom alone and compute without tables; the same within rounding, slower.
+        sections: take slices of CT, MR, PET and the like as pictures, with a warning; False refuses them.
     Raises:
         UnreadableImageError: no DICOM, no image or several frames in it and none chosen, truncated, absurdly large, or a coding that no
             installed decoder reads.
     DICOM: PS3.4 N.2 (the chain); PS3.3 C.11.1 (modality LUT), C.11.2 (VOI), C.7.6.3.1.2 (photometric interpretation).
     """
     with opened(path) as file:
+        if not sections:
+            _refuse_sections(file)
         loaded = _load_radiograph(file, frame, exact, None)
         spacing, source = _spacing(loaded.header)
         view, orientation = _view(loaded.header), _orientation(loaded.header)
@@ -371,6 +386,12 @@ def _load_radiograph(file: DicomFile, frame: int | None, exact: bool, reduce_to:
     if file.header.text("PresentationIntentType") == "FOR PROCESSING":
         notes.warn("raw image FOR PROCESSING: its contrast was not made for display")
     return _load(file, layout, frame or 0, exact, 0 if reduce_to is None else _halvings(layout, reduce_to))
+
+
+def _refuse_sections(file: DicomFile) -> None:
+    sop = file.header.get("SOPClassUID")
+    if sop is not None and _under(sop, SECTION_SOP_CLASSES):
+        raise file.notes.refuse(f"holds {uid_name(sop)}, expected a radiograph; a chest film's model has nothing to say of it")
 
 
 def _check_kind(file: DicomFile) -> None:

@@ -90,7 +90,7 @@ class XrayReader(ImageReader):
         """One file to a sample.
 
         Raises:
-            UnreadableImageError: not a file of these formats, damaged, more than one frame, or absurdly large.
+            UnreadableImageError: not a file of these formats, a slice of CT or MR, damaged, several frames, or absurdly large.
         """
         return self._sample(_read_native(Path(path)))
 
@@ -226,7 +226,7 @@ def _read_native(path: Path) -> _Native:
         raise UnreadableImageError(f"{path}: expected a DICOM, PNG, JPEG or TIFF file, its first bytes are of none of these")
     from modalities.dicom import read_radiograph
 
-    radiograph = read_radiograph(path)
+    radiograph = read_radiograph(path, sections=False)
     return _Native(radiograph.pixels, radiograph.view, radiograph.warnings)
 
 

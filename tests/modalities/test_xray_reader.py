@@ -414,3 +414,13 @@ def test_the_real_chest_radiograph_of_the_zoo():
     lung, mediastinum, abdomen = image[500:700, 500:700].mean(), image[900:1100, 850:950].mean(), image[1600:1750, 300:500].mean()
     assert lung < mediastinum
     assert lung < abdomen
+
+
+def test_a_slice_of_ct_is_no_radiograph(tmp_path):
+    """A study's folder often holds both: its slices must not be averaged into the score of the film."""
+    from modalities.export import write_ct_series
+
+    affine = np.array([[0, 0, -2.0, 0], [0, -2.0, 0, 0], [3.0, 0, 0, 0], [0, 0, 0, 1]])
+    write_ct_series(tmp_path, np.zeros((2, 8, 9), dtype=np.int16), affine, patient_id="p", study_id="s")
+    with pytest.raises(UnreadableImageError, match="holds CT Image Storage, expected a radiograph"):
+        XrayReader(size=32).read(tmp_path / "0001.dcm")
