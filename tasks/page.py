@@ -28,7 +28,7 @@ from reports.text_source import ReportSentences
 from tasks.evaluation import Predictions, RetrievalScores, expected_rank, finding_maps, finding_mask
 from tasks.grounding import native_maps
 from tasks.render import thumbnail
-from tasks.viewing import shown
+from tasks.viewing import in_plane, shown
 from tasks.zero_shot import encode_prompts
 
 BINS = 20
@@ -404,7 +404,7 @@ def _example(
     pictures = [Picture("radiograph", thumbnail(native, orientation=sides))]
     if mask is not None:
         pictures.append(Picture("true mask", thumbnail(native, mask=mask)))
-    at = predictions.peaks[i][j]
+    at = in_plane(predictions.peaks[i][j])
     pictures.append(Picture("similarity map", thumbnail(native, scores=scores, mask=mask, peak=at, limits=limits)))
     without = predictions.scores[predictions.labels[:, j] == 0, j]
     score = float(predictions.scores[i, j])

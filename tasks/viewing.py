@@ -31,6 +31,11 @@ def shown(reader: ImageReader, path: Path) -> Shown:
     return Shown(reader.native(path).numpy(), orientation)
 
 
+def in_plane(peak: tuple[int, ...] | None) -> tuple[int, int] | None:
+    """Row and column of a peak, of a volume within its slice."""
+    return None if peak is None else (peak[-2], peak[-1])
+
+
 def shown_slice(
     volume: NDArray[np.float32], scores: NDArray[np.float32], affine: NDArray[np.float64], peak: tuple[int, ...] | None
 ) -> tuple[Shown, NDArray[np.float32], tuple[int, int] | None, int]:

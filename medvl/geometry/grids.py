@@ -196,11 +196,14 @@ class GridTransform:
     def valid(self) -> Tensor:
         """(*shape) bool, True where the tower's grid shows the image."""
         inside = torch.ones((), dtype=torch.bool)
-        for k, (size, (low, high)) in enumerate(zip(self.shape, self.seen, strict=True)):
-            index = torch.arange(size)
-            along = (index > low - 1e-6) & (index < high + 1e-6)
-            inside = inside & along.view(-1, *[1] * (len(self.shape) - 1 - k))
+        for axis in range(len(self.shape)):
+            inside = inside & self.valid_along(axis).view(-1, *[1] * (len(self.shape) - 1 - axis))
         return inside
+
+    def valid_along(self, axis: int) -> Tensor:
+        """(shape[axis],) bool, True where that slab of the tower's grid shows the image; :meth:`valid` is their product."""
+        index, (low, high) = torch.arange(self.shape[axis]), self.seen[axis]
+        return (index > low - 1e-6) & (index < high + 1e-6)
 
     def apply(self, image: Tensor | NDArray[Any], fill: float = 0.0, antialias: bool = True) -> Tensor:
         """(C, *native_shape) to (C, *shape) float32, every step in turn, padding with ``fill``.
@@ -212,6 +215,8 @@ class GridTransform:
         if tuple(image.shape[1:]) != self.native_shape:
             raise ValueError(f"image has {tuple(image.shape[1:])} voxels, this record was made for {self.native_shape}")
         array = image.numpy() if isinstance(image, Tensor) else image  # strides may be negative there, so turning costs nothing
+        if len(array) == 1:
+            return self._apply(array[0], fill, antialias)[None]
         return torch.stack([self._apply(channel, fill, antialias) for channel in array])
 
     def _apply(self, values: NDArray[Any] | Tensor, fill: float, antialias: bool) -> Tensor:

@@ -90,8 +90,9 @@ def resample(
     for o in range(shape[0]):
         weights = {int(i): float(w) for i, w in zip(slices.index[o], slices.weight[o], strict=True) if w > 0}
         ready = {i: ready[i] if i in ready else _as_float(values[i]) if blend_first else plane(_as_float(values[i])) for i in weights}
-        blended = torch.zeros_like(ready[next(iter(weights))])
-        for i, weight in weights.items():
+        (first, weight), *others = weights.items()
+        blended = ready[first] * weight
+        for i, weight in others:
             blended.add_(ready[i], alpha=weight)
         out[o] = plane(blended) if blend_first else blended
     return out

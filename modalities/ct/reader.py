@@ -113,12 +113,13 @@ class CtReader(ImageReader):
         """A volume to a sample: turned, cropped on its own grid, resampled, fitted, windowed."""
         record = self.transform(volume)
         hu = record.apply(volume.voxels[None], fill=AIR_HU, antialias=self.antialias)[0]
-        pixels = torch.stack([((hu - low) / (high - low)).clamp_(0, 1) for low, high in self.windows_hu])
-        valid = record.valid().flatten(1).any(1)
+        pixels = torch.empty(len(self.windows_hu), *hu.shape)
+        for channel, (low, high) in zip(pixels, self.windows_hu, strict=True):  # in place: a volume has tens of MB
+            torch.sub(hu, low, out=channel).mul_(1 / (high - low)).clamp_(0, 1).sub_(self.mean).mul_(1 / self.std)
         affine = volume.affine @ record.matrix()
         return ImageSample(
-            pixels=(pixels - self.mean) / self.std,
-            valid=valid,
+            pixels=pixels,
+            valid=record.valid_along(0),
             transform=record,
             warnings=(*volume.warnings, *volume.repairs),
             affine=volume.affine,

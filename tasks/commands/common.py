@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -195,16 +196,34 @@ def write_csv(path: Path, header: Sequence[str], lines: Iterable[Sequence[Any]])
     write_atomically(path, text.getvalue().encode("utf-8", "surrogateescape"))
 
 
-def check_out_folder(folder: Path) -> None:
-    """Make the output folder.
+def check_out_folder(folder: Path, option: str = "--out") -> None:
+    """Make the output folder, and see that it can be written to.
 
     Raises:
-        click.UsageError: the path is a file, or cannot be made.
+        click.UsageError: the path is a file, or cannot be made or written to.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise click.UsageError(f"--out {folder}: cannot be made a folder: {error.strerror}") from None
+        raise click.UsageError(f"{option} {folder}: cannot be made a folder: {error.strerror}") from None
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise click.UsageError(f"{option} {folder}: cannot be written to: {error.strerror}") from None
+
+
+def check_out_file(file: Path | None, option: str) -> None:
+    """Make the folder of an output file, before work is put into what it shall hold; None: there is no such file.
+
+    Raises:
+        click.UsageError: the path is a folder, or its folder cannot be made or written to.
+    """
+    if file is None:
+        return
+    if file.is_dir():
+        raise click.UsageError(f"{option} {file}: is a folder, expected the name of a file to write")
+    check_out_folder(file.parent, option)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import click
 
 from tasks.commands.common import (
     REJECTED,
+    check_out_file,
     console,
     echo_notice,
     json_option,
@@ -70,6 +71,8 @@ def diagnose(
     prompt_set = load_prompt_set(prompts)
     if unknown := [name for name in findings if name not in prompt_set.findings]:
         raise click.UsageError(f"--finding {', '.join(unknown)}: no prompts for it; known: {', '.join(prompt_set.findings)}")
+    check_out_file(csv_path, "--csv")
+    check_out_file(rejected_path, "--rejected")
     encoder = load_model(model, device)
     from tasks.zero_shot import diagnose as score_files
     from tasks.zero_shot import encode_prompts

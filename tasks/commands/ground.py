@@ -148,13 +148,13 @@ def write_maps(model: DualEncoder, file: Path, sample: ImageSample, maps: list[N
     from medvl.types import RESEARCH_USE
     from modalities.export import write_map
     from tasks.render import overlay
-    from tasks.viewing import shown, shown_slice
+    from tasks.viewing import in_plane, shown, shown_slice
 
     volume = None if sample.affine is None else model.reader.native(file).numpy()
     view = shown(model.reader, file) if volume is None else None
     records = []
     for named in maps:
-        scores, picture, at = named.map.scores, named.map.scores, named.map.peak
+        scores, picture, at = named.map.scores, named.map.scores, in_plane(named.map.peak)
         seen = scores[np.isfinite(scores)]
         array = io.BytesIO()
         np.save(array, scores, allow_pickle=False)
