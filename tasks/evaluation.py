@@ -86,7 +86,7 @@ def predict(
     """Score, point and compare every image of ``rows``.
 
     Args:
-        prompts: prompt pairs; the map of a finding is the mean of those of its positive prompts.
+        prompts: prompt pairs; the map of a finding is, at every token, the highest of those of its positive prompts.
         source: splits reports into sentences for retrieval.
         findings: which to score; None takes those of the prompts that any row has a label for.
         progress: called with the number of images done.
@@ -142,9 +142,9 @@ def predict(
 
 
 def finding_maps(model: DualEncoder, images: ImageFeatures, bank: PromptBank) -> torch.Tensor:
-    """(B, F, *grid): mean token cosine with a finding's positive prompts."""
+    """(B, F, *grid): highest token cosine with any positive prompt of a finding: they are alternatives (a tube, a line, a pacemaker)."""
     maps = model.similarity.maps(images, bank.features)  # (B, P, *grid)
-    return torch.einsum("fp,bp...->bf...", bank.positive, maps)
+    return torch.stack([maps[:, of_finding > 0].amax(1) for of_finding in bank.positive], dim=1)
 
 
 def _pointed(mask: NDArray[np.bool_] | None, scores: NDArray[np.float32]) -> tuple[tuple[int, ...] | None, float, float]:

@@ -42,7 +42,7 @@ class NamedMap:
 
     slug: str
     map: SimilarityMap
-    kind: str  # "phrase", or "finding": the mean over the prompts for it
+    kind: str  # "phrase", or "finding": the highest over the prompts for it
 
 
 @click.command()
@@ -69,7 +69,7 @@ def ground(
 
     Writes SLUG.npy (float32, the file's own pixels, NaN where the model did not look), SLUG.png (overlay) and maps.json, SLUG made from
     the phrase; of a volume also SLUG.nii.gz with its affine, and the picture is of the slice that the map points at. Values are cosines;
-    a finding's are the mean over the prompts for it.
+    a finding's are the highest over the prompts for it.
 
     \b
     Examples:

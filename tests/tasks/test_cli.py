@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import os
 import shutil
@@ -190,6 +191,9 @@ def test_no_output_holds_identifiers_of_the_header(tiny: Any, tmp_path: Path) ->
         (["evaluate", "--model", "{model}", "--manifest", "{png}", "--out", "{tmp}"], "expected .csv"),
         (["phantom", "{png}", "--studies", "1"], "cannot be made a folder"),
         (["phantom", "{tmp}", "--studies", "0"], "0 is not in the range"),
+        (["diagnose", "{png}", "--model", "{model}", "--csv", "{png}/x.csv"], "cannot be made a folder"),
+        (["diagnose", "{png}", "--model", "{model}", "--rejected", "{png}/x.csv"], "cannot be made a folder"),
+        (["diagnose", "{png}", "--model", "{model}", "--csv", "{folder}"], "expected the name of a file"),
         (["nonsense"], "No such command"),
     ],
 )
@@ -198,6 +202,45 @@ def test_usage_errors_say_what_is_wrong_and_exit_with_2(args: list[str], said: s
     done = medvl(*(arg.format(**places) for arg in args))
     assert done.exit_code == 2, done.output
     assert said in done.stderr and "Traceback" not in done.output
+
+
+def test_output_files_are_looked_at_before_anything_is_scored(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    import tasks.commands.diagnose as command
+
+    monkeypatch.setattr(command, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    for option in ("--csv", "--rejected"):
+        done = medvl("diagnose", tiny.png, "--model", tiny.model, option, tiny.png / "deep" / "x.csv")
+        assert done.exit_code == 2 and f"{option} {tiny.png}/deep: cannot be made a folder" in done.stderr
+
+
+def changed_copy(model: Path, folder: Path, **changes: Any) -> Path:
+    """A run whose config says something else; ``weights`` replaces the weights and adapts their hash."""
+    shutil.copytree(model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    if "weights" in changes:
+        weights = changes.pop("weights")
+        (folder / "model.safetensors").write_bytes(weights)
+        config["weights_sha256"] = hashlib.sha256(weights).hexdigest()
+    for part, arguments in changes.items():
+        config["model"][part]["init_args"].update(arguments)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"image": {"widths": [-1, 2, 3]}}, "image: modalities.xray.conv.ConvEncoder"),
+        ({"image": {"embed_dim": 1e9}}, "image: modalities.xray.conv.ConvEncoder"),
+        ({"image": {"embed_dim": 1_000_000}}, "more memory than"),
+        ({"image": {"embed_dim": 24}}, "24 dimensions, the report tower in 16"),
+        ({"reader": {"size": 1e7}}, "reader: modalities.xray.reader.XrayReader"),
+        ({"weights": b"\x10\0\0\0\0\0\0\0{"}, "no whole safetensors file"),
+    ],
+)
+def test_a_run_that_was_tampered_with_is_a_usage_error(changes: dict[str, Any], said: str, tiny: Any, tmp_path: Path) -> None:
+    done = medvl("diagnose", tiny.png, "--model", changed_copy(tiny.model, tmp_path / "run", **changes), "--device", "cpu")
+    assert done.exit_code == 2 and said in " ".join(done.stderr.split()), done.output
 
 
 # ground
@@ -332,6 +375,20 @@ def test_training_commands_hand_their_arguments_on_untouched(monkeypatch: pytest
     for command in ("fit", "validate", "test"):
         assert medvl(command, *given).exit_code == 0
     assert calls == [(command, given) for command in ("fit", "validate", "test")]
+
+
+@pytest.mark.parametrize("command", ["fit", "validate"])
+def test_the_run_s_folder_is_looked_at_before_images_are_read(
+    command: str, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from medvl.training.data import StudyDataModule
+
+    monkeypatch.setattr(StudyDataModule, "setup", lambda *_: pytest.fail("the manifest was read"))
+    recipe = ROOT / "tasks" / "recipes" / "xray_phantom.yaml"
+    out = tiny.png if command == "fit" else tmp_path / "absent"
+    done = medvl(command, "--config", recipe, "--data.init_args.manifest", tiny.manifest, "--out", out)
+    assert done.exit_code == 2, done.output
+    assert str(out) in done.stderr and ("cannot be made a folder" if command == "fit" else "does not exist") in done.stderr
 
 
 def test_the_exit_code_of_training_is_the_commands(monkeypatch: pytest.MonkeyPatch) -> None:

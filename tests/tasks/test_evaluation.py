@@ -19,7 +19,9 @@ import medvl
 from medvl.data.manifest import read_manifest
 from reports.prompts import load_prompts
 from reports.text_source import ReportSentences
-from tasks.evaluation import expected_rank, predict, results, write
+from tasks.evaluation import expected_rank, finding_maps, predict, results, write
+from tasks.grounding import token_maps
+from tasks.zero_shot import encode_prompts
 
 FINDINGS = ("cardiomegaly", "pleural_effusion", "lung_nodule")
 
@@ -210,6 +212,16 @@ def test_bad_images_and_bad_masks_cost_only_their_study_and_are_counted(model: A
     with (tmp_path / "out" / "rejected.csv").open(newline="") as file:
         assert {r["study_id"] for r in csv.DictReader(file)} == bad
     assert not any(math.isnan(v) for v in found.scores.ravel())
+
+
+def test_a_findings_map_is_the_highest_of_its_prompts_maps(model: Any, tiny: Any) -> None:
+    """Each prompt grounded on its own as a phrase; the finding's map against their maximum, on the token grid."""
+    prompts = load_prompts()
+    features = model.encode_samples([model.read(tiny.dicom), model.read(tiny.png)])
+    found = finding_maps(model, features, encode_prompts(model, prompts, FINDINGS)).numpy()
+    for j, name in enumerate(FINDINGS):
+        alone = [token_maps(model, features, [phrase])[:, 0].numpy() for phrase in prompts.findings[name].positive]
+        np.testing.assert_allclose(found[:, j], np.max(alone, axis=0), atol=1e-6)
 
 
 def test_no_readable_image_is_an_error(model: Any, tiny: Any, tmp_path: Path) -> None:
