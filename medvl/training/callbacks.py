@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -108,11 +109,19 @@ class KeepBest(Callback):
             step=trainer.global_step,
             epoch=trainer.current_epoch,
             manifest_sha256=None if data.manifest is None else data.manifest.sha256,
-            recipe_sha256=_sha256(self.folder / RESOLVED),
+            recipe_sha256=_recipe_sha256(self.folder / RESOLVED),
             commit=commit(),
         )
 
 
-def _sha256(path: Path) -> str | None:
-    """Of a file, if it is there."""
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+def _recipe_sha256(path: Path) -> str | None:
+    """Hash of a resolved recipe without the places of one run: equal for runs that differ in folders and stops alone."""
+    import yaml
+
+    if not path.is_file():
+        return None
+    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    for name in ("out", "resume", "ckpt_path"):
+        recipe.pop(name, None)
+    recipe.get("data", {}).get("init_args", {}).pop("manifest", None)
+    return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()

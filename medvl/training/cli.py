@@ -7,6 +7,7 @@ A run's folder holds ``config.yaml`` (the resolved recipe), ``model.safetensors`
 from __future__ import annotations
 
 import logging
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from rich.console import Console
 from rich.progress import Progress
 
-from medvl.model import WEIGHTS, write_atomically
+from medvl.model import WEIGHTS, load_weights, write_atomically
 from medvl.training.callbacks import RESOLVED, RESUME, AtomicCheckpointIO, KeepBest, ResumePoint
 from medvl.training.data import REJECTED, StudyDataModule
 from medvl.training.module import AlignmentModule
@@ -53,6 +54,19 @@ class AlignmentCLI(LightningCLI):
         parser.add_argument("--checkpoint_every", type=int, default=200, help="steps between two writings of resume.ckpt")
         parser.add_argument("--keep_best", type=bool, default=True, help="keep the model of lowest validation loss; false keeps the last")
         parser.add_argument("--tensorboard", type=bool, default=False, help="log for TensorBoard too (extra 'tensorboard')")
+
+    def before_instantiate_classes(self) -> None:
+        """Find out before any image is read whether the run's folder can be written to, or has the weights to be measured."""
+        out = Path(self.config[self.subcommand].out)
+        if self.subcommand == "fit":
+            try:
+                out.mkdir(parents=True, exist_ok=True)
+                with tempfile.TemporaryFile(dir=out):
+                    pass
+            except OSError as error:
+                raise ValueError(f"--out {out}: cannot be made a folder to write to: {error.strerror}") from error
+        elif not (out / WEIGHTS).is_file():
+            raise FileNotFoundError(f"{out / WEIGHTS} does not exist; run `medvl fit` with the same --out first")
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """The trainer with our callbacks, loggers and checkpoint format."""
@@ -97,12 +111,7 @@ class AlignmentCLI(LightningCLI):
         self._load_kept()
 
     def _load_kept(self) -> None:
-        from safetensors.torch import load_file
-
-        weights = Path(self.config_init[self.subcommand].out) / WEIGHTS
-        if not weights.is_file():
-            raise FileNotFoundError(f"{weights} does not exist; run `medvl fit` with the same --out first")
-        self.model.dual_encoder(self.datamodule.reader).load_state_dict(load_file(weights), strict=True)
+        load_weights(self.model.dual_encoder(self.datamodule.reader), Path(self.config_init[self.subcommand].out))
 
     def _prepare(self, splits: tuple[str, ...]) -> None:
         data = self.datamodule
