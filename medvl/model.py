@@ -1,27 +1,30 @@
 """The dual encoder over any two towers, and its life on disk: model.safetensors beside config.json.
 
 Shapes: B images, M texts. A config.json may come from anywhere, so it names classes only from packages that the caller trusts and
-only subclasses of our base classes; everything else in it is data.
+only subclasses of our base classes; everything else in it is data, and data that calls for more memory than the weights is refused.
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib
+import inspect
 import json
+import math
 import os
 import shutil
 import subprocess
 import tempfile
 import textwrap
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import medvl
 from medvl.types import (
@@ -41,6 +44,7 @@ from medvl.types import (
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 FORMAT = 1
 TRUSTED_PACKAGES = ("medvl", "modalities", "reports")
+LARGEST = 2**20  # of any number in a config: no width, side, depth or count of a model is larger
 T = TypeVar("T", bound=Configurable)
 ImageInput = str | os.PathLike[str] | NDArray[Any]
 
@@ -99,15 +103,25 @@ class DualEncoder(nn.Module):
 
     @torch.inference_mode()
     def encode_text(self, texts: str | Sequence[str]) -> TextFeatures:
-        """Features of one string or many, on the model's device."""
-        return self.report(TextBatch((texts,) if isinstance(texts, str) else tuple(texts)))
+        """Features of one string or many, on the model's device.
+
+        Raises:
+            TypeError: anything but strings.
+        """
+        given = (texts,) if isinstance(texts, str) or not isinstance(texts, Iterable) else tuple(texts)
+        for i, text in enumerate(given):
+            if not isinstance(text, str):
+                raise TypeError(f"encode_text takes a string or a sequence of strings, but text {i} is of type {type(text).__name__}")
+        return self.report(TextBatch(given))
 
     def spec(self) -> dict[str, Any]:
         """What :func:`load` rebuilds this model from."""
         return {name: getattr(self, name).spec() for name in PARTS}
 
     def save(self, folder: str | os.PathLike[str], **provenance: Any) -> Path:
-        """Write ``model.safetensors`` and ``config.json``, each whole or not at all.
+        """Write ``model.safetensors``, ``config.json`` and, in a folder named after a part, the files it needs; each whole or not at all.
+
+        The folder can be moved: :func:`load` says what it needs besides.
 
         Args:
             provenance: JSON-ready facts to keep beside the model (recipe, data hash, steps).
@@ -117,14 +131,19 @@ class DualEncoder(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         weights = to_bytes({name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()})
+        files = {f"{part}/{name}": content for part in PARTS for name, content in getattr(self, part).files().items()}
         config = {
             "format": FORMAT,
             "medvl": medvl.__version__,
             "notice": RESEARCH_USE,
             "model": self.spec(),
             "weights_sha256": hashlib.sha256(weights).hexdigest(),
+            "files": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
             "provenance": provenance,
         }
+        for name, content in files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(folder / name, content)
         write_atomically(folder / WEIGHTS, weights)
         write_atomically(folder / CONFIG, (json.dumps(config, indent=2, allow_nan=False) + "\n").encode())
         return folder
@@ -143,16 +162,20 @@ def load(
 ) -> DualEncoder:
     """Rebuild a model that :meth:`DualEncoder.save` wrote, in evaluation mode.
 
+    Guaranteed for our own towers, whatever config.json says: the network is not asked, no code but that of trusted packages runs, nothing
+    is unpickled, and no file outside ``folder`` is opened, for initial weights are not fetched where model.safetensors follows. The one
+    exception is a frozen text trunk, which a run leaves out on purpose: it comes from its package, its folder, or the models that were
+    downloaded before, and its hash is compared. Sizes that the weights do not bear out are refused before memory is taken for them.
+
     Args:
         folder: the run's folder, with config.json and model.safetensors.
         device: where to put it; None takes CUDA if there is one.
         trust: packages whose classes the config may name. A config from elsewhere runs no code but theirs.
     Raises:
         FileNotFoundError: no config.json or model.safetensors in the folder.
-        ConfigError: a format, class path or argument that is not accepted, or weights that do not fit the config.
+        ConfigError: a format, class path or argument that is not accepted, a frozen trunk that is not here, or weights that cannot be
+            read or do not fit the config.
     """
-    from safetensors.torch import load as from_bytes
-
     folder = Path(folder)
     for name in (CONFIG, WEIGHTS):
         if not (folder / name).is_file():
@@ -163,24 +186,99 @@ def load(
             raise ConfigError(f"{folder / CONFIG}: format {config['format']!r}, this version reads {FORMAT}")
         specs = {name: config["model"][name] for name in PARTS}
         expected_hash = config["weights_sha256"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        files = dict(config.get("files", {}))
+    except ConfigError:
+        raise
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(f"{folder / CONFIG}: not a medvl config.json ({type(error).__name__}: {error})") from error
-    model = DualEncoder(**{name: build(specs[name], base, trust) for name, base in PARTS.items()})  # type: ignore[arg-type]
+    _check_files(folder, files)
     weights = (folder / WEIGHTS).read_bytes()
     if hashlib.sha256(weights).hexdigest() != expected_hash:
         raise ConfigError(
             f"{folder}: {WEIGHTS} is not the file that {CONFIG} was written for (sha256 differs); one of the two was replaced"
         )
+    state = _parsed(weights, folder)
+    with _Allowance(len(weights), len(state)):
+        parts = {name: _part(name, specs[name], trust, folder) for name in PARTS}
     try:
-        model.load_state_dict(from_bytes(weights), strict=True)
-    except RuntimeError as error:
-        raise ConfigError(f"{folder}: the weights do not fit the config: {textwrap.shorten(str(error), 300)}") from error
+        model = DualEncoder(**parts)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise ConfigError(f"{folder / CONFIG}: {error}") from error
+    _set_weights(model, state, folder)
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
 
 
-def build(spec: Any, base: type[T], trust: Sequence[str] = TRUSTED_PACKAGES) -> T:
+def load_weights(model: DualEncoder, folder: Path) -> None:
+    """Set the weights of a model that was made otherwise to those of a run, strictly.
+
+    Raises:
+        FileNotFoundError: no model.safetensors in the folder.
+        ConfigError: weights that cannot be read or are another model's.
+    """
+    _set_weights(model, _parsed((folder / WEIGHTS).read_bytes(), folder), folder)
+
+
+def _part(name: str, spec: Any, trust: Sequence[str], folder: Path) -> Configurable:
+    try:
+        return build(spec, PARTS[name], trust, folder / name)
+    except ConfigError as error:
+        raise ConfigError(f"{folder / CONFIG}: {name}: {error}") from error
+
+
+def _parsed(weights: bytes, folder: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load as from_bytes
+
+    try:
+        return from_bytes(weights)
+    except SafetensorError as error:
+        raise ConfigError(f"{folder / WEIGHTS} is no whole safetensors file ({error}); copy or train it again") from error
+
+
+def _set_weights(model: DualEncoder, state: dict[str, Tensor], folder: Path) -> None:
+    try:
+        model.load_state_dict(state, strict=True)
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(f"{folder}: the weights do not fit the config: {textwrap.shorten(str(error), 300)}") from error
+
+
+def _check_files(folder: Path, files: Mapping[str, Any]) -> None:
+    """Raise ConfigError unless every file that was saved with the model is there and as it was."""
+    for name, expected in files.items():
+        path = PurePosixPath(name)
+        if path.is_absolute() or ".." in path.parts or path.parts[:1] not in [(part,) for part in PARTS]:
+            raise ConfigError(f"{folder / CONFIG}: file {name!r} is not in the folder of a part ({', '.join(PARTS)})")
+        if not (folder / path).is_file():
+            raise ConfigError(f"{folder}: no {name}, which {CONFIG} names; copy the whole folder")
+        if hashlib.sha256((folder / path).read_bytes()).hexdigest() != expected:
+            raise ConfigError(f"{folder}: {name} is not the file that {CONFIG} was written for (sha256 differs)")
+
+
+class _Allowance(TorchDispatchMode):
+    """While entered, new tensors are refused beyond what a file of ``size`` bytes and ``count`` tensors can call for, with some room."""
+
+    def __init__(self, size: int, count: int) -> None:
+        super().__init__()
+        self.numbers, self.tensors = size + 2**24, 8 * count + 1000  # a number of a file has 2 or 4 bytes
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        shape = args[0] if args and isinstance(args[0], (list, tuple)) else ()
+        if shape and all(isinstance(side, int) for side in shape):  # of what makes tensors from nothing: empty, zeros, randn ...
+            self.numbers -= math.prod(shape)
+            self.tensors -= 1
+            if self.numbers < 0 or self.tensors < 0:
+                raise ValueError(f"calls for more memory than {WEIGHTS} bears out (at a tensor of shape {tuple(shape)})")
+        return func(*args, **(kwargs or {}))
+
+
+def build(spec: Any, base: type[T], trust: Sequence[str] = TRUSTED_PACKAGES, folder: Path | None = None) -> T:
     """Make the object that a ``{class_path, init_args}`` describes.
 
+    Args:
+        spec: what :meth:`medvl.types.Configurable.spec` gave.
+        base: what it must be a subclass of.
+        trust: packages whose classes may be named.
+        folder: of the files that were saved with it; given, initial weights are left out, for a state dict follows.
     Raises:
         ConfigError: a class path outside ``trust``, one that names no subclass of ``base``, or arguments it does not take.
     """
@@ -189,25 +287,44 @@ def build(spec: Any, base: type[T], trust: Sequence[str] = TRUSTED_PACKAGES) -> 
     path: str = spec["class_path"]
     module_name, _, name = path.rpartition(".")
     if module_name.partition(".")[0] not in trust and module_name not in trust:
-        raise ConfigError(f"class path {path!r} is outside the trusted packages {tuple(trust)}; pass trust=(...) if you trust it")
+        raise ConfigError(
+            f"class path {path!r} is outside the trusted packages ({', '.join(trust)}). The medvl command takes classes of "
+            f"{', '.join(TRUSTED_PACKAGES)} only; in Python, medvl.load(folder, trust=(...)) takes those of packages that you trust"
+        )
     try:
         kind = getattr(importlib.import_module(module_name), name)
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"class path {path!r} names nothing that can be imported ({type(error).__name__})") from error
     if not isinstance(kind, type) or not issubclass(kind, base):
         raise ConfigError(f"class path {path!r} is no {base.__name__}")
-    arguments = {key: _built_argument(value, trust) for key, value in spec.get("init_args", {}).items()}
+    given = spec.get("init_args", {})
+    if too_large := sorted(key for key, value in given.items() if not _is_moderate(value)):
+        raise ConfigError(f"{path}: {', '.join(too_large)}: a number that is not finite or beyond {LARGEST}; no model has such sizes")
+    arguments = {key: _built_argument(value, trust, None if folder is None else folder / key) for key, value in given.items()}
     try:
-        return kind(**arguments)
+        inspect.signature(kind).bind(**arguments)
     except TypeError as error:
         raise ConfigError(f"{path} does not take the arguments {sorted(arguments)}: {error}") from error
+    try:
+        return kind(**arguments) if folder is None else kind.rebuild(arguments, folder)
+    except Exception as error:  # whatever a constructor makes of arguments from elsewhere, they are to blame
+        raise ConfigError(f"{path} cannot be made: {textwrap.shorten(str(error), 600) or type(error).__name__}") from error
 
 
-def _built_argument(value: Any, trust: Sequence[str]) -> Any:
-    if isinstance(value, dict) and "class_path" in value:
-        return build(value, Configurable, trust)
+def _is_moderate(value: Any) -> bool:
+    """Whether no number in a config's value, down to the next class path, is beyond ``LARGEST`` or not finite."""
+    if isinstance(value, dict):
+        return "class_path" in value or all(map(_is_moderate, value.values()))
     if isinstance(value, list):
-        return [_built_argument(item, trust) for item in value]
+        return all(map(_is_moderate, value))
+    return not isinstance(value, (int, float)) or abs(value) <= LARGEST
+
+
+def _built_argument(value: Any, trust: Sequence[str], folder: Path | None) -> Any:
+    if isinstance(value, dict) and "class_path" in value:
+        return build(value, Configurable, trust, folder)
+    if isinstance(value, list):
+        return [_built_argument(item, trust, None if folder is None else folder / str(i)) for i, item in enumerate(value)]
     return value
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import abc
 import functools
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from medvl.geometry import GridTransform
 
 FINDINGS: tuple[str, ...] = (
@@ -123,7 +125,9 @@ class ImageSample:
 class Configurable:
     """Base of everything a saved model is rebuilt from: it remembers the arguments it was made with.
 
-    A subclass needs nothing but a plain constructor with typed arguments that JSON can hold (or that are themselves configurable).
+    A subclass needs nothing but a plain constructor with typed arguments that JSON can hold (or that are themselves configurable). One
+    whose constructor fetches initial weights says in :meth:`architecture` how it is made without them; one that needs more than arguments
+    and weights gives that as :meth:`files`.
     """
 
     _init_args: dict[str, Any]
@@ -133,18 +137,11 @@ class Configurable:
         original = cls.__dict__.get("__init__")
         if original is None:
             return
-        signature = inspect.signature(original)
 
         @functools.wraps(original)
         def remembering(self: Configurable, *args: Any, **kwargs: Any) -> None:
             if "_init_args" not in self.__dict__:  # the outermost constructor is the one that was called
-                bound = signature.bind(self, *args, **kwargs)
-                bound.apply_defaults()
-                given = dict(list(bound.arguments.items())[1:])
-                for name, parameter in signature.parameters.items():
-                    if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-                        given.update(given.pop(name))
-                object.__setattr__(self, "_init_args", given)
+                object.__setattr__(self, "_init_args", _given(original, self, *args, **kwargs))
             original(self, *args, **kwargs)
 
         cls.__init__ = remembering  # type: ignore[method-assign, assignment]
@@ -158,6 +155,53 @@ class Configurable:
         kind = type(self)
         arguments = {name: _jsonable(value, f"{kind.__name__}.{name}") for name, value in self.__dict__.get("_init_args", {}).items()}
         return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": arguments}
+
+    def files(self) -> dict[str, bytes]:
+        """Name -> content of the files that a saved model must carry for :meth:`architecture`: here those of configurable arguments."""
+        return _files(self.__dict__.get("_init_args", {}))
+
+    @classmethod
+    def architecture(cls, arguments: dict[str, Any], folder: Path) -> Self:
+        """The object without initial weights: a state dict follows. Asks no network, opens no file that is neither in ``folder`` nor code.
+
+        Args:
+            arguments: of the constructor.
+            folder: where :meth:`files` were written; need not exist if there were none.
+        """
+        return cls(**arguments)
+
+    @classmethod
+    def rebuild(cls, arguments: dict[str, Any], folder: Path) -> Self:
+        """The :meth:`architecture`, with the :meth:`spec` of the object that was saved.
+
+        Raises:
+            TypeError: arguments that the constructor does not take.
+        """
+        given = _given(cls.__init__, None, **arguments)
+        made = cls.architecture(arguments, folder)
+        if "_init_args" in made.__dict__:  # absent where no class on the way has a constructor of its own
+            object.__setattr__(made, "_init_args", given)
+        return made
+
+
+def _given(constructor: Callable[..., None], *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """Argument -> value of a call of a constructor, defaults and all, without ``self``."""
+    signature = inspect.signature(constructor)
+    bound = signature.bind(*args, **kwargs)
+    bound.apply_defaults()
+    given = dict(list(bound.arguments.items())[1:])
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            given.update(given.pop(name, {}))
+    return given
+
+
+def _files(value: Any) -> dict[str, bytes]:
+    """Files of the configurables in an argument, each under the name or place that it has there."""
+    if isinstance(value, Configurable):
+        return value.files()
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
+    return {f"{key}/{name}": content for key, item in items for name, content in _files(item).items()}
 
 
 def _jsonable(value: Any, name: str) -> Any:

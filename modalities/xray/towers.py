@@ -6,12 +6,15 @@ Shapes: B studies, C channels, H x W pixels, N tokens on a (gh, gw) grid, F the 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from medvl.nn.tokens import cell_valid
 from medvl.types import ImageBatch, ImageEncoder, ImageFeatures
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class TimmEncoder(ImageEncoder):
@@ -62,6 +65,11 @@ class TimmEncoder(ImageEncoder):
         self.project = nn.Linear(width, embed_dim, bias=False)
         if freeze:
             self.backbone.requires_grad_(False).eval()
+
+    @classmethod
+    def architecture(cls, arguments: dict[str, Any], folder: Path) -> Self:
+        """The tower without initial weights."""
+        return cls(**{**arguments, "pretrained": False, "checkpoint": None})
 
     def train(self, mode: bool = True) -> TimmEncoder:
         """Training mode for all but a frozen backbone, whose dropout and batch statistics stay as in evaluation."""

@@ -1,11 +1,13 @@
 """The dual encoder on disk: what comes back is what went in, and a config from elsewhere runs no code."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import medvl
 from medvl.model import CONFIG, WEIGHTS, ConfigError, DualEncoder, build, load, write_atomically
@@ -13,7 +15,8 @@ from medvl.nn.similarity import PooledSimilarity, TokenSimilarity
 from medvl.types import Configurable, ImageEncoder, Similarity
 from modalities.xray.conv import ConvEncoder
 from modalities.xray.reader import XrayReader
-from reports.towers import MiniLmReportEncoder
+from modalities.xray.towers import TimmEncoder
+from reports.towers import HuggingFaceReportEncoder, MiniLmReportEncoder
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +133,153 @@ def test_a_missing_weight_is_refused(saved):
     (saved / WEIGHTS).write_bytes(blob)
     with pytest.raises(ConfigError, match="sharpness"):
         load(edit(saved, lambda c: c.update(weights_sha256=sha256(blob).hexdigest())))
+
+
+OFFLINE = """
+import json, sys
+opened, connected, watching = [], [], False
+
+def watch(event, args):
+    if watching and event == "open" and isinstance(args[0], str):
+        opened.append(args[0])
+    if event in ("socket.connect", "socket.getaddrinfo"):
+        connected.append(event)
+
+sys.addaudithook(watch)
+import medvl, timm, transformers
+run, outside = sys.argv[1:]
+watching = True
+model = medvl.load(run, device="cpu")
+pooled = model.encode_text(["the heart is enlarged", "no effusion"]).pooled.tolist()
+print(json.dumps([[path for path in opened if path.startswith(outside) and not path.startswith(run)], connected, pooled]))
+"""
+
+
+def test_a_run_is_all_that_its_model_needs(tiny_bert, tmp_path):
+    """Initial weights of both towers are gone, the config says to fetch them; no file beside the run is opened, no network asked."""
+    import subprocess
+    import sys
+
+    import timm
+
+    torch.manual_seed(0)
+    save_file(timm.create_model("resnet18", in_chans=1, num_classes=0).state_dict(), tmp_path / "bb.safetensors")
+    image = TimmEncoder("resnet18", embed_dim=8, image_size=32, checkpoint=tmp_path / "bb.safetensors")
+    report = HuggingFaceReportEncoder(str(tiny_bert), 8, frozen=False, cache_dir=tmp_path / "cache")
+    model = DualEncoder(image, report, PooledSimilarity(), XrayReader(size=32)).eval()
+    run = model.save(tmp_path / "run").rename(tmp_path / "moved")
+    texts = model.encode_text(["the heart is enlarged", "no effusion"]).pooled
+    picture = np.random.default_rng(0).random((40, 30), dtype=np.float32)
+    (tmp_path / "bb.safetensors").unlink()
+    again = medvl.load(run, device="cpu")
+    assert again.spec() == model.spec()
+    assert torch.equal(again.encode_image(picture).pooled, model.encode_image(picture).pooled)
+
+    def as_if_published(config):
+        config["model"]["image"]["init_args"].update(pretrained=True, checkpoint=None)
+        config["model"]["report"]["init_args"]["model"] = "some-lab/some-model"
+
+    edit(run, as_if_published)
+    environment = {name: value for name, value in os.environ.items() if "OFFLINE" not in name}
+    environment["PYTHONPATH"] = str(Path(medvl.__file__).parents[1])
+    command = [sys.executable, "-c", OFFLINE, str(run), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr
+    opened, connected, pooled = json.loads(done.stdout)
+    assert (opened, connected) == ([], [])
+    torch.testing.assert_close(torch.tensor(pooled), texts, atol=1e-6, rtol=1e-6)
+
+    (run / "report" / "tokenizer.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"report/tokenizer\.json is not the file"):
+        load(run)
+    (run / "report" / "tokenizer.json").unlink()
+    with pytest.raises(ConfigError, match=r"no report/tokenizer\.json"):
+        load(run)
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "report/../../secret", "elsewhere/x"])
+def test_files_outside_the_folders_of_parts_are_not_opened(saved, name):
+    with pytest.raises(ConfigError, match="is not in the folder of a part"):
+        load(edit(saved, lambda c: c.update(files={name: "0" * 64})))
+
+
+def test_files_of_parts_of_parts_stand_in_folders_of_their_own(tmp_path):
+    class Leaf(Configurable):
+        def __init__(self, word: str) -> None:
+            self.word = word
+
+        def files(self):
+            return {"word.txt": self.word.encode()}
+
+    class Tree(Configurable):
+        def __init__(self, left: Configurable, rest: tuple[Configurable, ...] = ()) -> None:
+            pass
+
+    assert Tree(Leaf("a"), (Leaf("b"), Tree(Leaf("c")))).files() == {
+        "left/word.txt": b"a",
+        "rest/0/word.txt": b"b",
+        "rest/1/left/word.txt": b"c",
+    }
+
+
+def test_a_frozen_trunk_that_is_not_here_is_said_to_be_missing(saved):
+    spec = {"class_path": "reports.towers.HuggingFaceReportEncoder", "init_args": {"model": "some-lab/never-downloaded", "embed_dim": 16}}
+    with pytest.raises(ConfigError, match=r"report: reports.*some-lab/never-downloaded.*downloaded models in .*was not asked.*hf download"):
+        load(edit(saved, lambda c: c["model"].update(report=spec)))
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value"),
+    [
+        ("image", "widths", [-1, 2, 3]),
+        ("image", "widths", "wide"),
+        ("image", "widths", None),
+        ("image", "embed_dim", 1e9),
+        ("image", "embed_dim", 10**9),
+        ("image", "embed_dim", float("nan")),
+        ("image", "embed_dim", 16.5),
+        ("image", "embed_dim", 2**20),
+        ("image", "blocks", [2**20, 1, 1]),
+        ("report", "hidden_dim", 10**6),
+        ("reader", "size", 1e7),
+        ("reader", "std", 0),
+    ],
+)
+def test_absurd_sizes_are_refused_by_part_and_class_before_memory_is_taken(saved, part, name, value):
+    import resource
+    import time
+
+    edit(saved, lambda c: c["model"][part]["init_args"].update({name: value}))
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    kind = {"image": "ConvEncoder", "report": "MiniLmReportEncoder", "reader": "XrayReader"}[part]
+    with pytest.raises(ConfigError, match=rf"{part}: .*{kind}"):
+        load(saved)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # kilobytes
+    assert time.monotonic() - start < 20
+
+
+def test_a_truncated_weights_file_is_refused_though_its_hash_was_adapted(saved):
+    from hashlib import sha256
+
+    for keep in (4, 100, -1000):
+        blob = (saved / WEIGHTS).read_bytes()[:keep]
+        (saved / WEIGHTS).write_bytes(blob)
+        with pytest.raises(ConfigError, match="no whole safetensors file"):
+            load(edit(saved, lambda c, blob=blob: c.update(weights_sha256=sha256(blob).hexdigest())))
+
+
+def test_what_to_do_about_a_foreign_class_is_said_for_python_and_the_command(saved):
+    edit(saved, lambda c: c["model"]["image"].update(class_path="elsewhere.Tower"))
+    with pytest.raises(
+        ConfigError, match=r"The medvl command takes classes of medvl, modalities, reports only; in Python, .*trust=\(\.\.\.\)"
+    ):
+        load(saved)
+
+
+@pytest.mark.parametrize("texts", [[3], ["fine", None], 5, None, b"bytes"])
+def test_texts_that_are_no_strings_are_refused(model, texts):
+    with pytest.raises(TypeError, match=r"a string or a sequence of strings, but text \d is of type (int|NoneType)"):
+        model.encode_text(texts)
 
 
 def test_towers_of_different_width_are_refused(model):

