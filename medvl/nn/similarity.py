@@ -1,6 +1,6 @@
 """Similarities: how an image's features and a text's become one logit, and the map that this logit is made of.
 
-Shapes: B images, M texts, N image tokens, D embedding width. Logits are cosines divided by a learned temperature.
+Shapes: B images, M texts, N image tokens, S slices of a CT, D embedding width. Logits are cosines divided by a learned temperature.
 """
 
 from __future__ import annotations
@@ -88,6 +88,77 @@ class TokenSimilarity(Similarity):
     def maps(self, images: ImageFeatures, texts: TextFeatures) -> Tensor:
         """The token cosines that the soft maximum is taken of."""
         return lay_on_grid(token_cosines(images, texts), images)
+
+
+class SliceSimilarity(Similarity):
+    """Text-conditioned slice pooling: a text attends to the slices of a CT, and its logit is its cosine with what they mix to.
+
+    With x_is the unit vectors of the valid slices of study i, t_j that of text j and r a learned sharpness in [1, 100]:
+        a_ijs = softmax_s(r x_is . t_j),   v_ij = sum_s a_ijs x_is,   l_ij = cos(v_ij, t_j) / tau
+    so that each phrase has its own mixture: an effusion chooses the slices of the lung bases and a nodule its few. :meth:`weights` gives
+    a, :func:`slice_scores` the cosines that it is made of. The cosine of the pooled vectors is a part of its own, trained beside and left
+    out of the score, as in :class:`TokenSimilarity`; the tower's pooling serves that part alone. Maps are token cosines.
+
+    Source: "Stacked Cross Attention for Image-Text Matching", arXiv:1803.08024, text to image, with slices in the place of regions and a
+    whole text in that of a word. Departures: cosines are not cut at 0 and normalised over the words (there is one); r is learned.
+    """
+
+    def __init__(self, temperature: float = 0.07, sharpness: float = 30.0) -> None:
+        super().__init__()
+        self.temperature = Temperature(temperature)
+        self.slice_temperature = Temperature(temperature)
+        self.sharpness = Temperature(sharpness, low=1.0, high=100.0)
+
+    def parts(self, images: ImageFeatures, texts: TextFeatures) -> dict[str, Tensor]:
+        """Parts ``slices`` and ``pooled``."""
+        return {"slices": self(images, texts), "pooled": unit(images.pooled) @ unit(texts.pooled).T / self.temperature()}
+
+    def forward(self, images: ImageFeatures, texts: TextFeatures) -> Tensor:
+        """(B, M) scores: the part of the slices."""
+        mixed = unit(self.weights(images, texts) @ _unit_slices(images))  # (B, M, D)
+        return (mixed * unit(texts.pooled)).sum(-1) / self.slice_temperature()
+
+    def weights(self, images: ImageFeatures, texts: TextFeatures) -> Tensor:
+        """(B, M, S) share of each slice in the mixture of each text: sums to 1 over S, 0 on padding."""
+        scores = _slice_cosines(images, texts) * self.sharpness()
+        return scores.masked_fill(~_slice_valid(images)[:, None], -torch.inf).softmax(-1)
+
+    def maps(self, images: ImageFeatures, texts: TextFeatures) -> Tensor:
+        """Cosine of every token with the text."""
+        return lay_on_grid(token_cosines(images, texts), images)
+
+
+def slice_scores(images: ImageFeatures, texts: TextFeatures) -> Tensor:
+    """(B, M, S) cosine of every slice with every text, in [-1, 1]: which slices speak for it; NaN on padding.
+
+    Raises:
+        ValueError: the image tower keeps no slices.
+    """
+    return _slice_cosines(images, texts).masked_fill(~_slice_valid(images)[:, None], torch.nan)
+
+
+def _slice_cosines(images: ImageFeatures, texts: TextFeatures) -> Tensor:
+    """(B, M, S), 0 on padding: a NaN there would come back through whatever the scores are multiplied with."""
+    scores = unit(texts.pooled) @ _unit_slices(images).transpose(1, 2)
+    return scores if scores.dtype == torch.float64 else scores.float()
+
+
+def _unit_slices(images: ImageFeatures) -> Tensor:
+    """(B, S, D) unit vectors, 0 on padding, whatever lies there."""
+    return unit(torch.where(_slice_valid(images)[..., None], _slices(images), 0.0))
+
+
+def _slices(images: ImageFeatures) -> Tensor:
+    if images.slices is None:
+        raise ValueError(
+            "this image tower keeps no slices: slice scores need one that reads slices, such as modalities.ct.SlicePooledEncoder"
+        )
+    return images.slices
+
+
+def _slice_valid(images: ImageFeatures) -> Tensor:
+    slices = _slices(images)
+    return slices.new_ones(slices.shape[:2], dtype=torch.bool) if images.slice_valid is None else images.slice_valid
 
 
 def unit(x: Tensor) -> Tensor:
