@@ -329,13 +329,15 @@ def _built_argument(value: Any, trust: Sequence[str], folder: Path | None) -> An
 
 
 def join(parts: Sequence[ImageFeatures]) -> ImageFeatures:
-    """Features of several batches as one.
+    """Features of several batches as one; studies of fewer slices than the longest are padded, and the padding is not valid.
 
     Raises:
         ValueError: no batch at all.
     """
     if not parts:
         raise ValueError("no images were given")
+    if len({part.grid for part in parts}) > 1 or len({None if part.slices is None else part.slices.shape[1] for part in parts}) > 1:
+        parts = _of_equal_length(parts)
 
     def cat(name: str) -> Tensor | None:
         values = [getattr(part, name) for part in parts]
@@ -343,6 +345,31 @@ def join(parts: Sequence[ImageFeatures]) -> ImageFeatures:
 
     names = ("tokens", "token_valid", "slices", "slice_weights", "slice_valid")
     return ImageFeatures(pooled=torch.cat([part.pooled for part in parts]), grid=parts[0].grid, **{name: cat(name) for name in names})
+
+
+def _of_equal_length(parts: Sequence[ImageFeatures]) -> list[ImageFeatures]:
+    """Volumes with slices, and with them tokens, added at the end up to the longest of the batches."""
+
+    def lengthened(values: Tensor | None, count: int) -> Tensor | None:
+        if values is None or values.shape[1] == count:
+            return values
+        return torch.cat([values, values.new_zeros(values.shape[0], count - values.shape[1], *values.shape[2:])], dim=1)
+
+    found = []
+    slices = max((part.slices.shape[1] for part in parts if part.slices is not None), default=0)
+    depth = max((part.grid[0] for part in parts if part.grid is not None), default=0)
+    for part in parts:
+        changes: dict[str, Any] = {}
+        if part.slices is not None:
+            valid = torch.ones_like(part.slices[..., 0], dtype=torch.bool) if part.slice_valid is None else part.slice_valid
+            changes |= {"slices": lengthened(part.slices, slices), "slice_weights": lengthened(part.slice_weights, slices)}
+            changes["slice_valid"] = lengthened(valid, slices)
+        if part.tokens is not None and part.grid is not None:
+            grid = (depth, *part.grid[1:])
+            valid = torch.ones_like(part.tokens[..., 0], dtype=torch.bool) if part.token_valid is None else part.token_valid
+            changes |= {"tokens": lengthened(part.tokens, math.prod(grid)), "token_valid": lengthened(valid, math.prod(grid)), "grid": grid}
+        found.append(part.replace(**changes))
+    return found
 
 
 def commit() -> str | None:

@@ -29,7 +29,7 @@ from medvl.metrics import MACRO, Interval, Retrieval, auroc_intervals, mean_inte
 from medvl.model import DualEncoder, batches, write_atomically
 from medvl.types import RESEARCH_USE, ImageFeatures, ImageSample, TextSource, UnreadableImageError
 from reports.prompts import PromptSet
-from tasks.grounding import native_maps
+from tasks.grounding import batch_extent, native_maps
 from tasks.retrieval import build_index, image_to_reports, studies_of
 from tasks.zero_shot import PromptBank, encode_prompts, score
 
@@ -120,8 +120,10 @@ def predict(
             maps = finding_maps(model, features, bank)
             if index is not None:
                 similarities.append(image_to_reports(model, features, index)[0].double().cpu().numpy())
+            extent = batch_extent(samples)
             for mask_of, sample, grids in zip(masks, samples, maps, strict=True):
-                found = [_pointed(mask_of[name], native) for name, native in zip(names, native_maps(grids, sample.transform), strict=True)]
+                native = native_maps(grids, sample.transform, extent)
+                found = [_pointed(mask_of[name], one) for name, one in zip(names, native, strict=True)]
                 peaks.append(tuple(at for at, _, _ in found))
                 hits.append([hit for _, hit, _ in found])
                 fractions.append([fraction for _, _, fraction in found])

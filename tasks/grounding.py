@@ -20,7 +20,7 @@ from torch import Tensor
 from medvl.geometry import GridTransform
 from medvl.metrics import peak
 from medvl.model import DualEncoder
-from medvl.types import ImageFeatures
+from medvl.types import ImageFeatures, ImageSample
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,15 @@ def token_maps(model: DualEncoder, images: ImageFeatures, phrases: Sequence[str]
     return model.similarity.maps(images, model.encode_text(phrases))
 
 
-def native_maps(grids: Tensor, transform: GridTransform) -> NDArray[np.float32]:
-    """(Q, *native shape) of one image's (Q, *grid) token maps."""
-    maps: NDArray[np.float32] = transform.map_to_native(grids).cpu().numpy().astype(np.float32)
+def native_maps(grids: Tensor, transform: GridTransform, extent: Sequence[int] | None = None) -> NDArray[np.float32]:
+    """(Q, *native shape) of one image's (Q, *grid) token maps; ``extent`` as :func:`batch_extent` gives it."""
+    maps: NDArray[np.float32] = transform.map_to_native(grids, extent).cpu().numpy().astype(np.float32)
     return maps
+
+
+def batch_extent(samples: Sequence[ImageSample]) -> tuple[int, ...]:
+    """Voxels along each axis that the tokens of a batch cover: a batch of volumes is padded to the longest."""
+    return tuple(max(sizes) for sizes in zip(*(sample.pixels.shape[1:] for sample in samples), strict=True))
 
 
 def slug(phrase: str) -> str:

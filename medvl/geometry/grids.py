@@ -234,11 +234,12 @@ class GridTransform:
                 values = F.pad(_tensor(values), [end for pair in reversed(ends) for end in pair], value=fill)
         return _tensor(values)
 
-    def map_to_native(self, grid: Tensor) -> Tensor:
+    def map_to_native(self, grid: Tensor, extent: Sequence[int] | None = None) -> Tensor:
         """Lay scores of a token grid over the whole tower grid back on native voxels.
 
         Args:
             grid: (..., *tokens) with n token axes in the order of the tower's; NaN marks tokens the tower did not see.
+            extent: voxels that the tokens cover along each axis, where a batch was padded at the end to more than this image's ``shape``.
         Returns:
             (..., *native_shape) float32, linear between token centres; NaN where the tower did not look.
         """
@@ -249,7 +250,8 @@ class GridTransform:
         for k in range(n):
             native = np.arange(self.native_shape[axes[k]])
             at = (native - shift[k]) / ratio[k]
-            along = _token_weights(at, self.shape[k], grid.shape[grid.ndim - n + k], seen[k]).to(grid.device)
+            size = self.shape[k] if extent is None else extent[k]
+            along = _token_weights(at, size, grid.shape[grid.ndim - n + k], seen[k]).to(grid.device)
             total, weight = (_contract(along, x, x.ndim - n + k) for x in (total, weight))
         order = [total.ndim - n + axes.index(a) for a in range(n)]
         leading = list(range(total.ndim - n))

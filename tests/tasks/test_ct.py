@@ -109,6 +109,27 @@ def test_every_orientation_of_a_file_gives_the_same_scores_and_the_same_peak_in_
         np.testing.assert_allclose(scores, found[0][1], atol=1e-5)
 
 
+def test_a_shorter_study_beside_a_longer_one_keeps_its_map_and_features(cohort: Path, run_folder: Path) -> None:
+    """A batch is padded to its longest study; alone, together, and joined from two batches must be the same."""
+    import medvl
+    from medvl.model import join
+    from tasks.grounding import batch_extent, native_maps, token_maps
+
+    model = medvl.load(run_folder, device="cpu")
+    whole = np.asarray(nib.load(volumes(cohort)[0]).dataobj).transpose(2, 1, 0)
+    affine = nib.load(volumes(cohort)[0]).affine[:, [2, 1, 0, 3]]
+    samples = [model.reader.read_array(whole[: len(whole) // 2], affine), model.reader.read_array(whole, affine)]
+    assert samples[0].pixels.shape[1] < samples[1].pixels.shape[1]
+    alone = [model.encode_samples([sample]) for sample in samples]
+    together, joined = model.encode_samples(samples), join(alone)
+    for features in (together, joined):
+        maps = token_maps(model, features, ["left pleural effusion"])
+        for i, sample in enumerate(samples):
+            expected = native_maps(token_maps(model, alone[i], ["left pleural effusion"])[0], sample.transform)
+            np.testing.assert_allclose(native_maps(maps[i], sample.transform, batch_extent(samples)), expected, atol=1e-5)
+            torch.testing.assert_close(features.pooled[i], alone[i].pooled[0], atol=1e-5, rtol=1e-5)
+
+
 def test_evaluation_points_at_3d_masks(cohort: Path, run_folder: Path, tmp_path: Path) -> None:
     options = ["--manifest", str(cohort), "--modality", "ct", "--split", "all", "--repeats", "20", "--out", str(tmp_path), "--json"]
     done = CliRunner().invoke(cli, ["evaluate", "--model", str(run_folder), *options])
