@@ -11,11 +11,9 @@ UIDs, names, dates and descriptions are compared but neither kept in clear nor s
 from __future__ import annotations
 
 import hashlib
-import logging
 import math
 import os
 import re
-import warnings
 import zlib
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
@@ -33,6 +31,7 @@ from modalities.ct.archive import list_members, unpacked
 from modalities.ct.hu import hu_verdict
 from modalities.ct.volume import MAX_VOXELS, STRAIGHT_DEG, CtVolume, affine_problem, check_file, refused
 from modalities.dicom import has_dicom_magic
+from modalities.dicom.file import quiet
 
 TOLERANCE_MM = 0.01
 SAME_DIRECTION = 1e-4
@@ -212,7 +211,7 @@ def _headers(file: Path, member: int | None, place: Path, given: bool) -> list[S
         magic = check_file(place) > 0 and has_dicom_magic(place)
         if not magic and not given and place.suffix.lower() not in DICOM_SUFFIXES:
             return []
-        with _quiet():
+        with quiet():
             return _parse(blank, place, magic)
     except UnreadableImageError as error:
         return [replace(blank, kind="unreadable", problem=str(error).removeprefix(f"{place}: "))]
@@ -325,25 +324,6 @@ def _open(place: Path, magic: bool, header_only: bool) -> Any:
     if magic:
         _check_deflated(place)
     return dcmread(place, stop_before_pixels=header_only, specific_tags=list(TAGS) if header_only else None, force=not magic)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Neither warnings nor logs of the decoding libraries: they quote header values."""
-    loggers = [logging.getLogger(name) for name in ("pydicom", "pylibjpeg", "libjpeg", "openjpeg")]
-
-    def nothing(record: logging.LogRecord) -> bool:
-        return False
-
-    for logger in loggers:
-        logger.addFilter(nothing)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger in loggers:
-            logger.removeFilter(nothing)
 
 
 def _check_deflated(place: Path) -> None:
@@ -718,7 +698,7 @@ def _decoded(slices: Sequence[SliceHeader], locate: Callable[[SliceHeader], Path
     for indices in by_file.values():
         item = slices[indices[0]]
         try:
-            with _quiet():
+            with quiet():
                 yield from _decode_file([(index, slices[index]) for index in indices], locate(item))
         except UnreadableImageError as error:
             raise refused(item.file, str(error).split(": ", 1)[-1]) if item.member is not None else error from None
