@@ -137,6 +137,24 @@ def slice_scores(images: ImageFeatures, texts: TextFeatures) -> Tensor:
     return _slice_cosines(images, texts).masked_fill(~_slice_valid(images)[:, None], torch.nan)
 
 
+def slice_logits(similarity: Similarity, images: ImageFeatures, texts: TextFeatures) -> Tensor:
+    """(B, M, S) scores that a study would have if one slice were all of it: which slices speak for a text; NaN on padding.
+
+    What the similarity makes of a study it makes here of each slice: of its tokens, of its vector, or of both.
+
+    Raises:
+        ValueError: the image tower keeps no slices.
+    """
+    slices, valid = _unit_slices(images), _slice_valid(images)
+    b, s = valid.shape
+    single = ImageFeatures(slices.flatten(0, 1), slices=slices.flatten(0, 1)[:, None])
+    if images.tokens is not None and images.grid is not None:
+        tokens = torch.where(valid[..., None, None], images.tokens.unflatten(1, (s, -1)), 0.0)
+        single = single.replace(tokens=tokens.flatten(0, 1), grid=(1, *images.grid[1:]))
+    scores = similarity(single, texts).unflatten(0, (b, s)).transpose(1, 2)
+    return scores.masked_fill(~valid[:, None], torch.nan)
+
+
 def _slice_cosines(images: ImageFeatures, texts: TextFeatures) -> Tensor:
     """(B, M, S), 0 on padding: a NaN there would come back through whatever the scores are multiplied with."""
     scores = unit(texts.pooled) @ _unit_slices(images).transpose(1, 2)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from medvl.model import build
-from medvl.nn.similarity import PooledSimilarity, SliceSimilarity, Temperature, TokenSimilarity, slice_scores
+from medvl.nn.similarity import PooledSimilarity, SliceSimilarity, Temperature, TokenSimilarity, slice_logits, slice_scores
 from medvl.types import ImageFeatures, Similarity, TextFeatures
 
 B, M, D, GRID = 3, 5, 8, (2, 3)
@@ -168,6 +168,26 @@ def test_slice_scores_are_cosines_and_nan_on_padding(volumes):
                 assert scores[i, j, s].item() == pytest.approx(expected, rel=1e-4, nan_ok=True)
 
 
+@pytest.mark.parametrize("similarity", [PooledSimilarity(0.2), TokenSimilarity(0.1, 7.0), SliceSimilarity(0.1, 7.0)])
+def test_slice_logits_are_what_a_study_of_that_slice_alone_would_get(volumes, similarity):
+    """Against the formulas in Python floats: cosine over temperature, and for tokens the log-mean-exp over one slice's own tokens."""
+    images, texts = volumes
+    tokens = torch.randn(B, 4 * 6, D, generator=torch.Generator().manual_seed(5))
+    images = images.replace(tokens=tokens, grid=(4, 2, 3), token_valid=SLICES_SEEN.repeat_interleave(6, dim=1))
+    found = slice_logits(similarity, images, texts).detach()
+    assert found.shape == (B, M, 4)
+    for i in range(B):
+        for j in range(M):
+            for s in range(4):
+                if isinstance(similarity, TokenSimilarity):
+                    cosines = [cosine(tokens[i, 6 * s + n], texts.pooled[j]) for n in range(6)]
+                    expected = math.log(sum(math.exp(7.0 * c) for c in cosines) / 6) / 7.0 / 0.1
+                else:
+                    temperature = 0.2 if isinstance(similarity, PooledSimilarity) else 0.1
+                    expected = cosine(images.slices[i, s], texts.pooled[j]) / temperature
+                assert found[i, j, s].item() == pytest.approx(expected if SLICES_SEEN[i, s] else math.nan, rel=1e-3, abs=1e-4, nan_ok=True)
+
+
 @pytest.mark.parametrize("fill", [0.0, 1e3, math.nan])
 def test_padded_slices_do_not_move_the_score(volumes, fill):
     images, texts = volumes
@@ -197,6 +217,8 @@ def test_a_tower_without_slices_is_refused_with_a_reason(features):
         SliceSimilarity()(*features)
     with pytest.raises(ValueError, match="keeps no slices"):
         slice_scores(*features)
+    with pytest.raises(ValueError, match="keeps no slices"):
+        slice_logits(PooledSimilarity(), *features)
 
 
 def test_slice_similarity_is_rebuilt_from_its_spec():
