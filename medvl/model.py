@@ -218,6 +218,22 @@ def load_weights(model: DualEncoder, folder: Path) -> None:
     _set_weights(model, _parsed((folder / WEIGHTS).read_bytes(), folder), folder)
 
 
+def load_part(part: nn.Module, name: str, folder: Path) -> None:
+    """Set the weights of one part (``image``, ``report``, ``similarity``) to those it has in a run, strictly.
+
+    Raises:
+        FileNotFoundError: no model.safetensors in the folder.
+        ConfigError: weights that cannot be read, or are of another architecture.
+    """
+    state = {
+        key[len(name) + 1 :]: value for key, value in _parsed((folder / WEIGHTS).read_bytes(), folder).items() if key.startswith(f"{name}.")
+    }
+    try:
+        part.load_state_dict(state, strict=True)
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(f"{folder}: the weights of {name} do not fit the recipe's: {textwrap.shorten(str(error), 300)}") from error
+
+
 def _part(name: str, spec: Any, trust: Sequence[str], folder: Path) -> Configurable:
     try:
         return build(spec, PARTS[name], trust, folder / name)

@@ -6,7 +6,6 @@ then a rename), and equal input gives equal bytes: UIDs come from the names give
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import io
 import os
@@ -164,6 +163,7 @@ def write_nifti(path: Path, volume: NDArray[Any], affine: NDArray[np.float64]) -
 def _nifti_bytes(data: NDArray[Any], affine: NDArray[np.float64], description: bytes) -> bytes:
     """A gzipped NIfTI-1 of (S, H, W) data; no clock is read, so that equal input gives equal bytes."""
     import nibabel
+    from isal import igzip
 
     turned = np.asarray(affine, dtype=np.float64)[:, [2, 1, 0, 3]]
     image = nibabel.Nifti1Image(data.transpose(2, 1, 0), turned)
@@ -171,10 +171,8 @@ def _nifti_bytes(data: NDArray[Any], affine: NDArray[np.float64], description: b
     image.set_qform(turned, code=1)
     image.set_sform(turned, code=1)
     image.header["descrip"] = description
-    packed = io.BytesIO()
-    with gzip.GzipFile(filename="", mode="wb", fileobj=packed, compresslevel=3, mtime=0) as stream:
-        stream.write(image.to_bytes())
-    return packed.getvalue()
+    packed: bytes = igzip.compress(image.to_bytes(), compresslevel=1, mtime=0)
+    return packed
 
 
 def write_map(path: Path, scores: NDArray[np.float32], affine: NDArray[np.float64]) -> None:

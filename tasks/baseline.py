@@ -22,7 +22,7 @@ from medvl.types import UnreadableImageError
 from tasks.evaluation import Predictions
 
 THUMBNAIL = 16
-WHAT = f"logistic regression on a {THUMBNAIL} x {THUMBNAIL} thumbnail, trained on the labels of the training studies"
+VOLUME_THUMBNAIL = (4, 8, 8)
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,9 @@ def thumbnail_baseline(model: DualEncoder, train: Sequence[StudyImage], predicti
         area = auroc(predictions.labels[known, j], scores[known, j])
         per_finding[name] = area if np.isfinite(area) else None
     values = [area for area in per_finding.values() if area is not None]
+    sides = VOLUME_THUMBNAIL if predictions.rows[0].modality == "ct" else (THUMBNAIL, THUMBNAIL)
     measured = {
-        "what": WHAT,
+        "what": f"logistic regression on a {' x '.join(map(str, sides))} thumbnail, trained on the labels of the training studies",
         "macro_auroc": float(np.mean(values)) if values else None,
         "per_finding": per_finding,
         "images": len(found),
@@ -90,9 +91,9 @@ def _read_thumbnails(model: DualEncoder, rows: Sequence[StudyImage]) -> tuple[ND
 
 
 def thumbnails(pixels: Tensor) -> NDArray[np.float64]:
-    """(N, C, H, W) or (N, C, S, H, W) to (N, 256): means over a grid of 16 x 16, of volumes 4 x 8 x 8, of the first channel."""
+    """(N, C, H, W) or (N, C, S, H, W) to (N, 256): means over a grid of 16 x 16, of volumes ``VOLUME_THUMBNAIL``, of the first channel."""
     first = pixels[:, :1].float()
-    small = F.adaptive_avg_pool2d(first, THUMBNAIL) if pixels.ndim == 4 else F.adaptive_avg_pool3d(first, (4, 8, 8))
+    small = F.adaptive_avg_pool2d(first, THUMBNAIL) if pixels.ndim == 4 else F.adaptive_avg_pool3d(first, VOLUME_THUMBNAIL)
     found: NDArray[np.float64] = small.flatten(1).double().numpy()
     return found
 

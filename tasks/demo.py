@@ -1,6 +1,8 @@
 """The main job on data that needs no download: phantoms, training, evaluation on held-out patients, and a page to look at.
 
 ``OUT`` gets data/ (a phantom folder), model/ (what :func:`medvl.load` reads), results.json, predictions.csv, retrieval.csv and report.html.
+Figures of CT stand in results.json under ``ct``. With both kinds of image, all but the page, results.json and the model that reads both
+lies in OUT/xray and OUT/ct; the CT tower is trained against the report tower that came of the radiographs, which stays as it is.
 """
 
 from __future__ import annotations
@@ -9,10 +11,10 @@ import hashlib
 import importlib.resources
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -21,27 +23,67 @@ from rich.progress import Progress
 import medvl
 from medvl.data.manifest import StudyImage, read_manifest
 from medvl.model import CONFIG, WEIGHTS, DualEncoder, load, write_atomically
+from medvl.types import RESEARCH_USE
 from reports.prompts import PromptSet, load_prompts
 from reports.text_source import ReportSentences
 from tasks.baseline import Baseline, thumbnail_baseline
 from tasks.evaluation import Predictions, predict, results, write
+from tasks.joint import join_models
+from tasks.page import DemoPage, Part, page_part, page_title, write_page
 
-RECIPE = "xray_phantom.yaml"
 TRAINING = "training.json"
 """What the model in the folder was, or is being, trained on; so that a second demo in one folder never tests a model on its own studies."""
-TRAIN_STUDIES, VAL_STUDIES, TEST_STUDIES = 4000, 200, 500
-EPOCHS = 13
+SHARED = ["report", "similarity"]
+"""Parts of the model that the second kind of image takes from the first."""
+CT_SEED = 2**31
+"""Added to the seed of the CT phantoms, so that no patient of theirs is one of the radiographs', in whatever split."""
+BASELINE_STUDIES = {"ct": 300}
+"""Of the training studies, how many the thumbnail baseline learns from where reading all of them again would take minutes."""
+
+Modality = Literal["xray", "ct"]
 
 
 @dataclass(frozen=True)
 class DemoSize:
-    """How much the demo makes and trains."""
+    """How much the demo makes and trains of one kind of image."""
 
-    train: int = TRAIN_STUDIES
-    val: int = VAL_STUDIES
-    test: int = TEST_STUDIES
-    epochs: int = EPOCHS
+    train: int
+    val: int
+    test: int
+    epochs: int
     pixels: int = 128
+
+
+SIZES: dict[Modality, DemoSize] = {
+    "xray": DemoSize(train=4000, val=200, test=500, epochs=13),
+    "ct": DemoSize(train=900, val=48, test=250, epochs=8),
+}
+RECIPES: dict[Modality, str] = {"xray": "xray_phantom.yaml", "ct": "ct_phantom.yaml"}
+
+
+@dataclass(frozen=True)
+class _Half:
+    """The demo of one kind of image."""
+
+    modality: Modality
+    folder: Path
+    size: DemoSize
+    seed: int
+    seconds: dict[str, float]
+    console: Console
+
+    def timed(self, name: str, work: Callable[[], Any]) -> Any:
+        """Do it and note how long it took."""
+        start = time.monotonic()
+        self.console.print(f"[bold]{self.modality}: {name}[/bold]")
+        value = work()
+        self.seconds[name] = round(time.monotonic() - start, 1)
+        return value
+
+    @property
+    def model(self) -> Path:
+        """Folder of the run."""
+        return self.folder / "model"
 
 
 def recipe_path(name: str) -> Path:
@@ -49,75 +91,115 @@ def recipe_path(name: str) -> Path:
     return Path(str(importlib.resources.files("tasks") / "recipes" / name))
 
 
-def run_demo(out: Path, seed: int = 0, size: DemoSize | None = None, console: Console | None = None) -> dict[str, Any]:
+def run_demo(
+    out: Path,
+    seed: int = 0,
+    sizes: Mapping[Modality, DemoSize] | None = None,
+    console: Console | None = None,
+    modalities: tuple[Modality, ...] = ("xray",),
+) -> dict[str, Any]:
     """Make phantoms, train on them, evaluate on held-out patients, write the page; what is done already is kept, so a stopped demo goes on.
 
     Returns:
         What ``results.json`` holds.
     """
-    size, console = size or DemoSize(), console or Console(stderr=True)
-    seconds: dict[str, float] = {}
-
-    def timed(name: str, work: Callable[[], Any]) -> Any:
-        start = time.monotonic()
-        console.print(f"[bold]{name}[/bold]")
-        value = work()
-        seconds[name] = round(time.monotonic() - start, 1)
-        return value
-
-    table = timed("phantoms", lambda: _phantoms(out / "data", seed, size, console))
-    timed("training", lambda: _train(table, out / "model", seed, size))
-    model = load(out / "model")
-    manifest = read_manifest(table)
-    prompts = load_prompts()
-    test = manifest.select(split="test", modality="xray").rows
-    predictions: Predictions = timed("evaluation", lambda: _predict(model, test, prompts, console))
-    train = manifest.select(split="train", modality="xray").rows
-    baseline: Baseline = timed("baseline", lambda: thumbnail_baseline(model, train, predictions))
-    predictions = replace(predictions, baseline=baseline.scores)
-    measured = {
-        **results(predictions, seed=seed),
-        "baseline": baseline.measured,
-        "facts": {
-            "data": "synthetic",
-            "medvl": medvl.__version__,
-            "seed": seed,
-            "studies": {"train": size.train, "val": size.val, "test": size.test},
-            "epochs": size.epochs,
-            "prompts": {"version": prompts.version, "sha256": prompts.sha256},
-            "manifest_sha256": manifest.sha256,
-            "model": json.loads((out / "model" / "config.json").read_text())["provenance"],
-            "seconds": seconds,
-        },
-    }
-    write(predictions, measured, out)
-    timed("page", lambda: _page(out / "report.html", model, predictions, measured))
+    sizes, console = {**SIZES, **(sizes or {})}, console or Console(stderr=True)
+    several = len(modalities) > 1
+    halves = [_Half(name, out / name if several else out, sizes[name], seed, {}, console) for name in modalities]
+    tables = [_prepare(half, halves[0].model if half is not halves[0] else None) for half in halves]
+    model = join_models(*(load(half.model) for half in halves)) if several else load(out / "model")
+    if several:
+        model.save(out / "model", joined={half.modality: _provenance(half.model) for half in halves})
+        model = load(out / "model")
+    found = {half.modality: _measure(half, model, table, out / "model") for half, table in zip(halves, tables, strict=True)}
+    write_page(out / "report.html", DemoPage(page_title(modalities), tuple(part for _, part in found.values())))
+    measured = dict(found["xray"][0]) if "xray" in found else {"notice": RESEARCH_USE}
+    measured |= {"ct": found["ct"][0]} if "ct" in found else {}
     write_atomically(out / "results.json", (json.dumps(measured, indent=2, allow_nan=False) + "\n").encode())
     return measured
 
 
-def _phantoms(folder: Path, seed: int, size: DemoSize, console: Console) -> Path:
+def _prepare(half: _Half, base: Path | None) -> Path:
+    """Phantoms, and a run trained on them; their manifest."""
+    table: Path = half.timed("phantoms", lambda: _phantoms(half))
+    half.timed("training", lambda: _train(half, table, base))
+    return table
+
+
+def _measure(half: _Half, model: DualEncoder, table: Path, folder: Path) -> tuple[dict[str, Any], Part]:
+    """Evaluate the model of ``folder`` on the half's held-out studies: what results.json has of it, and its part of the page."""
+    manifest = read_manifest(table)
+    prompts = load_prompts()
+    test = manifest.select(split="test", modality=half.modality).rows
+    predictions: Predictions = half.timed("evaluation", lambda: _predict(model, test, prompts, half.console))
+    train = manifest.select(split="train", modality=half.modality).rows[: BASELINE_STUDIES.get(half.modality)]
+    baseline: Baseline = half.timed("baseline", lambda: thumbnail_baseline(model, train, predictions))
+    predictions = replace(predictions, baseline=baseline.scores)
+    size = half.size
+    measured = {
+        **results(predictions, seed=half.seed),
+        "baseline": baseline.measured,
+        "facts": {
+            "data": "synthetic",
+            "medvl": medvl.__version__,
+            "seed": half.seed,
+            "studies": {"train": size.train, "val": size.val, "test": size.test},
+            "epochs": size.epochs,
+            "prompts": {"version": prompts.version, "sha256": prompts.sha256},
+            "manifest_sha256": manifest.sha256,
+            "model": _provenance(folder),
+            "seconds": half.seconds,
+        },
+    }
+    write(predictions, measured, half.folder)
+    part: Part = half.timed(
+        "page",
+        lambda: page_part(
+            modality=half.modality,
+            model=model,
+            predictions=predictions,
+            results=measured,
+            baseline=measured["baseline"],
+            facts=measured["facts"],
+        ),
+    )
+    return measured, part
+
+
+def _provenance(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / CONFIG).read_text())["provenance"]
+    return found
+
+
+def _phantoms(half: _Half) -> Path:
     from tasks.phantoms import write_cohort
 
+    size = half.size
     total = size.train + size.val + size.test
-    with Progress(console=console, transient=True) as progress:
+    with Progress(console=half.console, transient=True) as progress:
         task = progress.add_task("studies", total=total)
         return write_cohort(
-            folder,
+            half.folder / "data",
             total,
-            seed,
+            half.seed + (CT_SEED if half.modality == "ct" else 0),
             size=size.pixels,
+            ct=half.modality == "ct",
+            xray=half.modality == "xray",
             counts={"train": size.train, "val": size.val, "test": size.test},
             progress=lambda done: progress.advance(task, done),
         )
 
 
-def _train(table: Path, folder: Path, seed: int, size: DemoSize) -> None:
-    """Train, or go on with a training that was stopped; one that was of other data, another recipe or another length is thrown away."""
+def _train(half: _Half, table: Path, base: Path | None) -> None:
+    """Train, or go on with a training that was stopped; one that was of other data, another recipe or another length is thrown away.
+
+    Args:
+        base: a run whose report tower and similarity are taken and kept as they are; None trains all parts.
+    """
     from medvl.training.callbacks import RESUME
     from medvl.training.cli import run
 
-    recipe = recipe_path(RECIPE)
+    recipe, folder = recipe_path(RECIPES[half.modality]), half.model
     note = folder / TRAINING
     found = json.loads(note.read_text()) if note.is_file() else {}
     precision = found.get("precision") or fastest_precision()  # a training that goes on keeps its own
@@ -125,9 +207,10 @@ def _train(table: Path, folder: Path, seed: int, size: DemoSize) -> None:
         "manifest_sha256": hashlib.sha256(table.read_bytes()).hexdigest(),
         "recipe_sha256": hashlib.sha256(recipe.read_bytes()).hexdigest(),
         "medvl": medvl.__version__,
-        "seed": seed,
-        "epochs": size.epochs,
+        "seed": half.seed,
+        "epochs": half.size.epochs,
         "precision": precision,
+        "base_sha256": None if base is None else hashlib.sha256((base / WEIGHTS).read_bytes()).hexdigest(),
     }
     if found == {**asked, "finished": True}:
         return
@@ -138,15 +221,17 @@ def _train(table: Path, folder: Path, seed: int, size: DemoSize) -> None:
         write_atomically(note, json.dumps({**asked, "finished": False}).encode())
     arguments = {
         "config": recipe,
-        "seed_everything": seed,
+        "seed_everything": half.seed,
         "out": folder,
         "resume": "true",
-        "trainer.max_epochs": size.epochs,
+        "trainer.max_epochs": half.size.epochs,
         "trainer.precision": precision,
         "data.init_args.manifest": table,
-        "data.init_args.seed": seed,
-        "model.seed": seed,
+        "data.init_args.seed": half.seed,
+        "model.seed": half.seed,
     }
+    if base is not None:
+        arguments |= {"model.start": json.dumps({name: str(base) for name in SHARED}), "model.locked": json.dumps(SHARED)}
     run("fit", [f"--{name}={value}" for name, value in arguments.items()])
     write_atomically(note, json.dumps({**asked, "finished": True}).encode())
 
@@ -183,9 +268,3 @@ def _predict(model: DualEncoder, rows: tuple[StudyImage, ...], prompts: PromptSe
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("test images", total=len(rows))
         return predict(model, rows, prompts, ReportSentences(), progress=lambda done: progress.advance(task, done))
-
-
-def _page(path: Path, model: DualEncoder, predictions: Predictions, measured: dict[str, Any]) -> None:
-    from tasks.page import build_demo_page
-
-    build_demo_page(path, model=model, predictions=predictions, results=measured, baseline=measured["baseline"], facts=measured["facts"])

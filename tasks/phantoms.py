@@ -51,6 +51,7 @@ class CohortSettings:
     ct: bool
     ct_series: bool
     lateral: bool
+    xray: bool = True
     version: int = 3
     """Of the generator: one more whenever the same seed would give other files."""
 
@@ -64,6 +65,7 @@ def write_cohort(
     ct: bool = False,
     ct_series: bool = False,
     lateral: bool = False,
+    xray: bool = True,
     counts: Mapping[str, int] | None = None,
     fractions: Mapping[str, float] | None = None,
     workers: int | None = None,
@@ -79,6 +81,7 @@ def write_cohort(
         ct: also the volume and 3D masks as NIfTI.
         ct_series: also the volume as a DICOM series.
         lateral: a lateral radiograph beside the frontal one.
+        xray: False leaves the radiographs out, for a cohort of CT alone.
         counts: studies per split, train, val and test in this order, adding to ``studies``; a patient whose two studies would be parted
             keeps both in the earlier split, so a count can be one off.
         fractions: shares of train, val and test that patients are split by where ``counts`` is not given; 0.7, 0.1 and 0.2 unless told.
@@ -95,7 +98,9 @@ def write_cohort(
 
     splits = _splits(studies, seed, counts, fractions)
     Grid(size)  # refuses a size before anything is written
-    settings = CohortSettings(seed_digest(seed), size, ct, ct_series, lateral)
+    if not (xray or ct or ct_series) or (lateral and not xray):
+        raise ValueError("a cohort needs radiographs (a lateral one comes with a frontal one), CT or both")
+    settings = CohortSettings(seed_digest(seed), size, ct, ct_series, lateral, xray)
     _prepare(out, settings)
     done = {i: rows for i in range(studies) if (rows := _kept(out, study_name(settings, i)))}
     tell = progress or (lambda _: None)
@@ -165,13 +170,14 @@ def _prepare(out: Path, settings: CohortSettings) -> None:
     note = out / "cohort.json"
     wanted = {"origin": "synthetic", **asdict(settings)}
     if note.is_file():
-        found = json.loads(note.read_text())
+        found = {"xray": True, **json.loads(note.read_text())}  # cohorts of before had no choice
         if found != wanted:
             differing = sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key))
             raise ValueError(
                 f"{out} holds another phantom cohort (it differs in {', '.join(differing)}); choose an empty folder or the same settings"
             )
-    for name in ("xray", "masks", "records", *(["ct"] if settings.ct else []), *(["ct_series"] if settings.ct_series else [])):
+    kinds = {"xray": settings.xray, "ct": settings.ct, "ct_series": settings.ct_series}
+    for name in ("masks", "records", *(kind for kind, wanted in kinds.items() if wanted)):
         (out / name).mkdir(parents=True, exist_ok=True)
     if not note.is_file():
         _write(note, (json.dumps(wanted, indent=2) + "\n").encode())
@@ -272,7 +278,7 @@ def make_study(out: Path, settings: CohortSettings, seed: int, index: int) -> li
     common |= {**labels(facts), **person, "origin": "synthetic"}
     rows = []
     views: list[View] = ["AP" if rng.random() < AP_SHARE else "PA", *cast("list[View]", ["lateral"] if settings.lateral else [])]
-    for view in views:
+    for view in views if settings.xray else ():
         shot = project(phantom, view, rng)
         path = f"xray/{study}_{view}.dcm"
         write_radiograph_dicom(

@@ -114,6 +114,7 @@ def thumbnail(
     limits: tuple[float, float] | None = None,
     orientation: tuple[str, str] | None = None,
     side: int = 256,
+    pixel_aspect: float = 1.0,
 ) -> bytes:
     """A small picture without frame or text as PNG, its longer side ``side`` pixels; arguments as in :func:`plot_map`.
 
@@ -121,11 +122,12 @@ def thumbnail(
         ValueError: arrays of different shapes, or scores without a finite value.
     """
     _check(native, scores, mask)
-    rows, columns = native.shape
+    rows, columns = native.shape[0] * pixel_aspect, native.shape[1]
     scale = side / max(rows, columns)
     figure = Figure(figsize=(max(1, round(columns * scale)) / DPI, max(1, round(rows * scale)) / DPI), dpi=DPI)
     axes = figure.add_axes((0, 0, 1, 1))
     _draw(axes, native, scores, mask, peak, None if scores is None else _limits(scores, limits), smooth=True)
+    axes.set_aspect("auto")  # the figure has the picture's proportions in mm
     _mark_sides(axes, orientation)
     return _png(figure)
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from medvl.model import DualEncoder
+from medvl.nn.similarity import slice_logits
 from medvl.types import ImageFeatures, ImageReader, ImageSample, TextFeatures, UnreadableImageError
 from reports.prompts import PromptSet
 
@@ -81,6 +82,17 @@ def pair_logits(model: DualEncoder, images: ImageFeatures, bank: PromptBank) -> 
 def score(model: DualEncoder, images: ImageFeatures, bank: PromptBank) -> Tensor:
     """(B, F) scores in (0, 1) of single images: the pair softmax of mean similarities (the module's docstring has the formula)."""
     return pair_logits(model, images, bank).sigmoid()
+
+
+@torch.inference_mode()
+def slice_scores(model: DualEncoder, images: ImageFeatures, bank: PromptBank) -> Tensor:
+    """(B, F, S) scores in (0, 1) of every slice of volumes, each as if it were the whole study; NaN on padding.
+
+    Raises:
+        ValueError: the image tower keeps no slices.
+    """
+    logits = slice_logits(model.similarity, images, bank.features)  # (B, P, S)
+    return ((bank.positive - bank.negative) @ logits).sigmoid()
 
 
 def diagnose(model: DualEncoder, paths: Sequence[Path], bank: PromptBank, batch_size: int = 16) -> Iterator[Diagnosis]:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -17,7 +19,7 @@ from torch.optim import Optimizer
 
 from medvl.data.studies import StudyBatch
 from medvl.losses import MultiPositiveInfoNCE
-from medvl.model import DualEncoder
+from medvl.model import DualEncoder, load_part
 from medvl.training.data import StudyDataModule
 from medvl.types import ImageEncoder, ImageReader, ReportEncoder, Similarity
 
@@ -33,6 +35,11 @@ class AlignmentModule(L.LightningModule):
         warmup: fraction of all steps.
         final_rate: fraction of the peak that the cosine ends at.
         seed: of everything drawn inside a step (dropout), joined with the step and the rank, so that a resumed run draws the same.
+        start: part (image, report, similarity) -> folder of the run whose weights it starts with.
+        locked: parts that are not trained. An image tower trained against the locked report tower and similarity of another run comes
+            to lie in that run's space (locked-text tuning, after LiT, arXiv:2111.07991, which locks the images).
+    Raises:
+        ValueError: a name that is no part, or a run whose part is of another architecture.
     """
 
     def __init__(
@@ -46,11 +53,38 @@ class AlignmentModule(L.LightningModule):
         warmup: float = 0.05,
         final_rate: float = 0.01,
         seed: int = 0,
+        start: dict[str, str] | None = None,
+        locked: list[str] | None = None,
     ) -> None:
         super().__init__()
         self.image, self.report, self.similarity, self.loss = image, report, similarity, loss
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
         self.warmup, self.final_rate, self.seed = warmup, final_rate, seed
+        self._start(start or {})
+        self.locked = self._lock(locked or ())
+
+    def _start(self, folders: Mapping[str, str]) -> None:
+        for name, folder in folders.items():
+            load_part(self._part(name, "start"), name, Path(folder))
+
+    def _lock(self, names: Sequence[str]) -> tuple[nn.Module, ...]:
+        parts = tuple(self._part(name, "locked") for name in names)
+        for part in parts:
+            part.requires_grad_(False).eval()
+        return parts
+
+    def _part(self, name: str, argument: str) -> nn.Module:
+        parts: dict[str, nn.Module] = {"image": self.image, "report": self.report, "similarity": self.similarity}
+        if name not in parts:
+            raise ValueError(f"{argument}: {name!r} is no part of the model; expected {', '.join(parts)}")
+        return parts[name]
+
+    def train(self, mode: bool = True) -> AlignmentModule:
+        """Training mode for all but the locked parts."""
+        super().train(mode)
+        for part in self.locked:
+            part.eval()
+        return self
 
     def dual_encoder(self, reader: ImageReader) -> DualEncoder:
         """The trained towers with the reader that fed them, ready to be saved; shares the weights."""

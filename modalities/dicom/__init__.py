@@ -7,7 +7,7 @@ could identify a patient leaves this package: messages name the given path, the 
 ``file`` opens and parses within bounds, ``pixels`` decodes, ``luts`` holds the arithmetic, ``image`` puts them together.
 """
 
-from modalities.dicom.file import has_dicom_magic, study_key
+from modalities.dicom.file import has_dicom_magic, modality_of, study_key
 from modalities.dicom.image import (
     DicomImage,
     FittedRadiograph,
@@ -30,6 +30,7 @@ __all__ = [
     "fit_radiograph",
     "has_dicom_magic",
     "luminance",
+    "modality_of",
     "read_dicom",
     "read_radiograph",
     "robust_range",

@@ -247,6 +247,16 @@ def study_key(path: Path) -> str | None:
     return hashlib.blake2b(uid.encode(), digest_size=16).hexdigest() if UID_FORM.fullmatch(uid) else None
 
 
+def modality_of(path: Path) -> str | None:
+    """Modality (0008,0060) of a DICOM file, such as CT or DX; None for other files, unreadable headers and odd values. Never raises."""
+    try:
+        with opened(path) as file:
+            found = file.header.text("Modality")
+    except (UnreadableImageError, OSError):
+        return None
+    return found if re.fullmatch(r"[A-Z]{2,16}", found) else None
+
+
 def has_dicom_magic(path: Path) -> bool:
     """True where the file has DICOM's 128-byte preamble and the letters DICM.
 

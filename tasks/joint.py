@@ -1,0 +1,32 @@
+"""One model of a radiograph model and a CT model that share their report tower."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from medvl.model import DualEncoder
+from modalities.joint import JointEncoder, JointReader
+
+
+def join_models(xray: DualEncoder, ct: DualEncoder) -> DualEncoder:
+    """The two image towers and readers beside each other, with the report tower and similarity that both were trained with.
+
+    Args:
+        xray: trained first.
+        ct: trained with the report tower and similarity of ``xray``, locked.
+    Raises:
+        ValueError: report towers or similarities that differ; such towers lie in two spaces.
+    """
+    for name in ("report", "similarity"):
+        if not _equal(getattr(xray, name), getattr(ct, name)):
+            raise ValueError(
+                f"the two models differ in their {name}, so their images lie in two spaces; train the second with start and locked set to"
+                " the report and similarity of the first"
+            )
+    return DualEncoder(JointEncoder(xray.image, ct.image), xray.report, xray.similarity, JointReader(xray.reader, ct.reader))
+
+
+def _equal(one: nn.Module, other: nn.Module) -> bool:
+    mine, theirs = one.state_dict(), other.state_dict()
+    return mine.keys() == theirs.keys() and all(torch.equal(value, theirs[key]) for key, value in mine.items())
