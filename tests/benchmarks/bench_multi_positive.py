@@ -30,11 +30,11 @@ def measure(cohort: Path, folder: Path, seed: int, epochs: int, sentences: int |
     from medvl.training.cli import run
     from reports.prompts import load_prompts
     from reports.text_source import ReportSentences
-    from tasks.demo import RECIPE, fastest_precision, recipe_path
+    from tasks.demo import RECIPES, fastest_precision, recipe_path
     from tasks.evaluation import predict, results
 
     arguments = {
-        "config": recipe_path(RECIPE),
+        "config": recipe_path(RECIPES["xray"]),
         "seed_everything": seed,
         "out": folder,
         "trainer.max_epochs": epochs,

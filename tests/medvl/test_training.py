@@ -282,6 +282,41 @@ def test_killed_anywhere_and_resumed_ends_with_the_same_weights(recipe, finished
     assert_same_weights(tmp_path, finished)
 
 
+def test_parts_of_another_run_are_taken_and_kept(recipe, finished, tmp_path):
+    from medvl.training.cli import run
+
+    out = tmp_path / "second"
+    shared = ["report", "similarity"]
+    start = json.dumps(dict.fromkeys(shared, str(finished)))
+    options = ["--trainer.max_epochs", "1", "--model.start", start, "--model.locked", json.dumps(shared)]
+    assert run("fit", ["--config", str(recipe), "--out", str(out), *options]) == 0
+    before, after = load_file(finished / "model.safetensors"), load_file(out / "model.safetensors")
+    assert before.keys() == after.keys()
+    moved = {name for name in after if not torch.equal(before[name], after[name])}
+    assert moved and all(name.startswith("image.") for name in moved)
+
+
+def test_a_locked_part_stays_in_evaluation_mode_and_odd_names_are_refused(tiny):
+    from medvl.losses import MultiPositiveInfoNCE
+    from medvl.model import ConfigError
+    from medvl.training.module import AlignmentModule
+
+    def module(embed_dim=16, **options):
+        model = medvl.load(tiny.model)
+        report = type(model.report)(embed_dim, hidden_dim=None)
+        return AlignmentModule(model.image, report, model.similarity, MultiPositiveInfoNCE(), **options)
+
+    locked = module(start={"report": str(tiny.model)}, locked=["report"]).train()
+    assert locked.image.training and not locked.report.training
+    assert not any(p.requires_grad for p in locked.report.parameters()) and all(p.requires_grad for p in locked.image.parameters())
+    torch.testing.assert_close(locked.report.state_dict(), medvl.load(tiny.model, device="cpu").report.state_dict())
+    for options in ({"locked": ["text"]}, {"start": {"text": str(tiny.model)}}):
+        with pytest.raises(ValueError, match="'text' is no part of the model; expected image, report, similarity"):
+            module(**options)
+    with pytest.raises(ConfigError, match="the weights of report do not fit"):
+        module(embed_dim=8, start={"report": str(tiny.model)})
+
+
 def test_bad_rows_are_listed_counted_and_cost_only_themselves(recipe, studies, tmp_path):
     from medvl.training.cli import run
 

@@ -411,13 +411,21 @@ def test_demo_hands_its_options_on_and_shows_the_results(monkeypatch: pytest.Mon
 
     calls = []
     found = {"images": 3, "patients": 2, "notice": NOTICE}
-    monkeypatch.setattr(tasks.demo, "run_demo", lambda out, seed, size: calls.append((out, seed, size)) or found)
+    monkeypatch.setattr(
+        tasks.demo, "run_demo", lambda out, seed, sizes, modalities: calls.append((out, seed, sizes, modalities)) or found
+    )
     done = medvl("demo", "--out", tmp_path / "d", "--seed", 4, "--train-studies", 64, "--epochs", 2)
     assert done.exit_code == 0, done.output
-    ((out, seed, size),) = calls
-    assert (out, seed, size.train, size.epochs) == (tmp_path / "d", 4, 64, 2) and size.test == tasks.demo.DemoSize().test
+    ((out, seed, sizes, modalities),) = calls
+    size = sizes["xray"]
+    assert (out, seed, size.train, size.epochs) == (tmp_path / "d", 4, 64, 2) and size.test == tasks.demo.SIZES["xray"].test
+    assert modalities == ("xray",)
     assert "3 images of 2 patients" in done.stdout and NOTICE in done.stdout
     assert strict(medvl("demo", "--out", tmp_path / "d", "--json").stdout) == found
+    assert medvl("demo", "--out", tmp_path / "d", "--modality", "both", "--json").exit_code == 0
+    assert calls[-1][2] == tasks.demo.SIZES and calls[-1][3] == ("xray", "ct")
+    assert medvl("demo", "--out", tmp_path / "d", "--modality", "ct", "--epochs", 1, "--json").exit_code == 0
+    assert set(calls[-1][2]) == {"ct"} and calls[-1][2]["ct"].epochs == 1
 
 
 # internal errors

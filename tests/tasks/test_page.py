@@ -20,7 +20,7 @@ from medvl.data.manifest import read_manifest
 from reports.prompts import load_prompts
 from reports.text_source import ReportSentences
 from tasks.evaluation import predict, results
-from tasks.page import BINS, build_demo_page, choose_examples, distribution, told
+from tasks.page import BINS, DemoPage, choose_examples, distribution, page_part, page_title, told, write_page
 
 EVIL = "<script>alert('x')</script><img src=http://evil.example/x.png onerror=alert(1)>"
 VOID = {"meta", "img", "br", "line", "rect", "circle", "link", "input"}
@@ -75,7 +75,10 @@ BASELINE = {"macro_auroc": 0.61234, "per_finding": {"cardiomegaly": 0.71, "lung_
 
 def build(path: Path, model: Any, predictions: Any, facts: Any = None) -> Parsed:
     measured = results(predictions, repeats=50)
-    build_demo_page(path, model=model, predictions=predictions, results=measured, baseline=BASELINE, facts=facts or {"seed": 3})
+    part = page_part(
+        modality="xray", model=model, predictions=predictions, results=measured, baseline=BASELINE, facts=facts or {"seed": 3}
+    )
+    write_page(path, DemoPage(page_title(("xray",)), (part,)))
     return Parsed(path.read_text(encoding="utf-8"))
 
 
