@@ -25,8 +25,9 @@ from medvl.model import DualEncoder, write_atomically
 from medvl.types import RESEARCH_USE, TextSource
 from reports.prompts import PromptSet, load_prompts
 from reports.text_source import ReportSentences
-from tasks.evaluation import Predictions, RetrievalScores, expected_rank, finding_maps, finding_mask
+from tasks.evaluation import Predictions, RetrievalScores, expected_rank, finding_maps
 from tasks.grounding import native_maps
+from tasks.masks import finding_mask
 from tasks.render import thumbnail
 from tasks.viewing import in_plane, shown
 from tasks.zero_shot import encode_prompts

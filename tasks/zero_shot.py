@@ -2,7 +2,8 @@
 
 Shapes: B images, F findings, P prompts. A score is the softmax of the pair: the sigmoid of (mean similarity with the positive prompts -
 mean similarity with the negative prompts), similarities as logits, so the learned temperature is in them. It is not calibrated, so it
-is called a score and not a probability. A study of several images has the sigmoid of the mean over its images of that difference.
+is called a score and not a probability. A study of several images has the sigmoid of the mean over its images of that difference; with a
+tower that pools views, that of the study's own features, made of all its images together.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from medvl.model import DualEncoder
+from medvl.model import DualEncoder, packed
 from medvl.types import ImageFeatures, ImageReader, ImageSample, TextFeatures, UnreadableImageError
 from reports.prompts import PromptSet
 
@@ -79,7 +80,7 @@ def pair_logits(model: DualEncoder, images: ImageFeatures, bank: PromptBank) -> 
 
 
 def score(model: DualEncoder, images: ImageFeatures, bank: PromptBank) -> Tensor:
-    """(B, F) scores in (0, 1) of single images: the pair softmax of mean similarities (the module's docstring has the formula)."""
+    """(B, F) scores in (0, 1) of single images or of pooled studies: the pair softmax of the module's docstring."""
     return pair_logits(model, images, bank).sigmoid()
 
 
@@ -89,7 +90,8 @@ def diagnose(model: DualEncoder, paths: Sequence[Path], bank: PromptBank, batch_
     Headers are read first, to know the studies; images then a batch at a time, and each study is yielded once its last image is scored.
     """
     studies = group_by_study(model.reader, paths)
-    outcomes = _outcomes(model, [path for study in studies for path in study], bank, batch_size)
+    together = studies if model.image.pools_views else [[path] for study in studies for path in study]
+    outcomes = _outcomes(model, together, bank, batch_size)
     for study in studies:
         yield _diagnosis(list(islice(outcomes, len(study))), bank.findings)
 
@@ -113,27 +115,38 @@ class _Outcome:
     """One image of a study: its logits, or why there are none."""
 
     path: str
-    logits: Tensor | None = None  # (F,), float64, on the CPU
+    logits: Tensor | None = None  # (F,), float64, on the CPU; where the tower pools views, those of the study
     error: str = ""
     warnings: tuple[str, ...] = ()
 
 
-def _outcomes(model: DualEncoder, paths: Sequence[Path], bank: PromptBank, batch_size: int) -> Iterator[_Outcome]:
-    """One outcome per file, in order, a batch at a time."""
-    for start in range(0, len(paths), batch_size):
-        read: list[ImageSample | UnreadableImageError] = []
-        for path in paths[start : start + batch_size]:
-            try:
-                read.append(model.read(path))
-            except UnreadableImageError as error:  # noqa: PERF203
-                read.append(error)
-        samples = [one for one in read if not isinstance(one, UnreadableImageError)]
-        rows = iter(pair_logits(model, model.encode_samples(samples), bank).cpu().double() if samples else ())
-        for path, one in zip(paths[start : start + batch_size], read, strict=True):
-            if isinstance(one, UnreadableImageError):
-                yield _Outcome(str(path), error=str(one))
-            else:
-                yield _Outcome(str(path), logits=next(rows), warnings=one.warnings)
+def _outcomes(model: DualEncoder, together: Sequence[Sequence[Path]], bank: PromptBank, batch_size: int) -> Iterator[_Outcome]:
+    """One outcome per file, in order, a batch at a time; files that stand together are encoded together."""
+    for part in packed(together, batch_size):
+        read = [[_read(model, path) for path in paths] for paths in part]
+        samples = [[one for one in group if not isinstance(one, UnreadableImageError)] for group in read]
+        rows = iter(pair_logits(model, encode(model, [group for group in samples if group]), bank).cpu().double() if any(samples) else ())
+        for paths, group, good in zip(part, read, samples, strict=True):
+            logits = next(rows) if good else None
+            for path, one in zip(paths, group, strict=True):
+                if isinstance(one, UnreadableImageError):
+                    yield _Outcome(str(path), error=str(one))
+                else:
+                    yield _Outcome(str(path), logits=logits, warnings=one.warnings)
+
+
+def encode(model: DualEncoder, together: Sequence[Sequence[ImageSample]]) -> ImageFeatures:
+    """Features in one batch, a row for each group: of studies where the tower pools views, else each group is a single image."""
+    if model.image.pools_views:
+        return model.encode_studies(together, batch_size=sum(map(len, together)))
+    return model.encode_samples([sample for (sample,) in together])
+
+
+def _read(model: DualEncoder, path: Path) -> ImageSample | UnreadableImageError:
+    try:
+        return model.read(path)
+    except UnreadableImageError as error:
+        return error
 
 
 def _diagnosis(outcomes: Sequence[_Outcome], findings: Sequence[str]) -> Diagnosis:

@@ -59,8 +59,9 @@ def diagnose(
     """Score findings in radiographs by comparing them with prompt pairs.
 
     FILE is an image (DICOM, PNG, JPEG, TIFF) or a folder of them; tables and folders named masks are passed over. DICOM files whose
-    headers name the same study are one, scored by the mean over its images; a picture is a study of its own. With --json one object a
-    line per study, in order, as soon as it is known. Scores are not calibrated: not probabilities.
+    headers name the same study are one, scored by the mean over its images, or from all of them together where the model pools views; a
+    picture is a study of its own. With --json one object a line per study, in order, as soon as it is known. Scores are not calibrated:
+    not probabilities.
 
     \b
     Examples:
