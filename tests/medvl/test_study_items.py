@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import csv
+import itertools
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from medvl.data.augment import Augment
 from medvl.data.manifest import read_manifest
 from medvl.data.studies import Collate, Draw, StudyDataset
+from medvl.model import packed
 from medvl.training.data import StudyDataModule
 from modalities.xray.reader import XrayReader
 from reports.text_source import ReportSentences
@@ -142,3 +146,12 @@ def test_a_checkpoint_of_images_is_not_one_of_studies(table: Path) -> None:
     images.load_state_dict(older)
     with pytest.raises(ValueError, match="views"):
         studies.load_state_dict(older)
+
+
+@given(st.lists(st.lists(st.integers(), max_size=5)), st.integers(1, 8))
+def test_groups_are_packed_whole_in_order_and_no_fuller_than_asked(groups: list[list[int]], size: int) -> None:
+    parts = list(packed(groups, size))
+    assert [group for part in parts for group in part] == groups
+    assert all(part and (len(part) == 1 or sum(map(len, part)) <= size) for part in parts)
+    for part, later in itertools.pairwise(parts):
+        assert sum(map(len, part)) + len(later[0]) > size

@@ -307,3 +307,21 @@ def test_views_have_places_and_a_batch_moves_whole():
     moved = films().to("meta")
     assert {part.device.type for part in (moved.pixels, moved.valid, moved.view, moved.study)} == {"meta"}
     assert moved.position_mm is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_the_gpu_encodes_studies_as_the_cpu_does_and_learns_in_bf16():
+    torch.manual_seed(0)
+    model, batch = ViewPooledEncoder(conv(ConvEncoder), GatedAttention(D)).eval(), films()
+    batch = replace(batch, pixels=batch.pixels.float())
+    with torch.no_grad():
+        here = model(batch)
+        there = model.cuda()(batch.to("cuda"))
+    torch.testing.assert_close(there.pooled.cpu(), here.pooled, atol=2e-3, rtol=1e-2)
+    torch.testing.assert_close(there.view_weights.cpu(), here.view_weights, atol=2e-3, rtol=1e-2)
+    assert torch.equal(there.token_valid.cpu(), here.token_valid)
+    with torch.autocast("cuda", torch.bfloat16):
+        out = model.train()(batch.to("cuda"))
+        (out.pooled.sum() + out.tokens.float().sum()).backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
