@@ -45,7 +45,9 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 FORMAT = 1
 TRUSTED_PACKAGES = ("medvl", "modalities", "reports")
 LARGEST = 2**20  # of any number in a config: no width, side, depth or count of a model is larger
+SEQUENCES = ("slice", "view")  # what a study's vector may be pooled of; the fields of ImageFeatures are named after them
 T = TypeVar("T", bound=Configurable)
+Item = TypeVar("Item")
 ImageInput = str | os.PathLike[str] | NDArray[Any]
 
 
@@ -100,6 +102,33 @@ class DualEncoder(nn.Module):
     def encode_samples(self, samples: Sequence[ImageSample]) -> ImageFeatures:
         """Features of images that :meth:`read` has read, as one batch."""
         return self.image(self.reader.collate(samples).to(self.device))
+
+    @torch.inference_mode()
+    def encode_studies(self, studies: Sequence[Sequence[ImageInput | ImageSample]], batch_size: int = 32) -> ImageFeatures:
+        """Features of studies, a row each, from all images of a study together: files, arrays or what :meth:`read` made of them.
+
+        Args:
+            studies: the images of each; their order does not move ``pooled``, and is that of ``views`` and of the grid's first axis.
+            batch_size: images encoded at once; a study of more goes alone.
+        Raises:
+            TypeError: an image tower that encodes images one by one, or an image where the images of a study are expected.
+            UnreadableImageError: a file that cannot be read.
+            ValueError: no study, or one without an image.
+        """
+        if not self.image.pools_views:
+            raise TypeError(
+                f"{type(self.image).__name__} encodes images one by one; studies need a tower that pools views, such as "
+                "modalities.xray.ViewPooledEncoder. encode_image gives a row per image"
+            )
+        for i, study in enumerate(studies):
+            if not isinstance(study, (list, tuple)):
+                raise TypeError(f"study {i} is a {type(study).__name__}, expected a list of its images")
+
+        def encoded(part: Sequence[Sequence[ImageInput | ImageSample]]) -> ImageFeatures:
+            samples = [one if isinstance(one, ImageSample) else self.read(one) for study in part for one in study]
+            return self.image(self.reader.collate(samples).grouped([len(study) for study in part]).to(self.device))
+
+        return join([encoded(part) for part in packed(studies, batch_size)])
 
     @torch.inference_mode()
     def encode_text(self, texts: str | Sequence[str]) -> TextFeatures:
@@ -345,26 +374,32 @@ def _built_argument(value: Any, trust: Sequence[str], folder: Path | None) -> An
 
 
 def join(parts: Sequence[ImageFeatures]) -> ImageFeatures:
-    """Features of several batches as one; studies of fewer slices than the longest are padded, and the padding is not valid.
+    """Features of several batches as one; studies of fewer slices or views than the longest are padded, and the padding is not valid.
 
     Raises:
         ValueError: no batch at all.
     """
     if not parts:
         raise ValueError("no images were given")
-    if len({part.grid for part in parts}) > 1 or len({None if part.slices is None else part.slices.shape[1] for part in parts}) > 1:
+    if len({part.grid for part in parts}) > 1 or any(len(_lengths(parts, kind)) > 1 for kind in SEQUENCES):
         parts = _of_equal_length(parts)
 
     def cat(name: str) -> Tensor | None:
         values = [getattr(part, name) for part in parts]
         return None if values[0] is None else torch.cat(values)
 
-    names = ("tokens", "token_valid", "slices", "slice_weights", "slice_valid")
+    names = ("tokens", "token_valid", *(name for kind in SEQUENCES for name in (f"{kind}s", f"{kind}_weights", f"{kind}_valid")))
     return ImageFeatures(pooled=torch.cat([part.pooled for part in parts]), grid=parts[0].grid, **{name: cat(name) for name in names})
 
 
+def _lengths(parts: Sequence[ImageFeatures], kind: str) -> set[int]:
+    """How many slices, or views, the batches have; 0 for a tower that keeps none."""
+    vectors = [getattr(part, f"{kind}s") for part in parts]
+    return {0 if one is None else one.shape[1] for one in vectors}
+
+
 def _of_equal_length(parts: Sequence[ImageFeatures]) -> list[ImageFeatures]:
-    """Volumes with slices, and with them tokens, added at the end up to the longest of the batches."""
+    """Studies with slices or views, and with them tokens, added at the end up to the longest of the batches."""
 
     def lengthened(values: Tensor | None, count: int) -> Tensor | None:
         if values is None or values.shape[1] == count:
@@ -372,14 +407,16 @@ def _of_equal_length(parts: Sequence[ImageFeatures]) -> list[ImageFeatures]:
         return torch.cat([values, values.new_zeros(values.shape[0], count - values.shape[1], *values.shape[2:])], dim=1)
 
     found = []
-    slices = max((part.slices.shape[1] for part in parts if part.slices is not None), default=0)
+    longest = {kind: max(_lengths(parts, kind)) for kind in SEQUENCES}
     depth = max((part.grid[0] for part in parts if part.grid is not None), default=0)
     for part in parts:
         changes: dict[str, Any] = {}
-        if part.slices is not None:
-            valid = torch.ones_like(part.slices[..., 0], dtype=torch.bool) if part.slice_valid is None else part.slice_valid
-            changes |= {"slices": lengthened(part.slices, slices), "slice_weights": lengthened(part.slice_weights, slices)}
-            changes["slice_valid"] = lengthened(valid, slices)
+        for kind, count in longest.items():
+            if (vectors := getattr(part, f"{kind}s")) is not None:
+                valid = getattr(part, f"{kind}_valid")
+                valid = torch.ones_like(vectors[..., 0], dtype=torch.bool) if valid is None else valid
+                changes |= {f"{kind}s": lengthened(vectors, count), f"{kind}_valid": lengthened(valid, count)}
+                changes[f"{kind}_weights"] = lengthened(getattr(part, f"{kind}_weights"), count)
         if part.tokens is not None and part.grid is not None:
             grid = (depth, *part.grid[1:])
             valid = torch.ones_like(part.tokens[..., 0], dtype=torch.bool) if part.token_valid is None else part.token_valid
@@ -403,6 +440,20 @@ def batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
     """Consecutive slices of at most ``size`` items."""
     for start in range(0, len(items), size):
         yield items[start : start + size]
+
+
+def packed(groups: Sequence[Sequence[Item]], size: int) -> Iterator[list[Sequence[Item]]]:
+    """Consecutive groups of at most ``size`` items together; a group of more comes alone."""
+    part: list[Sequence[Item]] = []
+    count = 0
+    for group in groups:
+        if part and count + len(group) > size:
+            yield part
+            part, count = [], 0
+        part.append(group)
+        count += len(group)
+    if part:
+        yield part
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -1,6 +1,6 @@
 """Everyone's vocabulary: findings, batches, features, and the base classes that towers and readers come in by.
 
-Shapes: B studies, M texts, N image tokens, D embedding width, C channels, H rows, W columns, S slices.
+Shapes: B studies, I images, V views of a study, M texts, N image tokens, D embedding width, C channels, H rows, W columns, S slices.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import abc
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -37,6 +37,11 @@ FINDINGS: tuple[str, ...] = (
 )
 """Finding names as they stand in manifests, results and JSON."""
 
+VIEWS: tuple[str, ...] = ("PA", "AP", "lateral")
+"""Views of a radiograph as they stand in manifests and samples."""
+OTHER_VIEW = len(VIEWS)
+"""Index of a view that is none of these or not known."""
+
 RESEARCH_USE = "research use, not for diagnosis"
 
 State = Literal["present", "absent", "uncertain"]
@@ -57,23 +62,44 @@ class Fact:
     kind: str | None = None  # which one, where the finding is a family: "pacemaker", "endotracheal tube"
 
 
+def view_index(view: str | None) -> int:
+    """Place of a view in ``VIEWS``, in capitals or not; ``OTHER_VIEW`` for another word or None."""
+    return next((i for i, known in enumerate(VIEWS) if view is not None and known.lower() == view.lower()), OTHER_VIEW)
+
+
 @dataclass(frozen=True)
 class ImageBatch:
-    """What an image tower takes.
+    """What an image tower takes: I images, as many as there are, whichever studies they are of. A study's missing views take no room.
 
-    ``pixels`` is (B, C, H, W) for X-ray and (B, C, S, H, W) for CT, float, as preprocessing made it.
-    ``valid`` is (B, H, W) bool for X-ray, False on letterbox padding; (B, S) bool for CT, False on padded slices; None: all valid.
-    ``position_mm`` is (B, S) for CT: height of each slice along the stacking axis, 0 at the first; None for X-ray.
+    ``pixels`` is (I, C, H, W) for X-ray and (I, C, S, H, W) for CT, float, as preprocessing made it.
+    ``valid`` is (I, H, W) bool for X-ray, False on letterbox padding; (I, S) bool for CT, False on padded slices; None: all valid.
+    ``position_mm`` is (I, S) for CT: height of each slice along the stacking axis, 0 at the first; None for X-ray.
+    ``view`` is (I,) int64 for X-ray, see :func:`view_index`; None: not known.
+    ``study`` is (I,) int64, the study 0 .. B-1 that each image is of, every study with at least one; None: each image stands for itself,
+    so that B = I. Only towers that pool views (:attr:`ImageEncoder.pools_views`) look at it.
     """
 
     pixels: Tensor
     valid: Tensor | None = None
     position_mm: Tensor | None = None
+    view: Tensor | None = None
+    study: Tensor | None = None
 
     def to(self, device: torch.device | str) -> ImageBatch:
         """The same batch on another device."""
-        moved = (None if part is None else part.to(device) for part in (self.valid, self.position_mm))
-        return ImageBatch(self.pixels.to(device), *moved)
+        parts = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: part.to(device) for name, part in parts.items() if part is not None})
+
+    def grouped(self, counts: Sequence[int]) -> ImageBatch:
+        """The same images as those of B studies, which have ``counts`` of them one after the other.
+
+        Raises:
+            ValueError: a study without an image, or counts that do not add to I.
+        """
+        if not all(count >= 1 for count in counts) or sum(counts) != len(self.pixels):
+            raise ValueError(f"studies of {list(counts)} images: expected at least 1 of each and {len(self.pixels)} together")
+        sizes = torch.tensor(counts, device=self.pixels.device)
+        return replace(self, study=torch.repeat_interleave(torch.arange(len(counts), device=self.pixels.device), sizes))
 
 
 @dataclass(frozen=True)
@@ -82,11 +108,14 @@ class ImageFeatures:
 
     pooled: Tensor  # (B, D), one vector per study
     tokens: Tensor | None = None  # (B, N, D), same space as pooled; None if the tower keeps none
-    grid: tuple[int, ...] | None = None  # (H, W) for X-ray, (S, H, W) for CT; prod(grid) == N
-    token_valid: Tensor | None = None  # (B, N) bool, False where a token saw only padding; None: all valid
+    grid: tuple[int, ...] | None = None  # (H, W) for X-ray, (V, H, W) for X-ray by studies, (S, H, W) for CT; prod(grid) == N
+    token_valid: Tensor | None = None  # (B, N) bool, False where a token saw only padding or is of a missing view; None: all valid
     slices: Tensor | None = None  # (B, S, D), one vector per CT slice in the space of pooled; None for towers without slices
     slice_weights: Tensor | None = None  # (B, S), share of each slice in pooled, rows sum to 1, 0 on padding; None without slices
     slice_valid: Tensor | None = None  # (B, S) bool, False on padding; None: all valid
+    views: Tensor | None = None  # (B, V, D), one vector per view in the space of pooled, in the order of the batch, missing ones last
+    view_weights: Tensor | None = None  # (B, V), share of each view in pooled, rows sum to 1, 0 where missing; None without views
+    view_valid: Tensor | None = None  # (B, V) bool, False where missing; None without views
 
     def replace(self, **changes: Any) -> ImageFeatures:
         """A copy with the named fields changed."""
@@ -219,13 +248,17 @@ def _jsonable(value: Any, name: str) -> Any:
 
 
 class ImageEncoder(Configurable, nn.Module, abc.ABC):
-    """Base of image towers: :class:`ImageBatch` in, :class:`ImageFeatures` of width ``embed_dim`` out."""
+    """Base of image towers: :class:`ImageBatch` in, :class:`ImageFeatures` of width ``embed_dim`` out.
+
+    ``pools_views`` says whether the tower makes one row of all images of a study (``ImageBatch.study``); others have a row per image.
+    """
 
     embed_dim: int
+    pools_views: bool = False
 
     @abc.abstractmethod
     def forward(self, batch: ImageBatch) -> ImageFeatures:
-        """Encode B images."""
+        """Encode B studies, or images that each stand for themselves."""
 
 
 class ReportEncoder(Configurable, nn.Module, abc.ABC):

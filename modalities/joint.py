@@ -101,6 +101,7 @@ class JointEncoder(ImageEncoder):
             raise ValueError(f"the radiograph tower embeds in {xray.embed_dim} dimensions, the CT tower in {ct.embed_dim}")
         self.embed_dim = xray.embed_dim
         self.xray, self.ct = xray, ct
+        self.pools_views = xray.pools_views
 
     def forward(self, batch: ImageBatch) -> ImageFeatures:
         """``batch.pixels`` (B, C, H, W) or (B, C, S, H, W)."""

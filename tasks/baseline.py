@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from medvl.data.manifest import StudyImage
+from medvl.data.studies import by_study
 from medvl.metrics import auroc
 from medvl.model import DualEncoder
 from medvl.types import UnreadableImageError
@@ -45,7 +46,7 @@ def thumbnail_baseline(model: DualEncoder, train: Sequence[StudyImage], predicti
     Args:
         model: reads the images.
         train: rows to learn from; one that cannot be read is skipped and counted.
-        predictions: whose rows and findings are scored.
+        predictions: whose rows and findings are scored; where these are of studies, a study has the mean score of its images.
     """
     small, read, rejected = _read_thumbnails(model, train)
     names = predictions.findings
@@ -56,9 +57,12 @@ def thumbnail_baseline(model: DualEncoder, train: Sequence[StudyImage], predicti
     if found and columns:
         labels = np.array([[train[i].labels.get(names[j], np.nan) for j in columns] for i in read], dtype=np.float64)
         scores[np.ix_([held_out[i] for i in found], columns)] = logistic_scores(small, labels, tested)
+    if predictions.of_studies:
+        scores = _mean_of_studies(scores, predictions.rows)
+    counted = predictions.counted()
     per_finding = {}
     for j, name in enumerate(names):
-        known = np.isin(predictions.labels[:, j], (0, 1)) & ~np.isnan(scores[:, j])
+        known = counted[np.isin(predictions.labels[counted, j], (0, 1)) & ~np.isnan(scores[counted, j])]
         area = auroc(predictions.labels[known, j], scores[known, j])
         per_finding[name] = area if np.isfinite(area) else None
     values = [area for area in per_finding.values() if area is not None]
@@ -72,6 +76,16 @@ def thumbnail_baseline(model: DualEncoder, train: Sequence[StudyImage], predicti
         "train_rejected": len(rejected),
     }
     return Baseline(scores, measured, tuple(rejected))
+
+
+def _mean_of_studies(scores: NDArray[np.float64], rows: Sequence[StudyImage]) -> NDArray[np.float64]:
+    """(Q, F) scores of images to those of their studies: the mean of those that there are, NaN where there are none."""
+    found = np.full_like(scores, np.nan)
+    for indices in by_study(rows).values():
+        own = scores[indices]
+        there = ~np.isnan(own)
+        found[indices] = np.where(there.any(0), np.where(there, own, 0.0).sum(0) / np.maximum(there.sum(0), 1), np.nan)
+    return found
 
 
 def _read_thumbnails(model: DualEncoder, rows: Sequence[StudyImage]) -> tuple[NDArray[np.float64], list[int], list[tuple[StudyImage, str]]]:

@@ -1,6 +1,8 @@
 """Evaluation of a model on labelled studies: zero-shot AUROC, pointing game, retrieval; every figure with n and a patient-level interval.
 
-Shapes: N images, F findings, R reports, G items of a pool. What is predicted is kept apart from what is measured: ``predictions.csv`` and
+Shapes: N images, F findings, R reports, G items of a pool. A tower that pools views scores studies: then each image has the score, the
+label and the similarities of its study, and figures made of these count a study once; where a map points is a matter of each image still.
+What is predicted is kept apart from what is measured: ``predictions.csv`` and
 ``retrieval.csv`` hold everything that ``results.json`` is computed from, besides patients and masks of the data.
 
 A row of ``retrieval.csv`` is a query: an image (direction image_to_report) or the report of a study (report_to_image). Twice, for the
@@ -15,6 +17,7 @@ import csv
 import io
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,22 +28,20 @@ import torch
 from numpy.typing import NDArray
 
 from medvl.data.manifest import StudyImage
+from medvl.data.studies import as_listed, by_study
 from medvl.metrics import MACRO, Interval, Retrieval, auroc_intervals, mean_intervals, peak, pointing_game, recall_at_k
-from medvl.model import DualEncoder, batches, write_atomically
+from medvl.model import DualEncoder, packed, write_atomically
 from medvl.types import RESEARCH_USE, ImageFeatures, ImageSample, TextSource, UnreadableImageError
 from reports.prompts import PromptSet
 from tasks.grounding import batch_extent, native_maps
+from tasks.masks import MaskError, finding_mask, masked_slices
 from tasks.retrieval import build_index, image_to_reports, studies_of
-from tasks.zero_shot import PromptBank, encode_prompts, score
+from tasks.zero_shot import PromptBank, encode, encode_prompts, score, slice_scores
 
 FOCAL_FRACTION = 0.25
 """A finding is focal if its mask covers less than this share of the image in the median positive study; only these are pointed at."""
 RECALL_AT = (1, 5, 10)
 RETRIEVAL, REJECTED = "retrieval.csv", "rejected.csv"
-
-
-class MaskError(ValueError):
-    """A mask that cannot be laid on its image; its study is rejected."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,15 @@ class Predictions:
     retrieval: RetrievalScores | None
     rejected: tuple[tuple[StudyImage, str], ...]  # images that could not be read or whose mask does not fit, and why
     baseline: NDArray[np.float64] | None = None  # (N, F) scores of the thumbnail baseline, NaN where it has none; None if it was not run
+    slice_hits: NDArray[np.float64] | None = None  # (N, F): 1 the mask reaches into the slice of highest score, 0 not, NaN without a mask
+    slice_fraction: NDArray[np.float64] | None = None  # (N, F): share of the slices that the mask reaches into; both None without slices
+    of_studies: bool = False  # labels, scores and retrieval are of studies, the same in every image of one
+
+    def counted(self) -> NDArray[np.intp]:
+        """The images whose labels, scores and similarities count: all, or the first of each study where these are of studies."""
+        if not self.of_studies:
+            return np.arange(len(self.rows))
+        return np.array([indices[0] for indices in by_study(self.rows).values()], dtype=np.intp)
 
 
 @dataclass(frozen=True)
@@ -83,7 +93,7 @@ def predict(
     batch_size: int = 32,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Predictions:
-    """Score, point and compare every image of ``rows``.
+    """Score, point and compare every image of ``rows``; with a tower that pools views, score and compare every study.
 
     Args:
         prompts: prompt pairs; the map of a finding is, at every token, the highest of those of its positive prompts.
@@ -101,46 +111,88 @@ def predict(
 
     read: list[StudyImage] = []
     rejected: list[tuple[StudyImage, str]] = []
-    scores, peaks, hits, fractions, similarities = [], [], [], [], []
-    for part in batches(rows, batch_size):
-        samples: list[ImageSample] = []
-        masks: list[dict[str, NDArray[np.bool_] | None]] = []
-        for row in part:
-            try:
-                sample = model.read(row.path)
-                masks.append({name: finding_mask(row, name, sample) for name in names})
-            except (UnreadableImageError, MaskError) as error:  # noqa: PERF203
-                rejected.append((row, str(error)))
-            else:
-                samples.append(sample)
-                read.append(row)
-        if samples:
-            features = model.encode_samples(samples)
-            scores.append(score(model, features, bank).double().cpu().numpy())
+    scores, peaks, hits, fractions, similarities, levels = [], [], [], [], [], []
+    of_studies = model.image.pools_views and all(row.modality == "xray" for row in rows)
+    together = [[rows[i] for i in indices] for indices in by_study(rows).values()] if of_studies else [[row] for row in rows]
+    for part in packed(together, batch_size):
+        groups = [[one for row in group if (one := _read(model, row, names, rejected)) is not None] for group in part]
+        images = [one for group in groups for one in group]
+        if images:
+            counts = [len(group) for group in groups if group]
+            features = encode(model, [[one.sample for one in group] for group in groups if group])
+            scores.append(np.repeat(score(model, features, bank).double().cpu().numpy(), counts, axis=0))
             maps = finding_maps(model, features, bank)
+            if of_studies:
+                maps = torch.stack([maps[study, :, view] for study, count in enumerate(counts) for view in range(count)])
             if index is not None:
-                similarities.append(image_to_reports(model, features, index)[0].double().cpu().numpy())
-            extent = batch_extent(samples)
-            for mask_of, sample, grids in zip(masks, samples, maps, strict=True):
-                native = native_maps(grids, sample.transform, extent)
-                found = [_pointed(mask_of[name], one) for name, one in zip(names, native, strict=True)]
+                similarities.append(np.repeat(image_to_reports(model, features, index)[0].double().cpu().numpy(), counts, axis=0))
+            if features.slices is not None:
+                highest = slice_scores(model, features, bank).nan_to_num(-1.0).argmax(-1).cpu().numpy()  # (B, F)
+                levels += [_slice_hits(one, names, at) for one, at in zip(images, highest, strict=True)]
+            extent = batch_extent([one.sample for one in images])
+            for one, grids in zip(images, maps, strict=True):
+                native = native_maps(grids, one.sample.transform, extent)
+                found = [_pointed(one.masks[name], scored) for name, scored in zip(names, native, strict=True)]
                 peaks.append(tuple(at for at, _, _ in found))
                 hits.append([hit for _, hit, _ in found])
                 fractions.append([fraction for _, _, fraction in found])
-        progress(len(part))
+        read += [one.row for one in images]
+        progress(sum(map(len, part)))
     if not read:
         raise ValueError(f"none of {len(rows)} images could be read; first: {rejected[0][1] if rejected else 'no images were given'}")
     return Predictions(
         findings=names,
         rows=tuple(read),
-        labels=np.array([[row.labels.get(name, math.nan) for name in names] for row in read], dtype=np.float64),
+        labels=_labels(read, names, of_studies=of_studies),
         scores=np.concatenate(scores),
         peaks=tuple(peaks),
         hits=np.array(hits),
         mask_fraction=np.array(fractions),
         retrieval=_pairs(read, index_of, np.concatenate(similarities)) if index is not None else None,
         rejected=tuple(rejected),
+        slice_hits=np.array([[hit for hit, _ in line] for line in levels]) if levels else None,
+        slice_fraction=np.array([[share for _, share in line] for line in levels]) if levels else None,
+        of_studies=of_studies,
     )
+
+
+@dataclass(frozen=True)
+class _Image:
+    """A row of the table as it was read."""
+
+    row: StudyImage
+    sample: ImageSample
+    masks: dict[str, NDArray[np.bool_] | None]
+
+
+def _read(model: DualEncoder, row: StudyImage, names: Sequence[str], rejected: list[tuple[StudyImage, str]]) -> _Image | None:
+    """Read an image and its masks; None, with the reason added to ``rejected``, if either cannot be used."""
+    try:
+        sample = as_listed(model.read(row.path), row)
+        return _Image(row, sample, {name: finding_mask(row, name, sample) for name in names})
+    except (UnreadableImageError, MaskError) as error:
+        rejected.append((row, str(error)))
+        return None
+
+
+def _slice_hits(image: _Image, names: Sequence[str], highest: NDArray[np.intp]) -> list[tuple[float, float]]:
+    """Of each finding whether the mask reaches into its slice of highest score, and the share of slices it reaches into; NaN without one."""
+    found = []
+    for name, at in zip(names, highest, strict=True):
+        mask = image.masks[name]
+        inside = None if mask is None else masked_slices(mask, image.sample)
+        found.append((math.nan, math.nan) if inside is None else (float(inside[at]), float(inside.mean())))
+    return found
+
+
+def _labels(rows: Sequence[StudyImage], names: Sequence[str], *, of_studies: bool) -> NDArray[np.float64]:
+    """(N, F) labels of images; of studies, what any image of one says: 1 before -1 (uncertain) before 0 before NaN."""
+    labels = np.array([[row.labels.get(name, math.nan) for name in names] for row in rows], dtype=np.float64).reshape(len(rows), len(names))
+    if of_studies:
+        for indices in by_study(rows).values():
+            own = labels[indices]
+            labels[indices] = np.select([(own == value).any(0) for value in (1, -1, 0)], [1.0, -1.0, 0.0], math.nan)
+    return labels
 
 
 def finding_maps(model: DualEncoder, images: ImageFeatures, bank: PromptBank) -> torch.Tensor:
@@ -155,50 +207,6 @@ def _pointed(mask: NDArray[np.bool_] | None, scores: NDArray[np.float32]) -> tup
     if mask is None:
         return at, math.nan, math.nan
     return at, pointing_game(at, mask), float(mask.mean())
-
-
-def finding_mask(row: StudyImage, name: str, sample: ImageSample) -> NDArray[np.bool_] | None:
-    """The mask of a finding that is present, from its mask file or boxes, on the image's own grid; None if there is none.
-
-    Args:
-        sample: the image as it was read, which knows its own grid.
-    Raises:
-        MaskError: a mask file that cannot be read, or that lies on another grid than the image.
-    """
-    if row.labels.get(name) != 1:
-        return None
-    shape = sample.transform.native_shape
-    mask = np.zeros(shape, dtype=bool)
-    if name in row.masks:
-        mask = _volume_mask(row, name, sample) if len(shape) == 3 else _picture_mask(row, name, shape)
-    for box in row.boxes if len(shape) == 2 else ():
-        if box.finding == name:
-            mask = mask | box.mask((shape[0], shape[1]))
-    return mask if mask.any() else None
-
-
-def _picture_mask(row: StudyImage, name: str, shape: tuple[int, ...]) -> NDArray[np.bool_]:
-    from PIL import Image
-
-    try:
-        with Image.open(row.masks[name]) as picture:
-            plain = picture.mode in ("1", "L", "P", "F") or picture.mode.startswith("I")  # of a palette the index counts
-            mask = np.asarray(picture if plain else picture.convert("L")) != 0
-    except (OSError, ValueError, Image.DecompressionBombError) as error:
-        raise MaskError(f"study {row.study_id}: the mask of {name} is no readable picture ({type(error).__name__})") from None
-    if mask.shape != shape:
-        raise MaskError(f"study {row.study_id}: the mask of {name} has {mask.shape} pixels, the image {shape}; masks are in native pixels")
-    return mask
-
-
-def _volume_mask(row: StudyImage, name: str, sample: ImageSample) -> NDArray[np.bool_]:
-    from modalities.ct.mask import read_mask
-
-    assert sample.affine is not None
-    try:
-        return read_mask(row.masks[name], sample.affine, sample.transform.native_shape)
-    except UnreadableImageError as error:
-        raise MaskError(f"study {row.study_id}: the mask of {name} cannot be used: {error}") from None
 
 
 def _pairs(
@@ -219,7 +227,7 @@ def _pairs(
 def results(predictions: Predictions, *, repeats: int = 1000, seed: int = 0) -> dict[str, Any]:
     """Every metric of a prediction, JSON-ready (NaN as null)."""
     patients = [row.patient_id for row in predictions.rows]
-    names = predictions.findings
+    names, counted = predictions.findings, predictions.counted()
     found: dict[str, Any] = {
         "notice": RESEARCH_USE,
         "images": len(predictions.rows),
@@ -229,13 +237,18 @@ def results(predictions: Predictions, *, repeats: int = 1000, seed: int = 0) -> 
         "interval": {"level": 0.95, "method": "percentile bootstrap over patients", "repeats": repeats, "seed": seed},
         "calibrated": False,
     }
+    if predictions.of_studies:
+        found["scored"] = "studies: zero_shot and retrieval count each study once, grounding each image"
     if names:
-        areas = auroc_intervals(predictions.labels, predictions.scores, names, patients, repeats=repeats, seed=seed)
+        labels, scores = predictions.labels[counted], predictions.scores[counted]
+        areas = auroc_intervals(labels, scores, names, [patients[i] for i in counted], repeats=repeats, seed=seed)
         found["zero_shot"] = {
             **_macro("macro_auroc", areas),
             "per_finding": {name: {"auroc": _number(areas[name].value), **_interval(areas[name])} for name in names},
         }
         found["grounding"] = _grounding(predictions, patients, repeats, seed)
+        if predictions.slice_hits is not None:
+            found["slices"] = _slices(predictions, patients, repeats, seed)
     if predictions.retrieval is not None:
         found["retrieval"] = _retrieval(predictions, patients, repeats, seed)
     return found
@@ -270,10 +283,27 @@ def _grounding(predictions: Predictions, patients: list[str], repeats: int, seed
     return found
 
 
+def _slices(predictions: Predictions, patients: list[str], repeats: int, seed: int) -> dict[str, Any]:
+    """How often a finding's slice of highest score is one that its mask reaches into, beside what a random slice would do."""
+    hits, share = predictions.slice_hits, predictions.slice_fraction
+    assert hits is not None and share is not None
+    masked = [j for j in range(len(predictions.findings)) if not np.isnan(hits[:, j]).all()]
+    found: dict[str, Any] = {"rule": "the mask reaches into the slice of highest score", "per_finding": {}}
+    if masked:
+        names = [predictions.findings[j] for j in masked]
+        every = mean_intervals(hits[:, masked], names, patients, repeats=repeats, seed=seed)
+        chance = {name: float(np.nanmean(share[:, j])) for name, j in zip(names, masked, strict=True)}
+        found["per_finding"] = {
+            name: {"slice_hit": _number(every[name].value), **_interval(every[name]), "chance": chance[name]} for name in names
+        }
+        found |= {**_macro("slice_hit_macro", every), "chance_macro": float(np.mean(list(chance.values())))}
+    return found
+
+
 def _retrieval(predictions: Predictions, patients: list[str], repeats: int, seed: int) -> dict[str, Any]:
     assert predictions.retrieval is not None
     found: dict[str, Any] = {}
-    for queries in _directions(predictions.retrieval):
+    for queries in _directions(predictions.retrieval, predictions.counted()):
         ids = np.array(patients, dtype=object)[queries.images]
         exact = recall_at_k(queries.similarity, queries.own, RECALL_AT, ids, repeats=repeats, seed=seed)
         duplicates = recall_at_k(queries.similarity, queries.same, RECALL_AT, ids, repeats=repeats, seed=seed)
@@ -296,9 +326,9 @@ class _Queries:
     images: NDArray[np.intp]  # (Q,) the image that each query is, or one of its study
 
 
-def _directions(scores: RetrievalScores) -> tuple[_Queries, _Queries]:
-    """Images against reports and back; images whose study has no report are neither queries nor pool."""
-    kept = np.flatnonzero(scores.own.any(1))
+def _directions(scores: RetrievalScores, counted: NDArray[np.intp]) -> tuple[_Queries, _Queries]:
+    """Images that count against reports and back; images whose study has no report are neither queries nor pool."""
+    kept = counted[scores.own[counted].any(1)]
     similarity, own, same = scores.similarity[kept], scores.own[kept], scores.same[kept]
     return (
         _Queries("image_to_report", similarity, own, same, kept),
@@ -338,14 +368,22 @@ def write(predictions: Predictions, measured: dict[str, Any], folder: Path, othe
 
     Args:
         others: further lines of ``rejected.csv`` besides the predictions' own: row, study_id, reason, what was rejected.
+
+    ``predictions.csv`` has a line per image and finding; where studies were scored, ``score`` and ``label`` are those of the study in each
+    of its lines, ``images`` says how many images that score is made of, and the peak is the image's own.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / RETRIEVAL).unlink(missing_ok=True)
     baseline = predictions.baseline
     deep = ["peak_slice"] if any(at is not None and len(at) == 3 for row in predictions.peaks for at in row) else []
+    pooled = ["images"] if predictions.of_studies else []
+    images = Counter(row.study_id for row in predictions.rows)
     _write_csv(
         folder / "predictions.csv",
-        ["study_id", "finding", "label", "score", "peak_row", "peak_col", "path", *deep, *([] if baseline is None else ["baseline_score"])],
+        [
+            *("study_id", "finding", "label", "score", "peak_row", "peak_col", "path"),
+            *(*deep, *pooled, *([] if baseline is None else ["baseline_score"])),
+        ],
         (
             [
                 row.study_id,
@@ -355,6 +393,7 @@ def write(predictions: Predictions, measured: dict[str, Any], folder: Path, othe
                 *(predictions.peaks[i][j] or ("", ""))[-2:],
                 row.path.name,
                 *((predictions.peaks[i][j] or ("",))[0] for _ in deep),
+                *(images[row.study_id] for _ in pooled),
                 *([] if baseline is None else ["" if np.isnan(baseline[i, j]) else repr(float(baseline[i, j]))]),
             ]
             for i, row in enumerate(predictions.rows)
@@ -371,7 +410,7 @@ def write(predictions: Predictions, measured: dict[str, Any], folder: Path, othe
 
 def _retrieval_lines(predictions: Predictions) -> Iterator[list[Any]]:
     assert predictions.retrieval is not None
-    for queries in _directions(predictions.retrieval):
+    for queries in _directions(predictions.retrieval, predictions.counted()):
         for similarity, own, same, image in zip(queries.similarity, queries.own, queries.same, queries.images, strict=True):
             row = predictions.rows[image]
             path = row.path.name if queries.direction == "image_to_report" else ""

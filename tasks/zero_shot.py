@@ -2,7 +2,8 @@
 
 Shapes: B images, F findings, P prompts. A score is the softmax of the pair: the sigmoid of (mean similarity with the positive prompts -
 mean similarity with the negative prompts), similarities as logits, so the learned temperature is in them. It is not calibrated, so it
-is called a score and not a probability. A study of several images has the sigmoid of the mean over its images of that difference.
+is called a score and not a probability. A study of several images has the sigmoid of the mean over its images of that difference; with a
+tower that pools views, that of the study's own features, made of all its images together.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from medvl.model import DualEncoder
+from medvl.model import DualEncoder, packed
 from medvl.nn.similarity import slice_logits
 from medvl.types import ImageFeatures, ImageReader, ImageSample, TextFeatures, UnreadableImageError
 from reports.prompts import PromptSet
@@ -33,6 +35,16 @@ class PromptBank:
 
 
 @dataclass(frozen=True)
+class SliceScores:
+    """Which slices of a volume speak for a finding: S slices of the tower's grid, from the feet to the head."""
+
+    path: str
+    index: tuple[float, ...]  # of a slice's middle along the file's own axis that the slices are stacked in, from 0
+    z_mm: tuple[float, ...]  # its height in the patient, towards superior (RAS), in the middle of the slice
+    findings: dict[str, tuple[float, ...]]  # score of each slice as if it were the whole study, in (0, 1)
+
+
+@dataclass(frozen=True)
 class Diagnosis:
     """Scores of one study, or why there are none."""
 
@@ -42,6 +54,7 @@ class Diagnosis:
     findings: dict[str, float] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     unreadable: dict[str, str] = field(default_factory=dict)  # path -> reason
+    slices: tuple[SliceScores, ...] = ()  # of the study's volumes
 
     @property
     def path(self) -> str:
@@ -80,7 +93,7 @@ def pair_logits(model: DualEncoder, images: ImageFeatures, bank: PromptBank) -> 
 
 
 def score(model: DualEncoder, images: ImageFeatures, bank: PromptBank) -> Tensor:
-    """(B, F) scores in (0, 1) of single images: the pair softmax of mean similarities (the module's docstring has the formula)."""
+    """(B, F) scores in (0, 1) of single images or of pooled studies: the pair softmax of the module's docstring."""
     return pair_logits(model, images, bank).sigmoid()
 
 
@@ -101,7 +114,8 @@ def diagnose(model: DualEncoder, paths: Sequence[Path], bank: PromptBank, batch_
     Headers are read first, to know the studies; images then a batch at a time, and each study is yielded once its last image is scored.
     """
     studies = group_by_study(model.reader, paths)
-    outcomes = _outcomes(model, [path for study in studies for path in study], bank, batch_size)
+    together = studies if model.image.pools_views else [[path] for study in studies for path in study]
+    outcomes = _outcomes(model, together, bank, batch_size)
     for study in studies:
         yield _diagnosis(list(islice(outcomes, len(study))), bank.findings)
 
@@ -125,27 +139,65 @@ class _Outcome:
     """One image of a study: its logits, or why there are none."""
 
     path: str
-    logits: Tensor | None = None  # (F,), float64, on the CPU
+    logits: Tensor | None = None  # (F,), float64, on the CPU; where the tower pools views, those of the study
     error: str = ""
     warnings: tuple[str, ...] = ()
+    slices: SliceScores | None = None
 
 
-def _outcomes(model: DualEncoder, paths: Sequence[Path], bank: PromptBank, batch_size: int) -> Iterator[_Outcome]:
-    """One outcome per file, in order, a batch at a time."""
-    for start in range(0, len(paths), batch_size):
-        read: list[ImageSample | UnreadableImageError] = []
-        for path in paths[start : start + batch_size]:
-            try:
-                read.append(model.read(path))
-            except UnreadableImageError as error:  # noqa: PERF203
-                read.append(error)
-        samples = [one for one in read if not isinstance(one, UnreadableImageError)]
-        rows = iter(pair_logits(model, model.encode_samples(samples), bank).cpu().double() if samples else ())
-        for path, one in zip(paths[start : start + batch_size], read, strict=True):
-            if isinstance(one, UnreadableImageError):
-                yield _Outcome(str(path), error=str(one))
-            else:
-                yield _Outcome(str(path), logits=next(rows), warnings=one.warnings)
+def _outcomes(model: DualEncoder, together: Sequence[Sequence[Path]], bank: PromptBank, batch_size: int) -> Iterator[_Outcome]:
+    """One outcome per file, in order, a batch at a time; files that stand together are encoded together."""
+    for part in packed(together, batch_size):
+        read = [[(path, _read(model, path)) for path in paths] for paths in part]
+        good = [[(path, one) for path, one in group if not isinstance(one, UnreadableImageError)] for group in read]
+        scored = _scored(model, good, bank)
+        for path, one in (pair for group in read for pair in group):
+            yield _Outcome(str(path), error=str(one)) if isinstance(one, UnreadableImageError) else scored[path]
+
+
+def _scored(model: DualEncoder, groups: Sequence[Sequence[tuple[Path, ImageSample]]], bank: PromptBank) -> dict[Path, _Outcome]:
+    """Path -> outcome of the images that were read; films and volumes each in a batch of their own."""
+    films = [[pair for pair in group if pair[1].affine is None] for group in groups]
+    volumes = [[pair] for group in groups for pair in group if pair[1].affine is not None]
+    if not model.image.pools_views:
+        films = [[pair] for group in films for pair in group]
+    found: dict[Path, _Outcome] = {}
+    for kind in (films, volumes):
+        if not (units := [unit for unit in kind if unit]):
+            continue
+        features = encode(model, [[sample for _, sample in unit] for unit in units])
+        logits = pair_logits(model, features, bank).cpu().double()
+        slices = slice_scores(model, features, bank).cpu() if features.slices is not None else None
+        for i, unit in enumerate(units):
+            for path, sample in unit:
+                by_slice = None if slices is None else _by_slice(path, sample, slices[i], bank.findings)
+                found[path] = _Outcome(str(path), logits[i], warnings=sample.warnings, slices=by_slice)
+    return found
+
+
+def _by_slice(path: Path, sample: ImageSample, scores: Tensor, findings: Sequence[str]) -> SliceScores:
+    """The (F, S) scores of a volume's slices, with where each slice lies in its file."""
+    count, rows, columns = sample.pixels.shape[1:]
+    middle = np.array([[s, (rows - 1) / 2, (columns - 1) / 2] for s in range(count)])
+    native = sample.transform.to_native(middle)
+    assert sample.affine is not None
+    world = native @ sample.affine[:3, :3].T + sample.affine[:3, 3]
+    kept = {name: tuple(scores[f, :count].tolist()) for f, name in enumerate(findings)}
+    return SliceScores(str(path), tuple(native[:, sample.transform.axes[0]].tolist()), tuple(world[:, 2].tolist()), kept)
+
+
+def encode(model: DualEncoder, together: Sequence[Sequence[ImageSample]]) -> ImageFeatures:
+    """Features in one batch, a row for each group: of film studies where the tower pools views, else each group is a single image."""
+    if model.image.pools_views and together[0][0].affine is None:
+        return model.encode_studies(together, batch_size=sum(map(len, together)))
+    return model.encode_samples([sample for (sample,) in together])
+
+
+def _read(model: DualEncoder, path: Path) -> ImageSample | UnreadableImageError:
+    try:
+        return model.read(path)
+    except UnreadableImageError as error:
+        return error
 
 
 def _diagnosis(outcomes: Sequence[_Outcome], findings: Sequence[str]) -> Diagnosis:
@@ -166,4 +218,5 @@ def _diagnosis(outcomes: Sequence[_Outcome], findings: Sequence[str]) -> Diagnos
         findings=dict(zip(findings, scores, strict=True)),
         warnings=tuple(note if len(paths) == 1 else f"{one.path}: {note}" for one in outcomes for note in one.warnings),
         unreadable=unreadable,
+        slices=tuple(one.slices for one in outcomes if one.slices is not None),
     )

@@ -68,4 +68,4 @@ class Augment(Configurable):
         moved = F.grid_sample(torch.cat([pixels, valid[:, None].float()], dim=1), grid, align_corners=False)
         inside = moved[:, -1:] > 0.5
         changed = torch.where(inside, moved[:, :-1] * gain + offset + sigma * noise, 0.0)
-        return ImageBatch(changed, inside[:, 0])
+        return replace(images, pixels=changed, valid=inside[:, 0])

@@ -1,7 +1,7 @@
 """Studies as training batches: images, the different sentences of the whole batch, and which is true of which.
 
-Shapes: B images, M different texts, C channels, H rows, W columns. Everything random is a pure function of (seed, epoch, image), so a
-run that was killed goes on with the very batches it would have seen.
+Shapes: B items (images, or studies with all their images), M different texts, C channels, H rows, W columns. Everything random is a pure
+function of (seed, epoch, item), so a run that was killed goes on with the very batches it would have seen.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
@@ -19,15 +20,17 @@ from medvl.data.augment import Augment
 from medvl.data.manifest import StudyImage
 from medvl.types import ImageBatch, ImageReader, ImageSample, TextBatch, TextSource, UnreadableImageError
 
+Views = Literal["image", "study"]
+
 
 @dataclass(frozen=True)
 class StudyBatch:
-    """B images with the M different texts of the batch."""
+    """B items with the M different texts of the batch."""
 
-    images: ImageBatch
+    images: ImageBatch  # its ``study`` says which item each image is of
     texts: TextBatch
     positives: Tensor  # (B, M) bool
-    rows: tuple[int, ...]  # manifest row of each image
+    rows: tuple[int, ...]  # manifest row of each item's first image
 
     def to(self, device: torch.device | str) -> StudyBatch:
         """The same batch on another device."""
@@ -36,17 +39,17 @@ class StudyBatch:
 
 @dataclass(frozen=True)
 class Item:
-    """One image with the sentences drawn for it."""
+    """One image, or the images of one study, with the sentences drawn for it."""
 
-    sample: ImageSample
+    samples: tuple[ImageSample, ...]
     texts: tuple[str, ...]
-    row: int
+    row: int  # of the manifest, of the first image
     epoch: int
 
 
 @dataclass(frozen=True)
 class Draw:
-    """What a sampler asks the data set for: image ``index`` as epoch ``epoch`` sees it."""
+    """What a sampler asks the data set for: item ``index`` as epoch ``epoch`` sees it."""
 
     epoch: int
     index: int
@@ -63,15 +66,16 @@ class Skipped:
 
 
 class StudyDataset(Dataset[Item]):
-    """Images of a manifest with sentences drawn from their reports.
+    """Images, or studies, of a manifest with sentences drawn from their reports. ``images`` and ``texts`` have an entry per image.
 
     Args:
         images: rows to serve; rows whose report yields no text are left out and listed in ``skipped``.
         reader: reads and preprocesses an image.
         source: turns a report into texts.
-        sentences_per_image: how many sentences are drawn per image and epoch, without replacement; None takes all.
+        sentences_per_image: how many sentences are drawn per item and epoch, without replacement; None takes all.
         seed: of the sentence draw.
         cache: keep what the reader made in memory, as float16 (32 KiB an image of 128 x 128).
+        views: an item is an ``image``, or a ``study`` with all its images, whose texts are those of any of its rows.
     """
 
     def __init__(
@@ -82,10 +86,15 @@ class StudyDataset(Dataset[Item]):
         sentences_per_image: int | None = None,
         seed: int = 0,
         cache: bool = False,
+        views: Views = "image",
     ) -> None:
         if sentences_per_image is not None and sentences_per_image < 1:
             raise ValueError(f"sentences_per_image is {sentences_per_image}, expected at least 1 or None for all")
+        if views not in ("image", "study"):
+            raise ValueError(f"views is {views!r}, expected 'image' or 'study'")
         texts = [source.texts(image.report, image.findings, image.impression) for image in images]
+        if views == "study":
+            texts = _of_the_study(images, texts)
         self.images = [image for image, found in zip(images, texts, strict=True) if found]
         self.texts = [found for found in texts if found]
         self.skipped = [
@@ -93,11 +102,18 @@ class StudyDataset(Dataset[Item]):
             for image, found in zip(images, texts, strict=True)
             if not found
         ]
-        self.reader, self.sentences_per_image, self.seed = reader, sentences_per_image, seed
+        self.reader, self.sentences_per_image, self.seed, self.views = reader, sentences_per_image, seed, views
         self._cache: dict[int, ImageSample] | None = {} if cache else None
+        self.items = self._items()
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.items)
+
+    def _items(self) -> list[list[int]]:
+        """Indices of each item's images."""
+        if self.views == "study":
+            return list(by_study(self.images).values())
+        return [[i] for i in range(len(self.images))]
 
     def drop_unreadable(self, progress: Callable[[], None] = lambda: None) -> None:
         """Read every image once, so that bad files are left out, and listed, before training and not in the middle of it.
@@ -119,6 +135,7 @@ class StudyDataset(Dataset[Item]):
                 kept_texts.append(texts)
             progress()
         self.images, self.texts = kept_images, kept_texts
+        self.items = self._items()
         if self._cache is not None:
             self._cache = cache
 
@@ -135,16 +152,17 @@ class StudyDataset(Dataset[Item]):
     def __getitem__(self, draw: Draw | int) -> Item:
         if isinstance(draw, int):
             draw = Draw(0, draw)
-        texts = self.texts[draw.index]
+        indices = self.items[draw.index]
+        texts, row = self.texts[indices[0]], self.images[indices[0]].row
         if self.sentences_per_image is not None and len(texts) > self.sentences_per_image:
-            rng = generator(self.seed, "sentences", draw.epoch, self.images[draw.index].row)
+            rng = generator(self.seed, "sentences", draw.epoch, row)
             chosen = np.sort(rng.choice(len(texts), self.sentences_per_image, replace=False))
             texts = tuple(texts[i] for i in chosen)
-        return Item(self.sample(draw.index), texts, self.images[draw.index].row, draw.epoch)
+        return Item(tuple(as_listed(self.sample(i), self.images[i]) for i in indices), texts, row, draw.epoch)
 
 
 class Collate:
-    """Items to a batch: equal sentences become one text, true of every image that has it.
+    """Items to a batch: equal sentences become one text, true of every item that has it.
 
     Args:
         reader: stacks the images.
@@ -156,7 +174,7 @@ class Collate:
         self.reader, self.augment, self.seed = reader, augment, seed
 
     def __call__(self, items: Sequence[Item]) -> StudyBatch:
-        images = self.reader.collate([item.sample for item in items])
+        images = self.reader.collate([sample for item in items for sample in item.samples]).grouped([len(item.samples) for item in items])
         texts = tuple(dict.fromkeys(text for item in items for text in item.texts))
         if self.augment is not None:
             rng = generator(self.seed, "augment", *(f"{item.epoch}:{item.row}" for item in items))
@@ -172,15 +190,15 @@ class EpochBatches(Sampler[list[Draw]]):
     """Shuffled batches that are a pure function of (seed, epoch); ``start`` skips what a resumed epoch has already seen.
 
     Args:
-        count: images in the data set.
-        batch_size: images per batch; the last, smaller batch of an epoch is dropped unless it is the only one.
+        count: items in the data set.
+        batch_size: items per batch; the last, smaller batch of an epoch is dropped unless it is the only one.
         seed: of the shuffle.
         rank, world_size: this process's share of each epoch.
     """
 
     def __init__(self, count: int, batch_size: int, seed: int = 0, *, rank: int = 0, world_size: int = 1) -> None:
         if count < world_size:
-            raise ValueError(f"{count} images cannot be shared between {world_size} processes")
+            raise ValueError(f"{count} items cannot be shared between {world_size} processes")
         self.batch_size = min(batch_size, count // world_size)
         self.count, self.seed, self.rank, self.world_size = count, seed, rank, world_size
         self.epoch, self.start = 0, 0
@@ -198,6 +216,29 @@ class EpochBatches(Sampler[list[Draw]]):
         for batch in range(start, len(self)):
             first = (batch * self.world_size + self.rank) * self.batch_size
             yield [Draw(self.epoch, int(i)) for i in order[first : first + self.batch_size]]
+
+
+def by_study(images: Sequence[StudyImage]) -> dict[str, list[int]]:
+    """Study id -> indices of its images; studies and images in the order given."""
+    found: dict[str, list[int]] = {}
+    for i, image in enumerate(images):
+        found.setdefault(image.study_id, []).append(i)
+    return found
+
+
+def as_listed(sample: ImageSample, image: StudyImage) -> ImageSample:
+    """The sample of a manifest's row, with the view that the table gives; where it gives none, that of the file."""
+    return sample if image.view is None else replace(sample, view=image.view)
+
+
+def _of_the_study(images: Sequence[StudyImage], texts: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """For each image the different texts of all images of its study."""
+    shared = list(texts)
+    for indices in by_study(images).values():
+        together = tuple(dict.fromkeys(text for i in indices for text in texts[i]))
+        for i in indices:
+            shared[i] = together
+    return shared
 
 
 def generator(seed: int, *parts: int | str) -> np.random.Generator:

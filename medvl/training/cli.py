@@ -116,15 +116,23 @@ class AlignmentCLI(LightningCLI):
     def _prepare(self, splits: tuple[str, ...]) -> None:
         data = self.datamodule
         assert isinstance(data, StudyDataModule)
+        if data.views == "study" and not self.model.image.pools_views:
+            raise ValueError(
+                f"data has views: study, but {type(self.model.image).__name__} encodes images one by one; leave it out, or take "
+                "modalities.xray.views.ViewPooledEncoder with this tower as its backbone"
+            )
         data.setup()
         console = Console(stderr=True)
         with Progress(console=console, transient=True) as progress:
-            task = progress.add_task("reading images", total=sum(len(data.sets[split]) for split in splits))
+            task = progress.add_task("reading images", total=sum(len(data.images(split)) for split in splits))
             data.read_images(splits, lambda: progress.advance(task))
             self.model.report.precompute(data.all_texts())
         self.rejected = data.write_skipped(Path(self.config_init[self.subcommand].out))
         counts = ", ".join(f"{len(data.sets[split])} {split}" for split in splits)
-        console.print(f"images: {counts}" + (f"; {self.rejected} left out, see {REJECTED}" if self.rejected else ""))
+        console.print(
+            f"{'studies' if data.views == 'study' else 'images'}: {counts}"
+            + (f"; {self.rejected} left out, see {REJECTED}" if self.rejected else "")
+        )
 
 
 def _tensorboard(out: Path) -> Logger:

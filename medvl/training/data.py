@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 
 from medvl.data.augment import Augment
 from medvl.data.manifest import ColumnMap, Manifest, SplitFractions, StudyImage, read_manifest
-from medvl.data.studies import Collate, EpochBatches, Item, Skipped, StudyDataset
+from medvl.data.studies import Collate, EpochBatches, Item, Skipped, StudyDataset, Views
 from medvl.model import write_atomically
 from medvl.types import ImageReader, TextSource
 
@@ -47,12 +47,13 @@ class StudyDataModule(L.LightningDataModule):
         splits: fractions to split by patient where the table has no split column.
         modality: which rows to use.
         allow_outside: accept paths that leave the table's folder.
-        batch_size: images per batch and process.
-        sentences_per_image: drawn per image and epoch; None takes all.
+        batch_size: items per batch and process.
+        sentences_per_image: drawn per item and epoch; None takes all.
         augment: changes training images; None leaves them.
         cache: keep decoded images in memory.
         workers: loader processes; with ``cache`` 0 is fastest.
         seed: of order, sentences and augmentation.
+        views: an item is an ``image``, or a ``study`` with all its images of the modality, for a tower that pools views.
     """
 
     def __init__(
@@ -70,13 +71,14 @@ class StudyDataModule(L.LightningDataModule):
         cache: bool = True,
         workers: int = 0,
         seed: int = 0,
+        views: Views = "image",
     ) -> None:
         super().__init__()
         self.manifest_path, self.reader, self.texts = Path(manifest), reader, texts
         self.columns = ColumnMap.load(columns) if isinstance(columns, str) else columns
         self.splits, self.modality, self.allow_outside = splits, modality, allow_outside
         self.batch_size, self.sentences_per_image, self.augment = batch_size, sentences_per_image, augment
-        self.cache, self.workers, self.seed = cache, workers, seed
+        self.cache, self.workers, self.seed, self.views = cache, workers, seed, views
         self.sets: dict[str, StudyDataset] = {}
         self.manifest: Manifest | None = None
 
@@ -90,7 +92,7 @@ class StudyDataModule(L.LightningDataModule):
         for split in ("train", "val", "test"):
             chosen = self.manifest.select(split=split, modality=self.modality)
             drawn = self.sentences_per_image if split == "train" else None
-            self.sets[split] = StudyDataset(chosen, self.reader, self.texts, drawn, self.seed, self.cache)
+            self.sets[split] = StudyDataset(chosen, self.reader, self.texts, drawn, self.seed, self.cache, self.views)
 
     def read_images(self, splits: tuple[str, ...], progress: Callable[[], None] = lambda: None) -> None:
         """Read every image of the splits once, so that unreadable files are known, and listed, before training starts."""
@@ -133,6 +135,7 @@ class StudyDataModule(L.LightningDataModule):
         Raises:
             ValueError: another table, batch size or seed than the checkpoint was written with.
         """
+        state_dict = {"views": "image", **state_dict}  # all that there was before checkpoints said
         differing = sorted(name for name, value in self._identity().items() if state_dict.get(name) != value)
         if differing:
             raise ValueError(
@@ -143,7 +146,8 @@ class StudyDataModule(L.LightningDataModule):
     def _identity(self) -> dict[str, Any]:
         assert self.manifest is not None
         counts = {"manifest": self.manifest.sha256, "images": len(self.sets["train"])}
-        return {**counts, "batch_size": self.batch_size, "seed": self.seed, "sentences_per_image": self.sentences_per_image}
+        drawn = {"sentences_per_image": self.sentences_per_image, "views": self.views}
+        return {**counts, "batch_size": self.batch_size, "seed": self.seed, **drawn}
 
     def batches_per_epoch(self, world_size: int = 1) -> int:
         """Training batches of an epoch on each process.

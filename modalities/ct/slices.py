@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.checkpoint import checkpoint
 
 from medvl.types import ImageBatch, ImageEncoder, ImageFeatures
-from modalities.ct.pooling import SlicePooling, checked_valid
+from modalities.pooling import Pooling, checked_valid
 
 
 class SlicePooledEncoder(ImageEncoder):
@@ -48,7 +48,7 @@ class SlicePooledEncoder(ImageEncoder):
     def __init__(
         self,
         backbone: ImageEncoder,
-        pooling: SlicePooling,
+        pooling: Pooling,
         chunk: int = 8,
         tokens: bool = True,
         token_pool: int = 1,

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from medvl.types import ImageBatch, ImageEncoder, ImageFeatures
-from modalities.ct.pooling import checked_valid
+from modalities.pooling import checked_valid
 from modalities.xray.towers import TimmEncoder
 
 if TYPE_CHECKING:

@@ -8,9 +8,10 @@ if TYPE_CHECKING:
     from modalities.xray.conv import ConvEncoder as ConvEncoder
     from modalities.xray.reader import XrayReader as XrayReader
     from modalities.xray.towers import TimmEncoder as TimmEncoder
+    from modalities.xray.views import ViewPooledEncoder as ViewPooledEncoder
 
-_LAZY = {"ConvEncoder": "conv", "TimmEncoder": "towers", "XrayReader": "reader"}
-__all__ = ["ConvEncoder", "TimmEncoder", "XrayReader"]
+_LAZY = {"ConvEncoder": "conv", "TimmEncoder": "towers", "ViewPooledEncoder": "views", "XrayReader": "reader"}
+__all__ = ["ConvEncoder", "TimmEncoder", "ViewPooledEncoder", "XrayReader"]
 
 
 def __getattr__(name: str) -> Any:

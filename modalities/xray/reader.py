@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from medvl.geometry import letterbox
-from medvl.types import ImageBatch, ImageReader, ImageSample, UnreadableImageError
+from medvl.types import ImageBatch, ImageReader, ImageSample, UnreadableImageError, view_index
 
 MAX_PICTURE_PIXELS = 2**27
 """Largest PNG, JPEG or TIFF that is decoded; half of what DICOM may have, as a small file can unfold to it."""
@@ -116,7 +116,7 @@ class XrayReader(ImageReader):
         return torch.from_numpy(_read_native(Path(path)).pixels)
 
     def collate(self, samples: Sequence[ImageSample]) -> ImageBatch:
-        """Samples of this reader to ``pixels`` (B, C, S, S) and ``valid`` (B, S, S).
+        """Samples of this reader to ``pixels`` (I, C, S, S), ``valid`` (I, S, S) and ``view`` (I,).
 
         Raises:
             ValueError: no samples, or samples of another size or channel count.
@@ -127,7 +127,8 @@ class XrayReader(ImageReader):
         for sample in samples:
             if tuple(sample.pixels.shape) != expected:
                 raise ValueError(f"a sample has shape {tuple(sample.pixels.shape)}, this reader makes {expected}")
-        return ImageBatch(torch.stack([s.pixels for s in samples]), torch.stack([s.valid for s in samples]))
+        view = torch.tensor([view_index(s.view) for s in samples])
+        return ImageBatch(torch.stack([s.pixels for s in samples]), torch.stack([s.valid for s in samples]), view=view)
 
     def find_images(self, folder: Path) -> list[Path]:
         """Every file under ``folder`` that this reader reads, sorted: by suffix, or by DICOM's mark where the suffix says nothing.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,8 +59,9 @@ def diagnose(
     """Score findings in radiographs by comparing them with prompt pairs.
 
     FILE is an image (DICOM, PNG, JPEG, TIFF) or a folder of them; tables and folders named masks are passed over. DICOM files whose
-    headers name the same study are one, scored by the mean over its images; a picture is a study of its own. With --json one object a
-    line per study, in order, as soon as it is known. Scores are not calibrated: not probabilities.
+    headers name the same study are one, scored by the mean over its images, or from all of them together where the model pools views; a
+    picture is a study of its own. With --json one object a line per study, in order, as soon as it is known. Scores are not calibrated:
+    not probabilities.
 
     \b
     Examples:
@@ -130,6 +131,7 @@ def as_object(result: Diagnosis) -> dict[str, Any]:
         "ok": result.ok,
         "error": result.error,
         "findings": result.findings,
+        "slices": [asdict(one) for one in result.slices],
         "calibrated": False,
         "warnings": list(result.warnings),
         "notice": RESEARCH_USE,

@@ -138,7 +138,8 @@ def evaluate(
 def show_results(measured: dict[str, Any]) -> None:
     """The tables of results.json for a person."""
     out = console()
-    out.print(f"{measured['images']} images of {measured['patients']} patients")
+    scored = f"{measured['studies']} studies ({measured['images']} images)" if "scored" in measured else f"{measured['images']} images"
+    out.print(f"{scored} of {measured['patients']} patients")
     if zero_shot := measured.get("zero_shot"):
         pointing = measured.get("grounding", {}).get("per_finding", {})
         baseline = measured.get("baseline", {})

@@ -7,7 +7,6 @@ whose map peaks inside the mask the one with the median score, and the same of t
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,8 +16,9 @@ from medvl.data.manifest import StudyImage
 from medvl.model import DualEncoder
 from medvl.types import ImageSample, TextSource
 from reports.prompts import PromptSet
-from tasks.evaluation import Predictions, RetrievalScores, expected_rank, finding_maps, finding_mask
+from tasks.evaluation import Predictions, RetrievalScores, expected_rank, finding_maps
 from tasks.grounding import native_maps
+from tasks.masks import finding_mask, masked_slices, slice_of
 from tasks.page.content import Example, Gallery, Picture, Profile, Query, Report
 from tasks.page.measures import title_of
 from tasks.render import thumbnail
@@ -170,13 +170,8 @@ def _profile(
         return None
     scores = slice_scores(model, features, bank)[0, finding].tolist()
 
-    def level(points: NDArray[Any]) -> NDArray[np.intp]:
-        return np.clip(np.rint(sample.transform.to_tower(points.astype(np.float64))[..., 0]), 0, len(scores) - 1).astype(np.intp)
-
-    masked = np.zeros(len(scores), dtype=bool)
-    if mask is not None:
-        masked[level(np.argwhere(mask))] = True
-    return Profile(tuple(scores), tuple(masked.tolist()), None if peak is None else int(level(np.array(peak))))
+    masked = np.zeros(len(scores), dtype=bool) if mask is None else masked_slices(mask, sample)
+    return Profile(tuple(scores), tuple(masked.tolist()), None if peak is None else int(slice_of(np.array(peak), sample)))
 
 
 def queries(model: DualEncoder, predictions: Predictions) -> tuple[Query, ...]:

@@ -38,6 +38,7 @@ from modalities.xray import ConvEncoder
 from reports import MiniLmReportEncoder
 from reports.prompts import load_prompts
 from reports.text_source import ReportSentences
+from tasks.masks import masked_slices
 
 D = 128
 SHOWN = ("pleural_effusion", "lung_nodule")
@@ -72,9 +73,7 @@ def read(cohort: Path, reader: CtReader) -> list[Volume]:
         masked = np.zeros((sample.pixels.shape[1], len(FINDINGS)), dtype=bool)
         for j, name in enumerate(FINDINGS):
             if name in row.masks:
-                voxels = np.argwhere(read_mask(row.masks[name], sample.affine, sample.transform.native_shape))
-                level = np.rint(sample.transform.to_tower(voxels.astype(float))[:, 0]).astype(int)
-                masked[level[(level >= 0) & (level < len(masked))], j] = True
+                masked[:, j] = masked_slices(read_mask(row.masks[name], sample.affine, sample.transform.native_shape), sample)
         texts = source.texts(row.report, row.findings, row.impression)
         found.append(Volume(row, sample.pixels.half(), masked, sample.spacing_mm[0], texts))
     return found

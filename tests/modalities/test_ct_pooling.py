@@ -15,10 +15,10 @@ from modalities.ct.pooling import (
     GatedAttention,
     MaxPooling,
     MeanPooling,
-    SlicePooling,
     TransformerPooling,
     encode_position,
 )
+from modalities.pooling import Pooling
 
 B, S, D = 3, 5, 8
 VALID = np.array([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [0, 0, 1, 0, 0]], dtype=bool)
@@ -31,7 +31,7 @@ MAKERS = {
 }
 
 
-def made(name: str, seed: int = 0) -> SlicePooling:
+def made(name: str, seed: int = 0) -> Pooling:
     """In float64, every parameter random, so that identities and zeros of the start hide nothing."""
     pooling = MAKERS[name]().double().eval()
     rng = torch.Generator().manual_seed(seed)
@@ -288,7 +288,7 @@ def test_widths_are_checked():
 @pytest.mark.parametrize("name", MAKERS)
 def test_a_pooling_is_rebuilt_from_its_spec(name):
     pooling = MAKERS[name]()
-    again = build(pooling.spec(), SlicePooling)
+    again = build(pooling.spec(), Pooling)
     assert type(again) is type(pooling)
     again.load_state_dict(pooling.state_dict(), strict=True)
     x, z = torch.randn(2, 4, D), torch.arange(4.0).expand(2, 4)

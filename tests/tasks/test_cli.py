@@ -411,9 +411,7 @@ def test_demo_hands_its_options_on_and_shows_the_results(monkeypatch: pytest.Mon
 
     calls = []
     found = {"images": 3, "patients": 2, "notice": NOTICE}
-    monkeypatch.setattr(
-        tasks.demo, "run_demo", lambda out, seed, sizes, modalities: calls.append((out, seed, sizes, modalities)) or found
-    )
+    monkeypatch.setattr(tasks.demo, "run_demo", lambda out, seed, sizes, modalities: calls.append((out, seed, sizes, modalities)) or found)
     done = medvl("demo", "--out", tmp_path / "d", "--seed", 4, "--train-studies", 64, "--epochs", 2)
     assert done.exit_code == 0, done.output
     ((out, seed, sizes, modalities),) = calls

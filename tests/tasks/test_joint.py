@@ -1,4 +1,4 @@
-"""One model for radiographs and CT: each file goes to its own reader and tower, and scores are those of the two models it was joined from."""
+"""One model for radiographs and CT: each file goes to its own reader and tower, and scores are those of the two models that it is of."""
 
 from __future__ import annotations
 

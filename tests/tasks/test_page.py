@@ -75,9 +75,7 @@ BASELINE = {"macro_auroc": 0.61234, "per_finding": {"cardiomegaly": 0.71, "lung_
 
 def build(path: Path, model: Any, predictions: Any, facts: Any = None) -> Parsed:
     measured = results(predictions, repeats=50)
-    part = page_part(
-        modality="xray", model=model, predictions=predictions, results=measured, baseline=BASELINE, facts=facts or {"seed": 3}
-    )
+    part = page_part(modality="xray", model=model, predictions=predictions, results=measured, baseline=BASELINE, facts=facts or {"seed": 3})
     write_page(path, DemoPage(page_title(("xray",)), (part,)))
     return Parsed(path.read_text(encoding="utf-8"))
 

@@ -1,0 +1,70 @@
+"""Masks of findings, from a manifest's mask files and boxes, on the grid of the image that they belong to."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from medvl.data.manifest import StudyImage
+from medvl.types import ImageSample, UnreadableImageError
+
+
+class MaskError(ValueError):
+    """A mask that cannot be laid on its image; its study is rejected."""
+
+
+def finding_mask(row: StudyImage, name: str, sample: ImageSample) -> NDArray[np.bool_] | None:
+    """The mask of a finding that is present, from its mask file or boxes, on the image's own grid; None if there is none.
+
+    Args:
+        sample: the image as it was read, which knows its own grid.
+    Raises:
+        MaskError: a mask file that cannot be read, or that lies on another grid than the image.
+    """
+    if row.labels.get(name) != 1:
+        return None
+    shape = sample.transform.native_shape
+    mask = np.zeros(shape, dtype=bool)
+    if name in row.masks:
+        mask = _volume_mask(row, name, sample) if len(shape) == 3 else _picture_mask(row, name, shape)
+    for box in row.boxes if len(shape) == 2 else ():
+        if box.finding == name:
+            mask = mask | box.mask((shape[0], shape[1]))
+    return mask if mask.any() else None
+
+
+def masked_slices(mask: NDArray[np.bool_], sample: ImageSample) -> NDArray[np.bool_]:
+    """(S,) which slices of a volume's tower grid a mask on its native grid reaches into."""
+    found = np.zeros(sample.pixels.shape[1], dtype=bool)
+    found[slice_of(np.argwhere(mask), sample)] = True
+    return found
+
+
+def slice_of(points: NDArray[np.integer], sample: ImageSample) -> NDArray[np.intp]:
+    """The slice of the tower's grid that each native voxel (..., 3) of a volume lies in, the nearest for those outside it."""
+    along = sample.transform.to_tower(points.astype(np.float64))[..., 0]
+    return np.clip(np.rint(along), 0, sample.pixels.shape[1] - 1).astype(np.intp)
+
+
+def _picture_mask(row: StudyImage, name: str, shape: tuple[int, ...]) -> NDArray[np.bool_]:
+    from PIL import Image
+
+    try:
+        with Image.open(row.masks[name]) as picture:
+            plain = picture.mode in ("1", "L", "P", "F") or picture.mode.startswith("I")  # of a palette the index counts
+            mask = np.asarray(picture if plain else picture.convert("L")) != 0
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
+        raise MaskError(f"study {row.study_id}: the mask of {name} is no readable picture ({type(error).__name__})") from None
+    if mask.shape != shape:
+        raise MaskError(f"study {row.study_id}: the mask of {name} has {mask.shape} pixels, the image {shape}; masks are in native pixels")
+    return mask
+
+
+def _volume_mask(row: StudyImage, name: str, sample: ImageSample) -> NDArray[np.bool_]:
+    from modalities.ct.mask import read_mask
+
+    assert sample.affine is not None
+    try:
+        return read_mask(row.masks[name], sample.affine, sample.transform.native_shape)
+    except UnreadableImageError as error:
+        raise MaskError(f"study {row.study_id}: the mask of {name} cannot be used: {error}") from None
