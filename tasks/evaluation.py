@@ -176,7 +176,7 @@ def _read(model: DualEncoder, row: StudyImage, names: Sequence[str], rejected: l
 
 
 def _slice_hits(image: _Image, names: Sequence[str], highest: NDArray[np.intp]) -> list[tuple[float, float]]:
-    """Of each finding whether the mask reaches into its slice of highest score, and the share of slices it reaches into; NaN without one."""
+    """Of each finding whether its mask reaches into its slice of highest score, and into what share of slices; NaN without a mask."""
     found = []
     for name, at in zip(names, highest, strict=True):
         mask = image.masks[name]
