@@ -6,11 +6,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from modalities.xray.conv import ConvEncoder as ConvEncoder
+    from modalities.xray.extended import ExtendedEncoder as ExtendedEncoder
+    from modalities.xray.huggingface import HuggingFaceEncoder as HuggingFaceEncoder
+    from modalities.xray.openclip import OpenClipEncoder as OpenClipEncoder
     from modalities.xray.reader import XrayReader as XrayReader
     from modalities.xray.towers import TimmEncoder as TimmEncoder
 
-_LAZY = {"ConvEncoder": "conv", "TimmEncoder": "towers", "XrayReader": "reader"}
-__all__ = ["ConvEncoder", "TimmEncoder", "XrayReader"]
+_LAZY = {
+    "ConvEncoder": "conv",
+    "ExtendedEncoder": "extended",
+    "HuggingFaceEncoder": "huggingface",
+    "OpenClipEncoder": "openclip",
+    "TimmEncoder": "towers",
+    "XrayReader": "reader",
+}
+__all__ = ["ConvEncoder", "ExtendedEncoder", "HuggingFaceEncoder", "OpenClipEncoder", "TimmEncoder", "XrayReader"]
 
 
 def __getattr__(name: str) -> Any:
