@@ -43,7 +43,7 @@ class OpenClipEncoder(BackboneEncoder):
 
     Args:
         name: a name of open_clip's list, such as ``ViT-B-16``; a folder with open_clip_config.json and weights; or a model of the hub in
-            that form, such as ``hf-hub:microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224``.
+            that form, as ``hf-hub:ORGANISATION/MODEL``. Where only pickled weights were published, convert them to safetensors first.
         embed_dim: D of a new projection; None keeps open_clip's own.
         checkpoint: a safetensors file of a whole open_clip model or of its vision side. It is needed for a name of the list to have
             trained weights, and takes the place of those in a folder.
