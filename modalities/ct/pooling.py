@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from medvl.nn.transformer import TransformerBlock
 from modalities.pooling import GatedAttention as GatedAttention  # these names are in configs of saved models
 from modalities.pooling import MaxPooling as MaxPooling
 from modalities.pooling import MeanPooling as MeanPooling
@@ -84,7 +85,7 @@ class TransformerPooling(Pooling):
         super().__init__()
         check_width(embed_dim, heads)
         self.embed_dim, self.heads = embed_dim, heads
-        self.blocks = nn.ModuleList(_Block(embed_dim, heads, round(mlp_ratio * embed_dim), drop_rate, gain) for _ in range(depth))
+        self.blocks = nn.ModuleList(TransformerBlock(embed_dim, heads, round(mlp_ratio * embed_dim), drop_rate, gain) for _ in range(depth))
         self.norm = nn.LayerNorm(embed_dim)
         self.query = nn.Parameter(torch.randn(embed_dim) * 0.02)
         self.key = nn.Linear(embed_dim, embed_dim)
@@ -93,31 +94,11 @@ class TransformerPooling(Pooling):
         assert position_mm is not None
         place = encode_position(position_mm, slices)
         for block in self.blocks:
-            slices = block(slices, place, valid)
+            slices = block(slices, valid, place)
         keys = self.key(self.norm(slices) + place).unflatten(-1, (self.heads, -1))  # (B, S, h, D / h)
         scores = (keys * self.query.view(self.heads, -1)).sum(-1) / math.sqrt(keys.shape[-1])
         weights = masked_softmax(scores, valid[..., None]).mean(-1)
         return Pooled(mix(weights, slices), weights)
-
-
-class _Block(nn.Module):
-    """One pre-norm transformer block over slices."""
-
-    def __init__(self, width: int, heads: int, hidden: int, drop_rate: float, gain: float) -> None:
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
-        self.mlp = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
-        self.drop = nn.Dropout(drop_rate)
-        self.gain1, self.gain2 = nn.Parameter(torch.full((width,), gain)), nn.Parameter(torch.full((width,), gain))
-
-    def forward(self, x: Tensor, place: Tensor, valid: Tensor) -> Tensor:
-        """(B, S, D) to (B, S, D)."""
-        normed = self.norm1(x)
-        placed = normed + place
-        mixed, _ = self.attention(placed, placed, normed, key_padding_mask=~valid, need_weights=False)
-        x = x + self.gain1 * self.drop(mixed)
-        return x + self.gain2 * self.drop(self.mlp(self.norm2(x)))
 
 
 def encode_position(position_mm: Tensor, like: Tensor, shortest_mm: float = SHORTEST_MM, longest_mm: float = LONGEST_MM) -> Tensor:

@@ -6,12 +6,31 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from modalities.xray.conv import ConvEncoder as ConvEncoder
+    from modalities.xray.extended import ExtendedEncoder as ExtendedEncoder
+    from modalities.xray.huggingface import HuggingFaceEncoder as HuggingFaceEncoder
+    from modalities.xray.openclip import OpenClipEncoder as OpenClipEncoder
     from modalities.xray.reader import XrayReader as XrayReader
     from modalities.xray.towers import TimmEncoder as TimmEncoder
     from modalities.xray.views import ViewPooledEncoder as ViewPooledEncoder
 
-_LAZY = {"ConvEncoder": "conv", "TimmEncoder": "towers", "ViewPooledEncoder": "views", "XrayReader": "reader"}
-__all__ = ["ConvEncoder", "TimmEncoder", "ViewPooledEncoder", "XrayReader"]
+_LAZY = {
+    "ConvEncoder": "conv",
+    "ExtendedEncoder": "extended",
+    "HuggingFaceEncoder": "huggingface",
+    "OpenClipEncoder": "openclip",
+    "TimmEncoder": "towers",
+    "ViewPooledEncoder": "views",
+    "XrayReader": "reader",
+}
+__all__ = [
+    "ConvEncoder",
+    "ExtendedEncoder",
+    "HuggingFaceEncoder",
+    "OpenClipEncoder",
+    "TimmEncoder",
+    "ViewPooledEncoder",
+    "XrayReader",
+]
 
 
 def __getattr__(name: str) -> Any:

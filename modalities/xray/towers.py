@@ -5,19 +5,19 @@ Shapes: B studies, C channels, H x W pixels, N tokens on a (gh, gw) grid, F the 
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from medvl.nn.tokens import cell_valid
-from medvl.types import ImageBatch, ImageEncoder, ImageFeatures
+from modalities.xray.backbone import BackboneEncoder, timm_features
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class TimmEncoder(ImageEncoder):
+class TimmEncoder(BackboneEncoder):
     """A timm backbone (ViT, Swin, ConvNeXt, ResNet ...) and one linear projection that pooled vector and tokens share.
 
     The pooled vector is what the backbone's own head gives before its classifier (class token, mean, attention pooling ...). Each
@@ -30,10 +30,11 @@ class TimmEncoder(ImageEncoder):
 
     Args:
         name: a timm model name, such as ``vit_small_patch16_224`` or ``convnext_atto``.
-        embed_dim: D.
+        embed_dim: D; None leaves the projection out: pooled vector and tokens are as the backbone gives them.
         pretrained: load timm's published weights (from its cache or the network).
         checkpoint: a safetensors file with this backbone's state dict, instead of ``pretrained``; its classifier, if any, is left out.
-        image_size: side in pixels of the square images; position embeddings and windows are made for it.
+        image_size: side in pixels of the square images. Position embeddings and relative positions of another size, in ``checkpoint``
+            as in ``pretrained``, are interpolated as timm does it (bicubic); at the size of the weights they are unchanged.
         in_chans: C.
         freeze: keep the backbone as it is (no gradients, evaluation mode); the projection is trained.
         drop_rate: dropout in the backbone's head.
@@ -44,7 +45,7 @@ class TimmEncoder(ImageEncoder):
     def __init__(
         self,
         name: str,
-        embed_dim: int,
+        embed_dim: int | None,
         pretrained: bool = False,
         checkpoint: Path | None = None,
         image_size: int = 224,
@@ -52,71 +53,22 @@ class TimmEncoder(ImageEncoder):
         freeze: bool = False,
         drop_rate: float = 0.0,
     ) -> None:
-        super().__init__()
         if pretrained and checkpoint is not None:
             raise ValueError(f"backbone {name}: give pretrained=True or checkpoint={checkpoint}, not both")
-        self.embed_dim, self.image_size, self.in_chans, self.freeze = embed_dim, image_size, in_chans, freeze
-        self.backbone: Any = _create(name, pretrained, image_size, in_chans, drop_rate)
+        backbone: Any = _create(name, pretrained, image_size, in_chans, drop_rate)
         if checkpoint is not None:
-            _load_backbone(self.backbone, Path(checkpoint), name)
-        self.prefix_tokens: int = getattr(self.backbone, "num_prefix_tokens", 0) or 0
-        self.channels_last = getattr(self.backbone, "output_fmt", "NCHW") == "NHWC"
-        width = getattr(self.backbone, "head_hidden_size", None) or self.backbone.num_features
-        self.project = nn.Linear(width, embed_dim, bias=False)
-        if freeze:
-            self.backbone.requires_grad_(False).eval()
+            _load_backbone(backbone, Path(checkpoint), name)
+        width = getattr(backbone, "head_hidden_size", None) or backbone.num_features
+        super().__init__(backbone, width, embed_dim, image_size, in_chans, freeze)
 
     @classmethod
     def architecture(cls, arguments: dict[str, Any], folder: Path) -> Self:
         """The tower without initial weights."""
         return cls(**{**arguments, "pretrained": False, "checkpoint": None})
 
-    def train(self, mode: bool = True) -> TimmEncoder:
-        """Training mode for all but a frozen backbone, whose dropout and batch statistics stay as in evaluation."""
-        super().train(mode)
-        if self.freeze:
-            self.backbone.eval()
-        return self
-
-    def forward(self, batch: ImageBatch) -> ImageFeatures:
-        """``batch.pixels`` (B, C, H, W) with H = W = ``image_size``.
-
-        Raises:
-            ValueError: pixels of another shape.
-        """
-        expected = (self.in_chans, self.image_size, self.image_size)
-        if batch.pixels.ndim != 4 or tuple(batch.pixels.shape[1:]) != expected:
-            raise ValueError(
-                f"pixels have shape {tuple(batch.pixels.shape)}, this tower takes (B, {', '.join(map(str, expected))}); "
-                "give the reader the tower's size and channels"
-            )
-        features = self.backbone.forward_features(batch.pixels)
-        pooled = self.project(self.backbone.forward_head(features, pre_logits=True))
-        tokens, grid = self._tokens(features)
-        b, n, _ = tokens.shape
-        tokens = self.project(self.backbone.forward_head(self._as_images(tokens, features.ndim), pre_logits=True)).view(
-            b, n, self.embed_dim
-        )
-        valid = None if batch.valid is None else cell_valid(batch.valid, grid)
-        return ImageFeatures(pooled=pooled, tokens=tokens, grid=grid, token_valid=valid)
-
-    def _tokens(self, features: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """The backbone's last features, in whatever form, to (B, N, F) in row-major order, and their grid."""
-        if features.ndim == 4:
-            maps = features if self.channels_last else features.permute(0, 2, 3, 1)
-            return maps.flatten(1, 2), (maps.shape[1], maps.shape[2])
-        tokens = features[:, self.prefix_tokens :]
-        side = round(tokens.shape[1] ** 0.5)
-        if side * side != tokens.shape[1]:
-            raise ValueError(f"{tokens.shape[1]} tokens make no square grid, so no map can be laid on the image")
-        return tokens, (side, side)
-
-    def _as_images(self, tokens: Tensor, ndim: int) -> Tensor:
-        """(B, N, F) to B * N images of one token each, in the form the backbone's head takes: maps (4 axes) or sequences (3)."""
-        single = tokens.flatten(0, 1)
-        if ndim == 4:
-            return single[:, None, None, :] if self.channels_last else single[:, :, None, None]
-        return single[:, None, :].expand(-1, self.prefix_tokens + 1, -1)  # class and register places hold the token too
+    def features(self, pixels: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
+        """What the backbone's head gives before its classifier, of the image and of each token."""
+        return timm_features(self.backbone, pixels)
 
 
 def _create(name: str, pretrained: bool, image_size: int, in_chans: int, drop_rate: float) -> Any:
@@ -144,6 +96,11 @@ def _load_backbone(backbone: nn.Module, path: Path, name: str) -> None:
     classifier = getattr(backbone, "pretrained_cfg", {}).get("classifier") or ()
     heads = tuple(f"{n}." for n in ([classifier] if isinstance(classifier, str) else classifier))
     state = {key: value for key, value in load_file(path).items() if not (heads and key.startswith(heads))}
+    own = backbone.state_dict()
+    other = [key for key, value in state.items() if key in own and own[key].shape != value.shape]
+    if other and all("pos_embed" in key or "rel_pos" in key or "relative_position" in key for key in other):
+        adapt = getattr(sys.modules[type(backbone).__module__], "checkpoint_filter_fn", None)  # where timm keeps a family's own
+        state = state if adapt is None else adapt(state, backbone)
     try:
         backbone.load_state_dict(state, strict=True)
     except RuntimeError as error:

@@ -73,7 +73,7 @@ def test_temperature_gets_its_gradient():
 
 
 def test_one_positive_each_is_the_clip_loss_of_open_clip():
-    open_clip = pytest.importorskip("open_clip", reason="open_clip_torch is in the extra 'test'")
+    open_clip = pytest.importorskip("open_clip", reason="open_clip_torch is in the extra 'open_clip'")
     rng = torch.Generator().manual_seed(1)
     image, text = (torch.nn.functional.normalize(torch.randn(6, 8, generator=rng, dtype=torch.float64), dim=1) for _ in range(2))
     theirs = open_clip.ClipLoss()(image, text, torch.tensor(1 / 0.07, dtype=torch.float64))

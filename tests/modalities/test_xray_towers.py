@@ -8,6 +8,7 @@ import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from safetensors.torch import save_file
 
 from medvl.nn.tokens import cell_valid
@@ -164,6 +165,50 @@ def test_a_checkpoint_loads_strictly_and_without_its_classifier(tmp_path):
     save_file(state | {"stray.weight": torch.zeros(1)}, path)
     with pytest.raises(ValueError, match=r"stray\.weight"):
         TimmEncoder("resnet18", embed_dim=8, image_size=32, checkpoint=path)
+
+
+def by_pillow(grid: torch.Tensor, size: int) -> torch.Tensor:
+    """(n * n, F) to (size * size, F), bicubic, one channel after the other."""
+    n = round(len(grid) ** 0.5)
+    channels = [Image.fromarray(np.ascontiguousarray(one.reshape(n, n))) for one in grid.numpy().T]
+    resized = [np.asarray(one.resize((size, size), Image.Resampling.BICUBIC)).reshape(-1) for one in channels]
+    return torch.from_numpy(np.stack(resized, axis=1))
+
+
+@pytest.mark.parametrize(("name", "prefix"), [("vit_tiny_patch16_224", 1), ("deit_tiny_distilled_patch16_224", 2)])
+@pytest.mark.parametrize("size", [112, 32])
+def test_positions_of_a_checkpoint_of_another_size_are_interpolated(tmp_path, name, prefix, size):
+    torch.manual_seed(1)
+    source = timm.create_model(name, img_size=64, in_chans=1, num_classes=5)
+    path = tmp_path / "weights.safetensors"
+    save_file(source.state_dict(), path)
+    same, other = (TimmEncoder(name, 8, checkpoint=path, image_size=side).backbone.state_dict() for side in (64, size))
+    old = source.pos_embed.detach()[0]
+    assert all(torch.equal(value, source.state_dict()[key]) for key, value in same.items())
+    torch.testing.assert_close(other["pos_embed"][0], torch.cat([old[:prefix], by_pillow(old[prefix:], size // 16)]), atol=1e-5, rtol=1e-5)
+    assert all(torch.equal(value, source.state_dict()[key]) for key, value in other.items() if key != "pos_embed")
+    with pytest.raises(ValueError, match=r"(?s)does not hold the weights.*patch_embed\.proj\.weight"):
+        TimmEncoder(name, 8, checkpoint=path, image_size=size, in_chans=3)
+
+
+def test_relative_positions_of_a_checkpoint_of_another_size_are_interpolated(tmp_path):
+    torch.manual_seed(1)
+    source = timm.create_model("swin_tiny_patch4_window7_224", in_chans=1, num_classes=0)  # windows of 7, where 64 pixels have 2
+    save_file(source.state_dict(), tmp_path / "weights.safetensors")
+    tower = TimmEncoder("swin_tiny_patch4_window7_224", 8, checkpoint=tmp_path / "weights.safetensors", image_size=64)
+    changed = [key for key, value in tower.backbone.state_dict().items() if value.shape != source.state_dict()[key].shape]
+    assert changed and all(key.endswith("relative_position_bias_table") for key in changed)
+    assert tower(ImageBatch(pixels(64))).grid == (2, 2)
+
+
+def test_without_a_projection_the_features_are_the_backbone_s():
+    torch.manual_seed(0)
+    tower = TimmEncoder("vit_tiny_patch16_224", None, image_size=32).eval()
+    assert tower.embed_dim == 192 and not list(tower.project.parameters())
+    with torch.no_grad():
+        out = tower(ImageBatch(pixels(32)))
+        assert torch.equal(out.pooled, tower.backbone(pixels(32)))
+        assert torch.equal(out.tokens, tower.backbone.forward_features(pixels(32))[:, 1:])
 
 
 def test_a_tower_made_again_fetches_no_initial_weights(tmp_path, monkeypatch):
