@@ -1,6 +1,7 @@
 """The main job on data that needs no download: phantoms, training, evaluation on held-out patients, and a page to look at.
 
-``OUT`` gets data/ (a phantom folder), model/ (what :func:`medvl.load` reads), results.json, predictions.csv, retrieval.csv and report.html.
+``OUT`` gets data/ (a phantom folder), model/ (what :func:`medvl.load` reads, with its card), results.json, predictions.csv,
+retrieval.csv and report.html.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from medvl.model import CONFIG, WEIGHTS, DualEncoder, load, write_atomically
 from reports.prompts import PromptSet, load_prompts
 from reports.text_source import ReportSentences
 from tasks.baseline import Baseline, thumbnail_baseline
+from tasks.card import RESULTS, write_card
 from tasks.evaluation import Predictions, predict, results, write
 
 RECIPE = "xray_phantom.yaml"
@@ -75,6 +77,7 @@ def run_demo(out: Path, seed: int = 0, size: DemoSize | None = None, console: Co
     train = manifest.select(split="train", modality="xray").rows
     baseline: Baseline = timed("baseline", lambda: thumbnail_baseline(model, train, predictions))
     predictions = replace(predictions, baseline=baseline.scores)
+    config = json.loads((out / "model" / CONFIG).read_text())
     measured = {
         **results(predictions, seed=seed),
         "baseline": baseline.measured,
@@ -86,13 +89,15 @@ def run_demo(out: Path, seed: int = 0, size: DemoSize | None = None, console: Co
             "epochs": size.epochs,
             "prompts": {"version": prompts.version, "sha256": prompts.sha256},
             "manifest_sha256": manifest.sha256,
-            "model": json.loads((out / "model" / "config.json").read_text())["provenance"],
+            "weights_sha256": config["weights_sha256"],
+            "model": config["provenance"],
             "seconds": seconds,
         },
     }
     write(predictions, measured, out)
     timed("page", lambda: _page(out / "report.html", model, predictions, measured))
-    write_atomically(out / "results.json", (json.dumps(measured, indent=2, allow_nan=False) + "\n").encode())
+    write_atomically(out / RESULTS, (json.dumps(measured, indent=2, allow_nan=False) + "\n").encode())
+    write_card(out / "model", out / RESULTS)
     return measured
 
 
