@@ -6,8 +6,9 @@ of everything else the pixels depend on: the reader's :meth:`~medvl.types.ImageR
 version of this format. So another option of the reader or a changed file is another entry.
 
 ``FOLDER/index`` remembers the content hash of a file under the hash of (absolute path, size, modification time, change time, inode), so
-that a hit does not read the file. This trusts that a file whose five are the same has the same content. A file that changed less than two
-seconds ago is hashed every time: a second change could fall into the same tick of the clock.
+that a hit does not read the file (of a volume file no more than its beginning). This trusts that a file whose five are the same has the
+same content. A file that changed less than two seconds ago is hashed every time: a second change could fall into the same tick of the
+clock.
 
 Nothing of a header is stored but what an :class:`~medvl.types.ImageSample` carries, no name and no path; but the pixels are those of
 patients: protect the folder as the images are protected. Nothing is unpickled. The checksum finds damage, not malice.

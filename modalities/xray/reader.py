@@ -94,6 +94,8 @@ class XrayReader(ImageReader):
 
     def describe(self) -> dict[str, str]:
         """What is done to an image, for a person; step -> words with units."""
+        from modalities.dicom.pixels import MAX_SAMPLES
+
         numbers = f"mean {_words(self.mean)} and standard deviation {_words(self.std)} of grey in 0..1"
         low, high = (f"{100 * share:g}" for share in CLIP_PERCENTILES)
         normalisation = {
@@ -113,8 +115,8 @@ class XrayReader(ImageReader):
             "reduced decoding": "on: JPEG 2000 at a half, a quarter, ... of its resolution where that keeps 1.2 times the pixels needed"
             if self.reduced_decoding
             else "off: every pixel is decoded",
-            "refused": "slices of CT, MR, PET and ultrasound, files of several frames, damaged or cut short files, more than "
-            f"{MAX_PICTURE_PIXELS} pixels",
+            "refused": "slices of CT, MR, PET and ultrasound, files of several frames, damaged or cut short files, DICOM of more "
+            f"than {MAX_SAMPLES} samples, pictures of more than {MAX_PICTURE_PIXELS} pixels",
         }
 
     def study_key(self, path: Path) -> str | None:
