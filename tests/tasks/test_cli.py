@@ -463,11 +463,11 @@ def test_what_our_code_refuses_by_intent_is_a_usage_error_with_its_message(monke
     from medvl.data.manifest import read_manifest
 
     stub = types.ModuleType("medvl.training.cli")
-    stub.run = lambda subcommand, args: read_manifest(args[0])  # type: ignore[attr-defined]
+    stub.run = lambda subcommand, args, finished: read_manifest(args[0])  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "medvl.training.cli", stub)
     done = medvl("fit", tiny.png)
     assert done.exit_code == 2 and "expected .csv, .tsv" in done.stderr
-    stub.run = lambda subcommand, args: int("Secret^Name")  # type: ignore[attr-defined]
+    stub.run = lambda subcommand, args, finished: int("Secret^Name")  # type: ignore[attr-defined]
     done = medvl("fit", tiny.png)
     assert done.exit_code == 3 and "ValueError" in done.stderr and "Secret" not in done.output
 
