@@ -321,6 +321,20 @@ class ImageReader(Configurable, abc.ABC):
         """What the files of one study share, safe to keep in memory but never shown; None: the file is a study of its own. Never raises."""
         return None
 
+    def sources(self, path: Path) -> tuple[Path, ...] | None:
+        """The files that what :meth:`read` makes of ``path`` depends on, for whoever keeps it: the file, or all in a folder, sorted.
+
+        None: they cannot be told, so that nothing of it can be kept.
+
+        Raises:
+            OSError: a folder that cannot be listed.
+        """
+        return tuple(sorted(one for one in path.rglob("*") if one.is_file())) if path.is_dir() else (path,)
+
+    def describe(self) -> dict[str, str]:
+        """What is done to an image, for a person: step -> words with units, every argument of the reader among them."""
+        return {name.replace("_", " "): str(value) for name, value in self.spec()["init_args"].items()}
+
     @abc.abstractmethod
     def read(self, path: Path) -> ImageSample:
         """Read and preprocess one file.

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 from torch import Tensor
 
-from medvl.types import ImageBatch, ImageEncoder, ImageFeatures, ImageReader, ImageSample
+from medvl.types import ImageBatch, ImageEncoder, ImageFeatures, ImageReader, ImageSample, UnreadableImageError
 from modalities.ct.reader import CtReader
 from modalities.dicom import modality_of
 from modalities.xray.reader import XrayReader
@@ -42,6 +42,18 @@ class JointReader(ImageReader):
         if path.is_dir() or is_zip(path) or sniff(path) != "dicom" or modality_of(path) == "CT":
             return self.ct
         return self.xray
+
+    def sources(self, path: Path) -> tuple[Path, ...] | None:
+        """As the reader of the path has it."""
+        try:
+            return self.reader_of(path).sources(path)
+        except UnreadableImageError:
+            return super().sources(path)
+
+    def describe(self) -> dict[str, str]:
+        """What either reader does."""
+        both = {"radiographs": self.xray.describe(), "CT": self.ct.describe()}
+        return {f"{kind}: {step}": words for kind, steps in both.items() for step, words in steps.items()}
 
     def find_images(self, folder: Path) -> list[Path]:
         """Radiographs, pictures and volume files under ``folder``, and each folder that holds DICOM slices of CT; sorted."""

@@ -1,6 +1,7 @@
 """The main job on data that needs no download: phantoms, training, evaluation on held-out patients, and a page to look at.
 
-``OUT`` gets data/ (a phantom folder), model/ (what :func:`medvl.load` reads), results.json, predictions.csv, retrieval.csv and report.html.
+``OUT`` gets data/ (a phantom folder), model/ (what :func:`medvl.load` reads, with its card), results.json, predictions.csv,
+retrieval.csv and report.html.
 Figures of CT stand in results.json under ``ct``. With both kinds of image, all but the page, results.json and the model that reads both
 lies in OUT/xray and OUT/ct; the CT tower is trained against the report tower that came of the radiographs, which stays as it is.
 """
@@ -27,6 +28,7 @@ from medvl.types import RESEARCH_USE
 from reports.prompts import PromptSet, load_prompts
 from reports.text_source import ReportSentences
 from tasks.baseline import Baseline, thumbnail_baseline
+from tasks.card import RESULTS, write_card
 from tasks.evaluation import Predictions, predict, results, write
 from tasks.joint import join_models
 from tasks.page import DemoPage, Part, page_part, page_title, write_page
@@ -109,13 +111,14 @@ def run_demo(
     tables = [_prepare(half, halves[0].model if half is not halves[0] else None) for half in halves]
     model = join_models(*(load(half.model) for half in halves)) if several else load(out / "model")
     if several:
-        model.save(out / "model", joined={half.modality: _provenance(half.model) for half in halves})
+        model.save(out / "model", joined={half.modality: json.loads((half.model / CONFIG).read_text())["provenance"] for half in halves})
         model = load(out / "model")
     found = {half.modality: _measure(half, model, table, out / "model") for half, table in zip(halves, tables, strict=True)}
     write_page(out / "report.html", DemoPage(page_title(modalities), tuple(part for _, part in found.values())))
     measured = dict(found["xray"][0]) if "xray" in found else {"notice": RESEARCH_USE}
     measured |= {"ct": found["ct"][0]} if "ct" in found else {}
-    write_atomically(out / "results.json", (json.dumps(measured, indent=2, allow_nan=False) + "\n").encode())
+    write_atomically(out / RESULTS, (json.dumps(measured, indent=2, allow_nan=False) + "\n").encode())
+    write_card(out / "model", out / RESULTS)
     return measured
 
 
@@ -135,7 +138,7 @@ def _measure(half: _Half, model: DualEncoder, table: Path, folder: Path) -> tupl
     train = manifest.select(split="train", modality=half.modality).rows[: BASELINE_STUDIES.get(half.modality)]
     baseline: Baseline = half.timed("baseline", lambda: thumbnail_baseline(model, train, predictions))
     predictions = replace(predictions, baseline=baseline.scores)
-    size = half.size
+    size, config = half.size, json.loads((folder / CONFIG).read_text())
     measured = {
         **results(predictions, seed=half.seed),
         "baseline": baseline.measured,
@@ -147,7 +150,8 @@ def _measure(half: _Half, model: DualEncoder, table: Path, folder: Path) -> tupl
             "epochs": size.epochs,
             "prompts": {"version": prompts.version, "sha256": prompts.sha256},
             "manifest_sha256": manifest.sha256,
-            "model": _provenance(folder),
+            "weights_sha256": config["weights_sha256"],
+            "model": config["provenance"],
             "seconds": half.seconds,
         },
     }
@@ -164,11 +168,6 @@ def _measure(half: _Half, model: DualEncoder, table: Path, folder: Path) -> tupl
         ),
     )
     return measured, part
-
-
-def _provenance(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / CONFIG).read_text())["provenance"]
-    return found
 
 
 def _phantoms(half: _Half) -> Path:

@@ -115,7 +115,10 @@ class KeepBest(Callback):
 
 
 def _recipe_sha256(path: Path) -> str | None:
-    """Hash of a resolved recipe without the places of one run: equal for runs that differ in folders and stops alone."""
+    """Hash of a resolved recipe without the places of one run: equal for runs that differ in folders and stops alone.
+
+    A cache on disk gives the bits that reading gives, unless it rounds them; then it stays in the recipe, without its folder and size.
+    """
     import yaml
 
     if not path.is_file():
@@ -123,5 +126,10 @@ def _recipe_sha256(path: Path) -> str | None:
     recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
     for name in ("out", "resume", "ckpt_path"):
         recipe.pop(name, None)
-    recipe.get("data", {}).get("init_args", {}).pop("manifest", None)
+    data = recipe.get("data", {}).get("init_args", {})
+    data.pop("manifest", None)
+    if isinstance(data.get("cache"), str) and data["cache"] != "memory":
+        data["cache"] = False
+    elif isinstance(data.get("cache"), dict):
+        data["cache"] = {"dtype": "float16"} if data["cache"].get("init_args", {}).get("dtype") == "float16" else False
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()

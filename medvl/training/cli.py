@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import tempfile
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from rich.console import Console
 from rich.progress import Progress
 
-from medvl.model import WEIGHTS, load_weights, write_atomically
+from medvl.model import CONFIG, WEIGHTS, load_weights, write_atomically
 from medvl.training.callbacks import RESOLVED, RESUME, AtomicCheckpointIO, KeepBest, ResumePoint
 from medvl.training.data import REJECTED, StudyDataModule
 from medvl.training.module import AlignmentModule
@@ -144,9 +145,11 @@ def _tensorboard(out: Path) -> Logger:
         raise ModuleNotFoundError("TensorBoard is not installed; install the extra: pip install 'medvl[tensorboard]'") from error
 
 
-def run(subcommand: str, args: list[str]) -> int:
+def run(subcommand: str, args: list[str], finished: Callable[[Path], object] | None = None) -> int:
     """Run ``fit``, ``validate`` or ``test`` with the command line ``args``.
 
+    Args:
+        finished: called in one process, after the last step, with the run's folder if a model is in it.
     Returns:
         0, or 1 if some inputs were left out.
     """
@@ -170,4 +173,7 @@ def run(subcommand: str, args: list[str]) -> int:
         args=[subcommand, *args],
         parser_kwargs={"prog": "medvl"},
     )
+    out = Path(cli.config[subcommand].out)
+    if finished is not None and cli.trainer.is_global_zero and (out / CONFIG).is_file():
+        finished(out)
     return 1 if cli.rejected else 0

@@ -17,6 +17,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from medvl.data.augment import Augment
+from medvl.data.cache import CachedReader, SampleCache
 from medvl.data.manifest import ColumnMap, Manifest, SplitFractions, StudyImage, read_manifest
 from medvl.data.studies import Collate, EpochBatches, Item, Skipped, StudyDataset, Views
 from medvl.model import write_atomically
@@ -50,8 +51,10 @@ class StudyDataModule(L.LightningDataModule):
         batch_size: items per batch and process.
         sentences_per_image: drawn per item and epoch; None takes all.
         augment: changes training images; None leaves them.
-        cache: keep decoded images in memory.
-        workers: loader processes; with ``cache`` 0 is fastest.
+        cache: true or ``memory`` keeps preprocessed images in memory, rounded to half precision; a folder, or a
+            :class:`medvl.data.cache.SampleCache` that says how large it may grow, keeps them on disk, exactly, for later runs too; false
+            reads the files every time.
+        workers: loader processes; with images in memory 0 is fastest.
         seed: of order, sentences and augmentation.
         views: an item is an ``image``, or a ``study`` with all its images of the modality, for a tower that pools views.
     """
@@ -68,7 +71,7 @@ class StudyDataModule(L.LightningDataModule):
         batch_size: int = 64,
         sentences_per_image: int | None = None,
         augment: Augment | None = None,
-        cache: bool = True,
+        cache: bool | str | SampleCache = True,
         workers: int = 0,
         seed: int = 0,
         views: Views = "image",
@@ -89,10 +92,13 @@ class StudyDataModule(L.LightningDataModule):
         self.manifest = read_manifest(
             self.manifest_path, columns=self.columns, splits=self.splits, allow_outside=self.allow_outside, strict=False
         )
+        in_memory, reader = self.cache in (True, "memory"), self.reader
+        if not in_memory and self.cache is not False:
+            reader = CachedReader(reader, self.cache if isinstance(self.cache, SampleCache) else SampleCache(str(self.cache)))
         for split in ("train", "val", "test"):
             chosen = self.manifest.select(split=split, modality=self.modality)
             drawn = self.sentences_per_image if split == "train" else None
-            self.sets[split] = StudyDataset(chosen, self.reader, self.texts, drawn, self.seed, self.cache, self.views)
+            self.sets[split] = StudyDataset(chosen, reader, self.texts, drawn, self.seed, in_memory, self.views)
 
     def read_images(self, splits: tuple[str, ...], progress: Callable[[], None] = lambda: None) -> None:
         """Read every image of the splits once, so that unreadable files are known, and listed, before training starts."""

@@ -20,6 +20,7 @@ from modalities.ct.volume import MAX_VOXELS, CtVolume, affine_problem, check_fil
 
 SUFFIXES = frozenset({".mha", ".mhd", ".nrrd", ".nhdr"})
 HEADER_BYTES = 2**16
+META_START = re.compile(rb"\s*(ObjectType|NDims|Comment)\s*=")
 MOST_DEFLATED = 1032
 META_BYTES = {"CHAR": 1, "UCHAR": 1, "SHORT": 2, "USHORT": 2, "INT": 4, "UINT": 4, "LONG": 4, "ULONG": 4, "FLOAT": 4, "DOUBLE": 8}
 META_BYTES |= {"LONG_LONG": 8, "ULONG_LONG": 8}
@@ -73,6 +74,22 @@ def read_itk(path: Path) -> CtVolume:
     return CtVolume(values, affine, verdict, tuple(warnings))
 
 
+def data_file(path: Path) -> Path | None:
+    """The file that a MetaImage or NRRD header names for its values; None where they follow the header or the file is of another format.
+
+    Raises:
+        OSError: the file cannot be opened.
+    """
+    with path.open("rb") as file:
+        start = file.read(HEADER_BYTES)
+    if start.startswith(b"NRRD000"):
+        named = re.search(rb"^data ?file:[ \t]*(\S[^\r\n]*)", start, re.MULTILINE | re.IGNORECASE)
+    else:
+        named = META_START.match(start) and re.search(rb"^\s*ElementDataFile\s*=[ \t]*(\S[^\r\n]*)", start, re.MULTILINE)
+    name = named.group(1).decode("latin-1").strip() if named else "LOCAL"
+    return None if name.upper() == "LOCAL" else path.parent / name
+
+
 def _check_header(path: Path, warnings: list[str]) -> Literal["meta", "nrrd"]:
     """Refuse what is too large, points elsewhere or cannot be whole; says which format it is."""
     with path.open("rb") as file:
@@ -80,7 +97,7 @@ def _check_header(path: Path, warnings: list[str]) -> Literal["meta", "nrrd"]:
     if start.startswith(b"NRRD000"):
         _check_nrrd(path, start, warnings)
         return "nrrd"
-    if re.match(rb"\s*(ObjectType|NDims|Comment)\s*=", start):
+    if META_START.match(start):
         _check_meta(path, start, warnings)
         return "meta"
     raise refused(path, "expected a MetaImage (.mha, .mhd) or NRRD file; it starts like neither")

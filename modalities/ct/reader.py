@@ -7,6 +7,7 @@ by what the affine says, and the affine goes with them. Oblique and tilted volum
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -17,13 +18,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from medvl.geometry import GridTransform
-from medvl.types import ImageBatch, ImageReader, ImageSample
+from medvl.types import ImageBatch, ImageReader, ImageSample, UnreadableImageError
 from modalities.ct.crop import body_box, thorax_box
-from modalities.ct.volume import CtVolume
+from modalities.ct.volume import CtVolume, refused
 
 LUNG_HU, MEDIASTINUM_HU, BONE_HU = (-1350.0, 150.0), (-160.0, 240.0), (-450.0, 1050.0)
 """Low and high ends of the usual chest windows: -600/1500, 40/400, 300/1500."""
 AIR_HU = -1024.0
+MAX_SIDE, MAX_WINDOWS, MAX_NUMBERS = 8192, 16, 2**31
+"""Of what the reader makes: voxels along an axis, windows, and numbers in all (8 GiB: 1300 slices of 512 x 512 in three windows take half),
+so that no config or header calls for memory without bound."""
 AXES = {"superior": (2, 1.0), "posterior": (1, -1.0), "left": (0, -1.0)}
 """World axis (RAS) and sign of the directions that S, H and W run to."""
 
@@ -43,7 +47,8 @@ class CtReader(ImageReader):
         std: that divides it then.
         series: which series of a folder that holds several, see :func:`modalities.ct.read.read_ct`.
     Raises:
-        ValueError: spacings, shapes or windows that are not positive, or no window.
+        ValueError: spacings or shapes that are not positive, windows that do not rise, none of them, numbers that are not finite, or
+            sizes beyond ``MAX_SIDE``, ``MAX_WINDOWS`` and ``MAX_NUMBERS``.
     """
 
     suffixes: ClassVar[frozenset[str]] = frozenset({".nii", ".gz", ".mha", ".mhd", ".nrrd", ".nhdr", ".zip"})
@@ -66,9 +71,57 @@ class CtReader(ImageReader):
             raise ValueError(f"windows_hu is {windows_hu}, expected (low, high) pairs with low below high")
         if crop not in ("none", "body", "thorax"):
             raise ValueError(f"crop is {crop!r}, expected 'none', 'body' or 'thorax'")
+        numbers = (*spacing_mm, *shape, max_slices, mean, std, *(end for window in windows_hu for end in window))
+        if not all(math.isfinite(number) for number in numbers if number is not None):
+            raise ValueError("spacing_mm, shape, windows_hu, max_slices, mean and std: expected finite numbers")
+        sides = [side or 1 for side in (*shape, max_slices)]
+        if max(sides) > MAX_SIDE or len(windows_hu) > MAX_WINDOWS or math.prod(sides[:3]) * len(windows_hu) > MAX_NUMBERS:
+            raise ValueError(
+                f"shape {tuple(shape)}, max_slices {max_slices} and {len(windows_hu)} windows: expected at most {MAX_SIDE} voxels along "
+                f"an axis, {MAX_WINDOWS} windows and {MAX_NUMBERS} numbers in all"
+            )
         self.spacing_mm, self.shape, self.crop, self.max_slices = tuple(spacing_mm), tuple(shape), crop, max_slices
         self.windows_hu = tuple((float(low), float(high)) for low, high in windows_hu)
         self.antialias, self.mean, self.std, self.series = antialias, mean, std, series
+
+    def describe(self) -> dict[str, str]:
+        """What is done to a volume, for a person; step -> words with units."""
+        axes = ("slices", "rows", "columns")
+        spacing = ", ".join("the file's own" if step is None else f"{step:.15g} mm" for step in self.spacing_mm)
+        sizes = ", ".join(f"{name}: {'as many as there are' if n is None else n}" for name, n in zip(axes, self.shape, strict=True))
+        crop = {
+            "none": "none: the whole volume",
+            "body": "body: the body's box",
+            "thorax": "thorax: the body's box, and along z the slices with lung air and a wide margin",
+        }
+        series: dict[Any, str] = {
+            "largest": "largest: of a folder with several the one with most slices",
+            None: "none: a folder with several is refused",
+        }
+        return {
+            "size": f"{sizes}; cropped or padded with air ({AIR_HU:.15g} HU) about the centre",
+            "slices": "all are kept" if self.max_slices is None else f"at most {self.max_slices} after resampling, the middle ones",
+            "spacing": f"{spacing} (slices, rows, columns)",
+            "HU windows as channels": "; ".join(f"{i}: {low:.15g} to {high:.15g} HU" for i, (low, high) in enumerate(self.windows_hu)),
+            "crop": crop[self.crop],
+            "axes": "turned by the affine, never mirrored: slices to superior, rows to posterior, columns to the patient's left",
+            "interpolation": "linear, averaged (anti-aliased) where the grid gets coarser"
+            if self.antialias
+            else "linear, without anti-aliasing",
+            "normalisation": f"each window to 0..1 and clipped, then less {self.mean:.15g} (mean) and divided by "
+            f"{self.std:.15g} (standard deviation)",
+            "series": series.get(self.series, f"{self.series}: that one of a folder with several, counted from 0"),
+            "refused": "what cannot be read as one CT volume on an even grid (doubtful units are warned of); what would become more than "
+            f"{MAX_SIDE} voxels along an axis or {MAX_NUMBERS} numbers",
+        }
+
+    def sources(self, path: Path) -> tuple[Path, ...] | None:
+        """As of the base class, and of a MetaImage or NRRD header the file that holds its values."""
+        from modalities.ct.itk import data_file
+
+        found = super().sources(path)
+        values = data_file(path) if path.is_file() else None
+        return found if values is None or found is None else (*found, values)
 
     def find_images(self, folder: Path) -> list[Path]:
         """Volume files under ``folder``, and each folder that holds DICOM files; sorted. Hidden ones and ``masks`` are passed over."""
@@ -90,11 +143,15 @@ class CtReader(ImageReader):
         """One file, folder or zip to a sample.
 
         Raises:
-            UnreadableImageError: it holds no CT volume that can be read, or none in HU.
+            UnreadableImageError: it holds no CT volume that can be read, or none in HU; or what would be made of it is too large.
         """
         from modalities.ct.read import read_ct
 
-        return self.sample(read_ct(Path(path), self.series))
+        volume = read_ct(Path(path), self.series)
+        try:
+            return self.sample(volume)
+        except UnreadableImageError as error:
+            raise refused(path, str(error)) from None
 
     def read_array(self, array: Any, affine: NDArray[np.float64] | None = None) -> ImageSample:
         """An (S, H, W) array of HU.
@@ -127,7 +184,11 @@ class CtReader(ImageReader):
         )
 
     def transform(self, volume: CtVolume) -> GridTransform:
-        """The record of what this reader does to a volume's grid."""
+        """The record of what this reader does to a volume's grid.
+
+        Raises:
+            UnreadableImageError: ``spacing_mm`` would make a grid beyond ``MAX_SIDE`` or ``MAX_NUMBERS`` of it.
+        """
         axes, flipped = turn_to_tower(volume.affine)
         record = GridTransform(volume.shape).reorient(axes, flipped)
         spacing = [volume.spacing_mm[a] for a in axes]
@@ -139,9 +200,15 @@ class CtReader(ImageReader):
                 record = record.crop(start, shape)
         ratio = [1.0 if wanted is None else wanted / own for wanted, own in zip(self.spacing_mm, spacing, strict=True)]
         if any(abs(r - 1) > 1e-4 for r in ratio):
+            expected = [n / r for n, r in zip(record.shape, ratio, strict=True)]
+            if max(expected) > MAX_SIDE or math.prod(expected) > MAX_NUMBERS or max(ratio) > MAX_SIDE:
+                raise _too_large(f"resampling voxels of {_listed(spacing)} mm", expected)
             record = record.resample(ratio)
         slices = record.shape[0] if self.max_slices is None else min(record.shape[0], self.max_slices)
-        return record.fit([n if wanted is None else wanted for n, wanted in zip((slices, *record.shape[1:]), self.shape, strict=True)])
+        fitted = [n if wanted is None else wanted for n, wanted in zip((slices, *record.shape[1:]), self.shape, strict=True)]
+        if math.prod(fitted) * len(self.windows_hu) > MAX_NUMBERS:
+            raise _too_large(f"{len(self.windows_hu)} windows", fitted)
+        return record.fit(fitted)
 
     def native(self, path: Path) -> Tensor:
         """(S, H, W) float32 in 0..1, the file's own voxels in the first window."""
@@ -188,6 +255,17 @@ def turn_to_tower(affine: NDArray[np.float64]) -> tuple[tuple[int, int, int], tu
         axes.append(axis)
         flipped.append(bool(world[axis, 1] != sign))
     return (axes[0], axes[1], axes[2]), (flipped[0], flipped[1], flipped[2])
+
+
+def _too_large(what: str, shape: Sequence[float]) -> UnreadableImageError:
+    return UnreadableImageError(
+        f"{what} would make {_listed(shape)} voxels of it, expected at most {MAX_SIDE} along an axis and {MAX_NUMBERS} numbers in all; "
+        "give the reader a coarser spacing_mm, a shape or fewer windows"
+    )
+
+
+def _listed(numbers: Sequence[float]) -> str:
+    return " x ".join(f"{number:.3g}" for number in numbers)
 
 
 def _plain_affine(spacing_mm: Sequence[float]) -> NDArray[np.float64]:

@@ -296,6 +296,7 @@ def fit_radiograph(
     voi: int | str | Voi | None = None,
     reduce: bool = False,
     exact: bool = False,
+    sections: bool = True,
 ) -> FittedRadiograph:
     """Read one radiograph, as shown, resized so that its longer side has ``size`` pixels: anti-aliased bilinear, centres aligned.
 
@@ -309,6 +310,7 @@ def fit_radiograph(
             ``reduced`` tells what was done; it is left out for colour, signed values, fewer than 10 bits,
             padding and files without the levels.
         exact: as of :func:`read_radiograph`; never reduced.
+        sections: as of :func:`read_radiograph`.
     Raises:
         UnreadableImageError: as :func:`read_radiograph`.
         ValueError: a size below 1.
@@ -316,6 +318,8 @@ def fit_radiograph(
     if size < 1:
         raise ValueError(f"size is {size}, expected at least 1")
     with opened(path) as file:
+        if not sections:
+            _refuse_sections(file)
         loaded = _load_radiograph(file, frame, exact, size if reduce and not exact else None)
         pixels = _shown(loaded, voi)
         if loaded.reduced:

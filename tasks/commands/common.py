@@ -60,6 +60,13 @@ def json_option(command: F) -> F:
     return click.option("--json", "as_json", is_flag=True, help="Print strict JSON instead of a table.")(command)
 
 
+def cache_option(command: F) -> F:
+    """``--cache``, for commands that may read the same images again."""
+    return click.option(
+        "--cache", type=click.Path(path_type=Path), metavar="DIR", help="Keep preprocessed images there, and take them from there."
+    )(command)
+
+
 @contextmanager
 def usage_errors(*kinds: type[Exception]) -> Iterator[None]:
     """Turn exceptions of our own loaders, whose messages are safe to show, into usage errors."""
@@ -69,8 +76,19 @@ def usage_errors(*kinds: type[Exception]) -> Iterator[None]:
         raise click.UsageError(str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)) from error
 
 
-def load_model(folder: Path, device: str | None) -> DualEncoder:
-    """The model of a run, or a usage error that says what is missing."""
+def load_model(folder: Path, device: str | None, cache: Path | None = None) -> DualEncoder:
+    """The model of a run, or a usage error that says what is missing; it reads through ``cache`` if given."""
+    if cache is not None:
+        check_out_folder(cache, "--cache")
+    model = _load_model(folder, device)
+    if cache is not None:
+        from medvl.data.cache import CachedReader, SampleCache
+
+        model.reader = CachedReader(model.reader, SampleCache(cache))
+    return model
+
+
+def _load_model(folder: Path, device: str | None) -> DualEncoder:
     if not folder.is_dir():
         raise click.UsageError(f"--model {folder}: no such folder; expected the one that `medvl fit` or `medvl demo` wrote the model to")
     from medvl.model import ConfigError, load

@@ -11,6 +11,7 @@ import click
 
 from tasks.commands.common import (
     REJECTED,
+    cache_option,
     check_out_file,
     console,
     echo_notice,
@@ -39,6 +40,7 @@ BAR = 24  # characters of a full bar
 @model_options
 @prompts_option
 @click.option("--finding", "findings", multiple=True, metavar="NAME", help="Score only this finding (repeatable).")
+@cache_option
 @json_option
 @click.option("--csv", "csv_path", type=click.Path(path_type=Path), metavar="OUT", help="Write the scores as a table too.")
 @click.option("--rejected", "rejected_path", type=click.Path(path_type=Path), metavar="OUT", help="List unreadable files in a CSV.")
@@ -51,6 +53,7 @@ def diagnose(
     device: str | None,
     prompts: Path | None,
     findings: tuple[str, ...],
+    cache: Path | None,
     as_json: bool,
     csv_path: Path | None,
     rejected_path: Path | None,
@@ -74,7 +77,7 @@ def diagnose(
         raise click.UsageError(f"--finding {', '.join(unknown)}: no prompts for it; known: {', '.join(prompt_set.findings)}")
     check_out_file(csv_path, "--csv")
     check_out_file(rejected_path, "--rejected")
-    encoder = load_model(model, device)
+    encoder = load_model(model, device, cache)
     from tasks.zero_shot import diagnose as score_files
     from tasks.zero_shot import encode_prompts
 

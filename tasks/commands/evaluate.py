@@ -10,6 +10,7 @@ import click
 
 from tasks.commands.common import (
     REJECTED,
+    cache_option,
     check_out_folder,
     console,
     echo_notice,
@@ -45,6 +46,7 @@ from tasks.commands.common import (
     help="Train the thumbnail baseline on the table's training labels and show it beside; done unless told, where there are such labels.",
 )
 @click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True, help="Images encoded at once.")
+@cache_option
 @json_option
 @click.pass_context
 def evaluate(
@@ -62,6 +64,7 @@ def evaluate(
     seed: int,
     baseline: bool | None,
     batch_size: int,
+    cache: Path | None,
     as_json: bool,
 ) -> None:
     """Measure zero-shot AUROC, pointing game and retrieval on the labelled studies of MANIFEST.
@@ -80,7 +83,7 @@ def evaluate(
     rows = table.select(split=None if split == "all" else split, modality=modality).rows
     if not rows:
         raise click.UsageError(f"--manifest {manifest}: no {modality} row in split {split} among {len(table)} good rows")
-    encoder = load_model(model, device)
+    encoder = load_model(model, device, cache)
     check_out_folder(out)
     from reports.text_source import ReportSentences
     from tasks.evaluation import REJECTED as REJECTED_CSV

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
 from tasks.commands.common import echo_notice
@@ -14,10 +16,17 @@ def _run(ctx: click.Context, subcommand: str, args: tuple[str, ...]) -> None:
         click.echo(ctx.get_help() + "\n\nEvery option (this takes the trainer a few seconds to list):\n")
     from medvl.training.cli import run
 
-    code = run(subcommand, list(args))
+    code = run(subcommand, list(args), _write_card if subcommand == "fit" else None)
     if code == 0:
         echo_notice()
     ctx.exit(code)
+
+
+def _write_card(folder: Path) -> None:
+    """The card of a run that has ended; it has no results yet."""
+    from tasks.card import write_card
+
+    write_card(folder)
 
 
 @click.command(
@@ -29,7 +38,7 @@ def _run(ctx: click.Context, subcommand: str, args: tuple[str, ...]) -> None:
 @click.argument("args", nargs=-1, type=click.UNPROCESSED, metavar="[OPTIONS]")
 @click.pass_context
 def fit(ctx: click.Context, args: tuple[str, ...]) -> None:
-    """Train a model from a recipe; weights, resolved recipe, logs and the checkpoint go to the folder --out.
+    """Train a model from a recipe; weights, model card, resolved recipe, logs and the checkpoint go to --out.
 
     Exits with 1 if an image or row had to be left out; rejected.csv in that folder says which and why.
 

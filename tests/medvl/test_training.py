@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 import medvl
 from medvl.data.augment import Augment
+from medvl.data.cache import CachedReader, SampleCache
 from medvl.data.manifest import read_manifest
 from medvl.data.studies import Collate, Draw, EpochBatches, StudyDataset
 from medvl.types import ImageBatch
@@ -334,6 +335,48 @@ def test_bad_rows_are_listed_counted_and_cost_only_themselves(recipe, studies, t
         rejected = {line["study_id"]: line["reason"] for line in csv.DictReader(file)}
     assert set(rejected) == {"s90", "s91", "s92"}
     assert "no sentence" in rejected["s92"]
+
+
+def test_images_cached_on_disk_train_the_very_weights_that_reading_does(recipe, tmp_path):
+    """With loader processes, from an empty and from a full cache, by a folder and by a cache with options; a place is no other recipe."""
+    from medvl.training.cli import run
+
+    folder = tmp_path / "cache"
+    bounded = {"class_path": "medvl.data.cache.SampleCache", "init_args": {"folder": str(folder), "max_bytes": 10**7}}
+    written = yaml.safe_load(recipe.read_text())
+    written["data"]["init_args"] |= {"cache": bounded, "workers": 1}
+    (tmp_path / "bounded.yaml").write_text(yaml.safe_dump(written))
+    ways = {
+        "read": (recipe, ["--data.init_args.cache=false", "--data.init_args.workers=1"]),
+        "filled": (recipe, [f"--data.init_args.cache={folder}", "--data.init_args.workers=1"]),
+        "full": (tmp_path / "bounded.yaml", []),
+        "memory": (recipe, ["--data.init_args.cache=memory"]),
+    }
+    recipes, told = {}, []
+    for name, (config, options) in ways.items():
+        assert run("fit", ["--config", str(config), "--out", str(tmp_path / name), "--trainer.max_epochs=2", *options], told.append) == 0
+        recipes[name] = json.loads((tmp_path / name / "config.json").read_text())["provenance"]["recipe_sha256"]
+        assert json.loads((tmp_path / name / "config.json").read_text())["model"]["reader"] == XrayReader(size=32).spec()
+        resolved = yaml.safe_load((tmp_path / name / "config.yaml").read_text())["data"]["init_args"]["cache"]
+        assert resolved == {"read": False, "filled": str(folder), "memory": "memory"}.get(name, resolved)
+    assert told == [tmp_path / name for name in ways], "each run told once that it ended, and where"
+    assert len(list(folder.glob("samples/*/*.safetensors"))) == 28
+    assert_same_weights(tmp_path / "filled", tmp_path / "read")
+    assert_same_weights(tmp_path / "full", tmp_path / "read")
+    assert recipes["read"] == recipes["filled"] == recipes["full"]
+    assert recipes["memory"] != recipes["read"], "it rounds"
+
+
+def test_memory_over_a_cache_on_disk_reads_each_image_once_from_either(studies, tmp_path, monkeypatch):
+    rows, reader = read_manifest(studies).select(split="train"), XrayReader(size=32)
+    data = StudyDataset(rows, CachedReader(reader, SampleCache(tmp_path)), ReportSentences(), cache=True)
+    data.drop_unreadable()
+    monkeypatch.setattr(XrayReader, "read", lambda *_: pytest.fail("read again"))
+    again = StudyDataset(rows, CachedReader(reader, SampleCache(tmp_path)), ReportSentences(), cache=True)
+    expected = [again.sample(i).pixels for i in range(len(again))]
+    monkeypatch.setattr(SampleCache, "read", lambda *_: pytest.fail("taken from disk again"))
+    for held in (data, again):
+        assert all(torch.equal(held.sample(i).pixels, pixels) for i, pixels in enumerate(expected))
 
 
 @pytest.mark.gpu

@@ -23,7 +23,7 @@ from tasks.cli import cli
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTICE = "research use, not for diagnosis"
-COMMANDS = ["demo", "phantom", "inspect", "fit", "validate", "test", "diagnose", "ground", "search", "evaluate"]
+COMMANDS = ["demo", "phantom", "inspect", "fit", "validate", "test", "diagnose", "ground", "search", "evaluate", "card"]
 
 
 def medvl(*args: Any) -> Result:
@@ -338,6 +338,26 @@ def test_evaluate_goes_on_without_bad_inputs_and_exits_with_1(tiny: Any, tmp_pat
     assert "s08" in done.stderr and "row 11" in done.stderr
 
 
+def test_a_cache_changes_nothing_but_the_second_reading(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from modalities.xray.reader import XrayReader
+
+    def results(*more: Any) -> tuple[Any, str]:
+        out = tmp_path / "out"
+        done = medvl("evaluate", "--model", tiny.model, "--manifest", tiny.manifest, "--out", out, "--repeats", 5, *more)
+        assert done.exit_code in (0, 1), done.output
+        return strict((out / "results.json").read_text()), (out / "predictions.csv").read_text()
+
+    plain = results()
+    said = medvl("diagnose", tiny.dicom, tiny.png, "--model", tiny.model, "--json").stdout
+    assert results("--cache", tmp_path / "cache") == plain
+    monkeypatch.setattr(XrayReader, "read", lambda *_: pytest.fail("read again"))
+    assert results("--cache", tmp_path / "cache") == plain
+    cached = medvl("diagnose", tiny.dicom, tiny.png, "--model", tiny.model, "--json", "--cache", tmp_path / "cache")
+    assert cached.stdout == said
+    done = medvl("diagnose", tiny.png, "--model", tiny.model, "--cache", tiny.png)
+    assert done.exit_code == 2 and "--cache" in done.stderr
+
+
 def test_evaluate_reads_a_table_that_names_things_otherwise(tiny: Any, tmp_path: Path) -> None:
     studies = tmp_path / "studies"
     shutil.copytree(tiny.folder, studies)
@@ -369,7 +389,7 @@ def test_evaluate_names_labels_that_it_has_no_prompts_for(tiny: Any, tmp_path: P
 def test_training_commands_hand_their_arguments_on_untouched(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     stub = types.ModuleType("medvl.training.cli")
-    stub.run = lambda subcommand, args: calls.append((subcommand, args)) or 0  # type: ignore[attr-defined]
+    stub.run = lambda subcommand, args, finished: calls.append((subcommand, args)) or 0  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "medvl.training.cli", stub)
     given = ["--config", "r.yaml", "--model.loss=x", "--help", "-h", "--trainer.fast_dev_run=true", "left", "--json", "--debug"]
     for command in ("fit", "validate", "test"):
@@ -393,7 +413,7 @@ def test_the_run_s_folder_is_looked_at_before_images_are_read(
 
 def test_the_exit_code_of_training_is_the_commands(monkeypatch: pytest.MonkeyPatch) -> None:
     stub = types.ModuleType("medvl.training.cli")
-    stub.run = lambda subcommand, args: 1  # type: ignore[attr-defined]
+    stub.run = lambda subcommand, args, finished: 1  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "medvl.training.cli", stub)
     assert medvl("fit").exit_code == 1
 
@@ -449,11 +469,11 @@ def test_what_our_code_refuses_by_intent_is_a_usage_error_with_its_message(monke
     from medvl.data.manifest import read_manifest
 
     stub = types.ModuleType("medvl.training.cli")
-    stub.run = lambda subcommand, args: read_manifest(args[0])  # type: ignore[attr-defined]
+    stub.run = lambda subcommand, args, finished: read_manifest(args[0])  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "medvl.training.cli", stub)
     done = medvl("fit", tiny.png)
     assert done.exit_code == 2 and "expected .csv, .tsv" in done.stderr
-    stub.run = lambda subcommand, args: int("Secret^Name")  # type: ignore[attr-defined]
+    stub.run = lambda subcommand, args, finished: int("Secret^Name")  # type: ignore[attr-defined]
     done = medvl("fit", tiny.png)
     assert done.exit_code == 3 and "ValueError" in done.stderr and "Secret" not in done.output
 

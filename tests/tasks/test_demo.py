@@ -78,7 +78,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
 
 @pytest.mark.slow
 def test_the_demo_leaves_the_fixed_files_and_keys(demo: Demo) -> None:
-    for name in ("results.json", "predictions.csv", "report.html", "data/manifest.csv", "data/xray", "data/masks"):
+    for name in ("results.json", "predictions.csv", "report.html", "model/MODEL_CARD.md", "data/manifest.csv", "data/xray", "data/masks"):
         assert (demo.out / name).exists(), name
     found = strict((demo.out / "results.json").read_text())
     assert found == demo.told
@@ -92,6 +92,8 @@ def test_the_demo_leaves_the_fixed_files_and_keys(demo: Demo) -> None:
     assert 0 <= retrieval["recall_at_10"] <= 1 and retrieval["chance"] == pytest.approx(10 / retrieval["pool"])
     assert tuple(demo.predictions[0])[: len(FIXED)] == FIXED
     assert len(demo.predictions) == found["images"] * len(found["zero_shot"]["per_finding"])
+    card = (demo.out / "model" / "MODEL_CARD.md").read_text()
+    assert f"{found['zero_shot']['macro_auroc']:.3f} (" in card and found["facts"]["weights_sha256"] in card and "synthetic" in card
     page = (demo.out / "report.html").read_text()
     assert "synthetic" in page.lower() and "<script" not in page and 'src="http' not in page
 

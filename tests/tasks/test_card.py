@@ -1,0 +1,241 @@
+"""The card of a run against the files it is made of: parsed back, and compared number by number."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+import shutil
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.numpy
+from click.testing import CliRunner, Result
+from huggingface_hub import ModelCard
+
+import medvl
+from modalities.ct.reader import CtReader
+from modalities.xray.reader import XrayReader
+from tasks.cli import cli
+
+READERS = {
+    XrayReader: {
+        "size": 337,
+        "channels": 3,
+        "normalise": "fixed",
+        "mean": [0.4978, 0.41, 0.123456789],
+        "std": 0.2449,
+        "reduced_decoding": True,
+    },
+    CtReader: {
+        "spacing_mm": [1.25, None, 0.7],
+        "shape": [77, None, 333],
+        "windows_hu": [[-1001.5, 399.0], [-57.0, 211.0]],
+        "crop": "thorax",
+        "max_slices": 91,
+        "antialias": False,
+        "mean": 0.123456789,
+        "std": 0.987654321,
+        "series": 3,
+    },
+}
+
+
+def command(*args: Any) -> Result:
+    return CliRunner().invoke(cli, [str(a) for a in args])
+
+
+@pytest.fixture
+def run(tiny: Any, tmp_path: Path) -> Path:
+    """A copy of the tiny model, to be changed."""
+    return Path(shutil.copytree(tiny.model, tmp_path / "run"))
+
+
+def with_reader(run: Path, kind: type, arguments: dict[str, Any]) -> dict[str, Any]:
+    config = json.loads((run / "config.json").read_text())
+    config["model"]["reader"] = {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": arguments}
+    (run / "config.json").write_text(json.dumps(config))
+    return config
+
+
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+
+
+def tables(card: str) -> dict[str, list[list[str]]]:
+    """Heading -> rows of the tables below it, heads left out."""
+    found: dict[str, list[list[str]]] = {}
+    heading = ""
+    for line in card.splitlines():
+        if line.startswith("#"):
+            heading = line.lstrip("# ")
+        elif line.startswith("|"):
+            found.setdefault(heading, []).append(cells(line))
+    for rows in found.values():
+        marks = [i for i, row in enumerate(rows) if set("".join(row)) == {"-"}]
+        for i in reversed(marks):
+            del rows[i - 1 : i + 1]
+    return found
+
+
+def code(cell: str) -> str:
+    assert cell.startswith("`") and cell.endswith("`"), cell
+    return cell[1:-1].replace("\\|", "|")
+
+
+def flat(value: dict[str, Any], before: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, item in value.items():
+        if isinstance(item, dict) and "class_path" in item:
+            found[before + name] = item["class_path"]
+            found |= flat(item["init_args"], f"{before}{name}.")
+        else:
+            found[before + name] = item
+    return found
+
+
+def test_the_command_writes_a_card_that_the_hub_s_own_parser_reads(run: Path) -> None:
+    done = command("card", run, "--license", "cc-by-nc-4.0")
+    assert done.exit_code == 0, done.output
+    assert Path(done.stdout.strip()) == run / "MODEL_CARD.md"
+    card = ModelCard.load(run / "MODEL_CARD.md")
+    assert (card.data.library_name, card.data.license) == ("medvl", "cc-by-nc-4.0")
+    assert card.data.pipeline_tag == "zero-shot-image-classification"
+    assert {"medical-imaging", "chest-x-ray"} <= set(card.data.tags)
+    assert card.data.eval_results is None
+    assert "Research use, not for diagnosis" in card.text and "Not measured" in card.text
+    assert str(run) not in card.content
+
+
+@pytest.mark.parametrize("kind", READERS)
+def test_every_argument_of_config_json_stands_in_the_card_and_no_other(run: Path, kind: type) -> None:
+    config = with_reader(run, kind, READERS[kind])
+    assert set(READERS[kind]) == set(inspect.signature(kind).parameters)
+    assert command("card", run).exit_code == 0
+    found = tables((run / "MODEL_CARD.md").read_text())
+    for part, title in (("image", "Image tower"), ("report", "Report tower"), ("similarity", "Similarity"), ("reader", "Reader")):
+        expected = {
+            name: value if isinstance(value, str) else json.dumps(value) for name, value in flat(config["model"][part]["init_args"]).items()
+        }
+        rows = {code(name): code(value) for name, value in found[f"{title}: arguments as saved"]}
+        assert rows == expected
+    told = dict(found["What is done to an image"])
+    unescaped = {step: re.sub(r"\\(.)", r"\1", words) for step, words in told.items()}
+    assert unescaped == kind(**READERS[kind]).describe()
+    everything = " ".join(unescaped.values())
+    for number in re.findall(r"[\d.]+", json.dumps([v for v in READERS[kind].values() if not isinstance(v, bool)])):
+        assert f"{float(number):.15g}" in everything or str(number) in everything or f"{float(number):.8g}" in everything, number
+
+
+def test_sizes_and_provenance_are_those_of_the_files(run: Path, tiny: Any) -> None:
+    assert command("card", run).exit_code == 0
+    found = tables((run / "MODEL_CARD.md").read_text())
+    weights = safetensors.numpy.load_file(run / "model.safetensors")
+    sizes = {row[0]: row[2].replace(",", "") for row in found["What it is"] if len(row) == 3}
+    assert int(sizes["all"]) == sum(array.size for array in weights.values())
+    model = medvl.load(run, device="cpu")
+    image = sum(tensor.numel() for tensor in model.image.state_dict().values())
+    assert int(sizes["Image tower"]) == image > 0
+    config = json.loads((run / "config.json").read_text())
+    assert code(dict(row for row in found["What it is"] if len(row) == 2)["weights, SHA-256"]) == config["weights_sha256"]
+    titles = {"training table, SHA-256": "manifest_sha256", "commit of the code": "commit", "step": "step"}
+    for title, name in titles.items():
+        value = config["provenance"].get(name)
+        assert dict(found["Training"])[title] == ("not stated" if value is None else f"`{value}`")
+
+
+def test_figures_are_those_of_results_json_with_n_and_interval(run: Path, tiny: Any, tmp_path: Path) -> None:
+    out = tmp_path / "results"
+    done = command("evaluate", "--model", run, "--manifest", tiny.manifest, "--out", out, "--repeats", 20, "--no-baseline")
+    assert done.exit_code in (0, 1), done.output
+    assert command("card", run, "--results", out / "results.json").exit_code == 0
+    card = ModelCard.load(run / "MODEL_CARD.md")
+    measured = json.loads((out / "results.json").read_text())
+    found = tables(card.text)
+    per_finding = measured["zero_shot"]["per_finding"]
+    rows = {row[0].replace(" ", "_"): row for row in found["Findings"]}
+    assert set(rows) == {*per_finding, "**mean**"}
+    for name, one in per_finding.items():
+        assert rows[name][1] == f"{one['auroc']:.3f} ({one['ci_low']:.3f} to {one['ci_high']:.3f})"
+        assert rows[name][2] == f"{one['n_positive']} of {one['n']}"
+        point = measured["grounding"]["per_finding"].get(name)
+        if point is not None:
+            assert rows[name][4].startswith(f"{point['pointing_game']:.3f} (") and rows[name][5] == str(point["n"])
+    assert rows["**mean**"][1].startswith(f"{measured['zero_shot']['macro_auroc']:.3f}")
+    direction = measured["retrieval"]["report_to_image"]
+    row = next(row for row in found["Retrieval"] if row[:2] == ["report to image", "its own report"])
+    assert row[2].startswith(f"{direction['recall_at_1']:.3f}") and row[-1] == str(direction["pool"])
+    assert f"{direction['chance']:.3f}" == row[5]
+    facts = dict(found["Results"])
+    assert code(facts["table, SHA-256"]) == measured["data"]["manifest_sha256"] and measured["prompts"]["sha256"] in card.text
+    assert facts["images, studies, patients"] == f"{measured['images']}, {measured['studies']}, {measured['patients']}"
+    hub = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert hub["roc_auc"] == measured["zero_shot"]["macro_auroc"]
+    assert hub["recall_at_10"] == measured["retrieval"]["image_to_report"]["recall_at_10"]
+
+
+def test_results_in_the_run_s_folder_are_taken_and_another_model_s_are_refused(run: Path, tiny: Any, tmp_path: Path) -> None:
+    done = command("evaluate", "--model", run, "--manifest", tiny.manifest, "--out", run, "--repeats", 5, "--no-baseline")
+    assert done.exit_code in (0, 1), done.output
+    assert command("card", run).exit_code == 0
+    assert "### Findings" in (run / "MODEL_CARD.md").read_text()
+    measured = json.loads((run / "results.json").read_text())
+    cases = {
+        "other weights": {**measured, "model": {"weights_sha256": "0" * 64}},
+        "does not say which weights": {name: value for name, value in measured.items() if name != "model"},
+        "not a results.json": {"model": measured["model"]},
+        "expected a JSON object": [],
+    }
+    for said, content in cases.items():
+        (run / "results.json").write_text(json.dumps(content))
+        refused = command("card", run)
+        assert refused.exit_code == 2 and said in refused.stderr, (said, refused.output)
+
+
+def test_what_is_missing_or_no_run_is_a_usage_error(run: Path, tmp_path: Path) -> None:
+    for arguments, said in (
+        ((tmp_path / "absent",), "no such file"),
+        ((run, "--results", tmp_path / "absent.json"), "no such file"),
+        ((run, "--out", tmp_path), "is a folder"),
+    ):
+        done = command("card", *arguments)
+        assert done.exit_code == 2 and said in done.stderr, done.output
+    with_reader(run, XrayReader, {"size": 2**19})
+    assert command("card", run).exit_code == 2
+    (run / "config.json").write_text("{}")
+    assert "not a medvl config.json" in command("card", run).stderr
+    (run / "model.safetensors").unlink()
+    assert command("card", run).exit_code == 2
+
+
+def test_text_from_files_is_never_markup(run: Path) -> None:
+    config = json.loads((run / "config.json").read_text())
+    evil = "<script>x</script> | ` | **b** [l](http://e)\n# heading\n---"
+    config["provenance"] |= {"commit": evil, "chosen_by": evil}
+    config["model"]["report"]["init_args"]["more"] = evil
+    config["medvl"] = evil
+    (run / "config.json").write_text(json.dumps(config))
+    assert command("card", run).exit_code == 0
+    text = (run / "MODEL_CARD.md").read_text()
+    found = tables(text)
+    assert {len(row) for row in found["Training"]} == {2}
+    outside_code = re.sub(r"`[^`\n]*`", "", text)
+    assert not re.search(r"(?<!\\)<script|(?<!\\)\*\*b|(?<!\\)\[l\]|^# heading|^---$", outside_code.split("---", 2)[2], re.MULTILINE)
+
+
+def test_fit_leaves_a_card(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fake(subcommand: str, args: list[str], finished: Any) -> int:
+        assert (finished is not None) == (subcommand == "fit")
+        if finished is not None:
+            finished(run)
+        return 0
+
+    stub = types.ModuleType("medvl.training.cli")
+    stub.run = fake  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "medvl.training.cli", stub)
+    assert command("validate").exit_code == 0 and not (run / "MODEL_CARD.md").exists()
+    assert command("fit").exit_code == 0
+    assert ModelCard.load(run / "MODEL_CARD.md").data.library_name == "medvl"
