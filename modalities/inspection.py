@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from medvl.types import UnreadableImageError
 
 if TYPE_CHECKING:
-    from modalities.ct.series import Series
+    from modalities.ct.runs import Series
     from modalities.ct.volume import CtVolume
 
 
@@ -57,7 +57,7 @@ class Inspection:
 
 def inspect_paths(path: Path) -> Iterator[Inspection]:
     """A file as one record; a folder or zip as one per image and series in it."""
-    from modalities.ct.series import is_zip
+    from modalities.ct.archive import is_zip
 
     path = Path(path)
     try:
@@ -212,7 +212,7 @@ def _inspect_zip(path: Path) -> Iterator[Inspection]:
 
 
 def _series(path: Path, index: int, series: Series) -> Inspection:
-    from modalities.ct.series import read_series
+    from modalities.ct.assembly import read_series
 
     files = len({(header.file, header.member) for header in series.slices})
     try:

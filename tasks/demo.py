@@ -230,6 +230,8 @@ def _train(half: _Half, table: Path, base: Path | None) -> None:
         "model.seed": half.seed,
     }
     if base is not None:
+        specs = json.loads((base / CONFIG).read_text())["model"]
+        arguments |= {f"model.{name}": json.dumps(specs[name]) for name in SHARED}
         arguments |= {"model.start": json.dumps({name: str(base) for name in SHARED}), "model.locked": json.dumps(SHARED)}
     run("fit", [f"--{name}={value}" for name, value in arguments.items()])
     write_atomically(note, json.dumps({**asked, "finished": True}).encode())

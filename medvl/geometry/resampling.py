@@ -15,6 +15,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+BLOCK = 40
+"""Output columns that are made at once."""
+
 
 @dataclass(frozen=True)
 class Taps:
@@ -81,49 +84,104 @@ def resample(
         if antialias and _edges_meet(values.shape, shape, ratio, shift):  # torch's own kernel: same filter, faster
             image = _as_float(values)[None, None]
             return F.interpolate(image, size=tuple(shape), mode="bilinear", antialias=True, align_corners=False)[0, 0]
-        return _Plane.of(values.shape, shape, ratio, shift, antialias)(_as_float(values))
-    slices = Taps.of(values.shape[0], shape[0], ratio[0], shift[0], antialias)
-    plane = _Plane.of(values.shape[1:], shape[1:], ratio[1:], shift[1:], antialias)
+        return _volume(values[None], (1, *shape), (1.0, *ratio), (0.0, *shift), antialias)[0]
+    return _volume(values, shape, ratio, shift, antialias)
+
+
+def _volume(
+    values: NDArray[np.generic] | Tensor, shape: Sequence[int], ratio: Sequence[float], shift: Sequence[float], antialias: bool
+) -> Tensor:
+    """Slice by slice, each in scratch memory that serves them all: fresh pages cost more than the arithmetic on them."""
+    mirrored = isinstance(values, np.ndarray) and values.strides[2] < 0  # rows that run backwards are turned once there are fewer
+    straight = values[:, :, ::-1] if mirrored else values
+    slices, rows, columns = (Taps.of(n, m, r, s, antialias) for n, m, r, s in zip(values.shape, shape, ratio, shift, strict=True))
+    finish = _Columns(columns, values.shape[2], mirrored)
     out = torch.empty(tuple(shape), dtype=torch.float32)
-    blend_first = shape[0] <= values.shape[0]  # the plane is resampled once per slice of the shorter stack
-    ready: dict[int, Tensor] = {}  # input slices that the next output slice may use again
-    for o in range(shape[0]):
-        weights = {int(i): float(w) for i, w in zip(slices.index[o], slices.weight[o], strict=True) if w > 0}
-        ready = {i: ready[i] if i in ready else _as_float(values[i]) if blend_first else plane(_as_float(values[i])) for i in weights}
-        (first, weight), *others = weights.items()
-        blended = ready[first] * weight
-        for i, weight in others:
-            blended.add_(ready[i], alpha=weight)
-        out[o] = plane(blended) if blend_first else blended
+    if len(slices.index) <= len(values):
+        _blend_and_finish(straight, slices, rows, finish, out)
+    else:
+        _finish_and_blend(straight, slices, rows, finish, out)
     return out
 
 
-@dataclass(frozen=True)
-class _Plane:
-    """Rows by taps, columns by one matrix product: gathers along the last axis are slow."""
+def _blend_and_finish(values: NDArray[np.generic] | Tensor, slices: Taps, rows: Taps, finish: _Columns, out: Tensor) -> None:
+    """Of each output slice, its rows from rows of several input slices in one step, then its columns."""
+    _, h, w = values.shape
+    count = slices.index.shape[1]
+    held = torch.empty(count, h, w)  # the input slices of one output slice, as floats
+    place: dict[int, int] = {}  # input slice to where it is held
+    for result, index, weights in zip(out, slices.index, slices.weight, strict=True):
+        indices, weights = index[weights > 0].tolist(), weights[weights > 0]
+        place = {i: at for i, at in place.items() if i in indices}
+        free = [at for at in range(count) if at not in place.values()]
+        for i in sorted(set(indices) - set(place)):
+            place[i] = free.pop()
+            _float_into(held[place[i]], values[i])
+        taps = torch.tensor([place[i] for i in indices])[:, None] * h + rows.index[:, None]  # (rows, slice taps, row taps)
+        each = weights[:, None] * rows.weight[:, None]
+        picked = F.embedding_bag(taps.flatten(1), held.view(-1, w), mode="sum", per_sample_weights=each.flatten(1))
+        finish(picked, result)
 
-    rows: Taps
-    columns: Tensor | None  # (n, m)
 
-    @classmethod
-    def of(cls, before: Sequence[int], after: Sequence[int], ratio: Sequence[float], shift: Sequence[float], antialias: bool) -> _Plane:
-        rows, columns = (Taps.of(before[i], after[i], ratio[i], shift[i], antialias) for i in (0, 1))
-        return cls(rows, None if columns.is_identity and before[1] == after[1] else columns.matrix(before[1]).T.contiguous())
+def _finish_and_blend(values: NDArray[np.generic] | Tensor, slices: Taps, rows: Taps, finish: _Columns, out: Tensor) -> None:
+    """Of each input slice its plane, once, then the output slices between: for a stack that gets longer."""
+    plain = torch.empty(tuple(values.shape[1:]))
+    ready: dict[int, Tensor] = {}
+    for result, index, weight in zip(out, slices.index, slices.weight, strict=True):
+        indices, weights = index[weight > 0].tolist(), weight[weight > 0].tolist()
+        ready = {i: plane for i, plane in ready.items() if i in indices}
+        for i in set(indices) - set(ready):
+            picked = F.embedding_bag(rows.index, _float_into(plain, values[i]), mode="sum", per_sample_weights=rows.weight)
+            ready[i] = finish(picked, torch.empty_like(result))
+        torch.mul(ready[indices[0]], weights[0], out=result)
+        for i, part in zip(indices[1:], weights[1:], strict=True):
+            result.add_(ready[i], alpha=part)
 
-    def __call__(self, image: Tensor) -> Tensor:
-        """(H, W) to (h, w)."""
-        if not self.rows.is_identity or len(self.rows.index) != image.shape[0]:
-            out = image.index_select(0, self.rows.index[:, 0]) * self.rows.weight[:, :1]
-            for k in range(1, self.rows.index.shape[1]):
-                out.addcmul_(image.index_select(0, self.rows.index[:, k]), self.rows.weight[:, k : k + 1])
-            image = out
-        return image if self.columns is None else image @ self.columns
+
+class _Columns:
+    """The last axis, by one small matrix product for each block of output columns, since these need few input ones."""
+
+    def __init__(self, taps: Taps, n: int, mirrored: bool) -> None:
+        self.mirrored = mirrored
+        self.blocks = None if taps.is_identity and len(taps.index) == n else _blocks(taps, n)
+
+    def __call__(self, image: Tensor, out: Tensor) -> Tensor:
+        """(h, W) to ``out`` (h, w)."""
+        if self.mirrored:
+            image = torch.from_numpy(np.ascontiguousarray(image.numpy()[:, ::-1]))
+        if self.blocks is None:
+            return out.copy_(image)
+        for (low, high), (start, end), matrix in self.blocks:
+            torch.mm(image[:, low:high], matrix, out=out[:, start:end])
+        return out
+
+
+Block = tuple[tuple[int, int], tuple[int, int], Tensor]
+
+
+def _blocks(taps: Taps, n: int) -> list[Block]:
+    """For each BLOCK output samples: the input samples that they need, which ones they are, and (inputs, outputs) weights."""
+    found: list[Block] = []
+    dense = taps.matrix(n).T
+    for start in range(0, len(taps.index), BLOCK):
+        part = taps.index[start : start + BLOCK]
+        low, high, end = int(part.min()), int(part.max()) + 1, start + len(part)
+        found.append(((low, high), (start, end), dense[low:high, start:end].contiguous()))
+    return found
 
 
 def _as_float(values: NDArray[np.generic] | Tensor) -> Tensor:
     if isinstance(values, Tensor):
         return values.float()
     return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
+
+
+def _float_into(buffer: Tensor, values: NDArray[np.generic] | Tensor) -> Tensor:
+    """``values`` in the float32 ``buffer``."""
+    if isinstance(values, Tensor):
+        return buffer.copy_(values)
+    np.copyto(buffer.numpy(), values, casting="unsafe")
+    return buffer
 
 
 def _edges_meet(before: Sequence[int], after: Sequence[int], ratio: Sequence[float], shift: Sequence[float]) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from modalities.ct.assembly import read_series as read_series
     from modalities.ct.hu import HuVerdict as HuVerdict
     from modalities.ct.hu import hu_verdict as hu_verdict
     from modalities.ct.hu import rescale_from_metadata as rescale_from_metadata
@@ -18,9 +19,8 @@ if TYPE_CHECKING:
     from modalities.ct.pooling import TransformerPooling as TransformerPooling
     from modalities.ct.read import read_ct as read_ct
     from modalities.ct.reader import CtReader as CtReader
-    from modalities.ct.series import Series as Series
+    from modalities.ct.runs import Series as Series
     from modalities.ct.series import find_series as find_series
-    from modalities.ct.series import read_series as read_series
     from modalities.ct.slices import SlicePooledEncoder as SlicePooledEncoder
     from modalities.ct.volume import CtVolume as CtVolume
     from modalities.ct.volume import closest_ras as closest_ras
@@ -40,7 +40,7 @@ _LAZY = {
     "MeanPooling": "pooling",
     "MonaiVitEncoder": "volumes",
     "ResNet3dEncoder": "volumes",
-    "Series": "series",
+    "Series": "runs",
     "SlicePooledEncoder": "slices",
     "TransformerPooling": "pooling",
     "closest_ras": "volume",
@@ -50,7 +50,7 @@ _LAZY = {
     "read_itk": "itk",
     "read_mask": "mask",
     "read_nifti": "nifti",
-    "read_series": "series",
+    "read_series": "assembly",
     "rescale_from_metadata": "hu",
     "value_sha256": "volume",
 }

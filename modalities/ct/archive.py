@@ -22,6 +22,8 @@ from modalities.ct.volume import check_file, refused
 CHUNK_BYTES = 2**20
 KEPT_SUFFIXES = frozenset({".dcm", ".ima", ".nii", ".nii.gz", ".mha", ".nrrd"})
 
+ZIP_MAGIC = (b"PK\x03\x04", b"PK\x05\x06")
+
 
 @dataclass(frozen=True)
 class ArchiveLimits:
@@ -41,6 +43,13 @@ class Member:
     index: int  # in the zip's own list; how messages name it
     size: int  # unpacked bytes, as declared
     suffix: str  # of the known ones, else empty
+
+
+def is_zip(path: Path) -> bool:
+    """True for a regular file that starts as a zip does."""
+    check_file(path)
+    with path.open("rb") as file:
+        return file.read(4) in ZIP_MAGIC
 
 
 def list_members(path: Path, limits: ArchiveLimits | None = None) -> list[Member]:

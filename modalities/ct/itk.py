@@ -1,27 +1,31 @@
 """MHA, MHD, NRRD and NHDR to a CT volume, through SimpleITK (extra ``itk``).
 
 The text header is read here first: what it declares is checked against limits and the file's size, and a data file that it names must
-lie in the same folder. ITK's world is LPS; it is turned to RAS once.
+lie in the same folder. Compressed values are inflated here once to see that they are whole: ITK takes a damaged stream for an image of
+whatever its memory held. ITK's world is LPS; it is turned to RAS once.
 """
 
 from __future__ import annotations
 
 import math
 import re
+import zlib
 from pathlib import Path, PurePosixPath
-from typing import Literal
+from typing import BinaryIO, Literal
 
 import numpy as np
 
 from medvl.geometry import lps_to_ras
 from medvl.types import UnreadableImageError
 from modalities.ct.hu import hu_verdict
+from modalities.ct.nifti import MOST_DEFLATED
 from modalities.ct.volume import MAX_VOXELS, CtVolume, affine_problem, check_file, narrow, refused, xyz_affine
 
 SUFFIXES = frozenset({".mha", ".mhd", ".nrrd", ".nhdr"})
 HEADER_BYTES = 2**16
 META_START = re.compile(rb"\s*(ObjectType|NDims|Comment)\s*=")
 MOST_DEFLATED = 1032
+CHUNK_BYTES = 2**22
 META_BYTES = {"CHAR": 1, "UCHAR": 1, "SHORT": 2, "USHORT": 2, "INT": 4, "UINT": 4, "LONG": 4, "ULONG": 4, "FLOAT": 4, "DOUBLE": 8}
 META_BYTES |= {"LONG_LONG": 8, "ULONG_LONG": 8}
 NRRD_BYTES = {"char": 1, "short": 2, "int": 4, "longlong": 8, "float": 4, "double": 8}
@@ -126,10 +130,10 @@ def _check_meta(path: Path, start: bytes, warnings: list[str]) -> None:
     skip = int(fields.get("HeaderSize", "0"))
     if not -1 <= skip <= 2**31:
         raise refused(path, f"declares {skip} bytes before its values")
-    if data.upper() == "LOCAL":
-        _check_size(path, path.stat().st_size - length, sizes, width, packed)
-    else:
-        _check_size(path, _beside(path, data), sizes, width, packed)
+    if packed and skip != 0:
+        raise refused(path, "skips bytes before its compressed values; save it without")
+    values, begin = (path, length) if data.upper() == "LOCAL" else (_beside(path, data), 0)
+    _check_values(path, values, begin, sizes, width, packed)
 
 
 def _check_nrrd(path: Path, start: bytes, warnings: list[str]) -> None:
@@ -156,10 +160,9 @@ def _check_nrrd(path: Path, start: bytes, warnings: list[str]) -> None:
         warnings.append("its header has no space directions; the axes were taken as left, posterior, superior")
     if any(int(fields.get(name, "0")) for name in ("lineskip", "byteskip")):
         raise refused(path, "skips bytes before its values; save it without")
-    if data is None:
-        _check_size(path, path.stat().st_size - len(head), sizes, width, coding != "raw")
-    else:
-        _check_size(path, _beside(path, data), sizes, width, coding != "raw")
+    blank_line = re.search(rb"\n\r?\n", start)
+    values, begin = (path, blank_line.end() if blank_line else 0) if data is None else (_beside(path, data), 0)
+    _check_values(path, values, begin, sizes, width, coding != "raw")
 
 
 def _plain_type(name: str) -> str:
@@ -183,16 +186,36 @@ def _sizes(path: Path, text: str) -> list[int]:
     return sizes
 
 
-def _check_size(path: Path, have: int, sizes: list[int], width: int, packed: bool) -> None:
-    need = math.prod(sizes) * width
+def _check_values(path: Path, values: Path, begin: int, sizes: list[int], width: int, packed: bool) -> None:
+    """Refuse values, ``begin`` bytes into a file, that are fewer than declared or do not inflate to just what is declared."""
+    need, have = math.prod(sizes) * width, values.stat().st_size - begin
     if have < need and not packed:
         raise refused(path, f"is cut short: {' x '.join(map(str, sizes))} voxels need {need} bytes, there are {have}")
     if packed and need > have * MOST_DEFLATED:
         raise refused(path, f"declares {need} bytes inflated, more than {have} bytes can hold; it is cut short or its header is wrong")
+    if packed:
+        with values.open("rb") as file:
+            file.seek(begin)
+            came = _inflated_length(file, need)
+        if came != need:
+            told = "are damaged or cut short" if came is None else f"are {'over ' * (came > need)}{min(came, need)} bytes"
+            raise refused(path, f"its compressed values {told}, {need} are declared; copy or save the file again")
 
 
-def _beside(path: Path, name: str) -> int:
-    """Bytes of the one data file that a header names, which must lie in its folder."""
+def _inflated_length(file: BinaryIO, most: int) -> int | None:
+    """Bytes of the zlib or gzip stream that starts here, counted to just above ``most``; None if it is damaged or has no end."""
+    inflater, total = zlib.decompressobj(zlib.MAX_WBITS + 32), 0  # as ITK does; igzip takes some damaged tables for whole
+    try:
+        while (chunk := inflater.unconsumed_tail or file.read(CHUNK_BYTES)) and not inflater.eof and total <= most:
+            total += len(inflater.decompress(chunk, CHUNK_BYTES))  # the end of a stream checks its checksum
+        total += len(inflater.flush()) if total <= most else 0  # what a full chunk left of a match
+    except zlib.error:
+        return None
+    return total if inflater.eof or total > most else None
+
+
+def _beside(path: Path, name: str) -> Path:
+    """The one data file that a header names, which must lie in its folder."""
     words = name.split()
     if name.upper().startswith("LIST") or len(words) != 1 or "%" in name:
         raise refused(path, "its values lie in several files; save them in one")
@@ -203,6 +226,7 @@ def _beside(path: Path, name: str) -> int:
     if data.resolve().parent != path.parent.resolve():
         raise refused(path, "names a data file that is a link out of its folder; not followed")
     try:
-        return check_file(data)
+        check_file(data)
     except UnreadableImageError:
         raise refused(path, "names a data file that is not there or no regular file") from None
+    return data

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Literal
 
 from medvl.types import UnreadableImageError
-from modalities.ct.archive import list_members, unpacked
+from modalities.ct.archive import is_zip, list_members, unpacked
+from modalities.ct.assembly import read_series
 from modalities.ct.hu import RescalePolicy
 from modalities.ct.itk import read_itk
 from modalities.ct.nifti import GZIP_MAGIC, read_nifti
-from modalities.ct.series import TOLERANCE_MM, Series, find_series, is_zip, read_series
+from modalities.ct.runs import TOLERANCE_MM, Series
+from modalities.ct.series import find_series
 from modalities.ct.volume import CtVolume, check_file, refused
 
 NIFTI_SUFFIXES = (".nii", ".nii.gz")

@@ -170,7 +170,8 @@ class CtReader(ImageReader):
         """A volume to a sample: turned, cropped on its own grid, resampled, fitted, windowed."""
         record = self.transform(volume)
         hu = record.apply(volume.voxels[None], fill=AIR_HU, antialias=self.antialias)[0]
-        pixels = torch.empty(len(self.windows_hu), *hu.shape)
+        alone = len(self.windows_hu) == 1 and not np.may_share_memory(hu.numpy(), volume.voxels)
+        pixels = hu[None] if alone else torch.empty(len(self.windows_hu), *hu.shape)
         for channel, (low, high) in zip(pixels, self.windows_hu, strict=True):  # in place: a volume has tens of MB
             torch.sub(hu, low, out=channel).mul_(1 / (high - low)).clamp_(0, 1).sub_(self.mean).mul_(1 / self.std)
         affine = volume.affine @ record.matrix()

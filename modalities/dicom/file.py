@@ -5,6 +5,7 @@ Only the elements of ``KEYWORDS`` are kept; the pixel data stay in the file unti
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import logging
@@ -28,11 +29,14 @@ MAX_FILE_BYTES = 2**31
 HELD_BYTES = 2**26
 """Files up to here are read at once, larger ones piece by piece."""
 
-MAX_INFLATED_BYTES = 2**27
-"""Largest dataset that a deflated file may unfold to."""
+MAX_INFLATED_BYTES = 2**28
+"""Largest dataset that a deflated file may unfold to: 500 slices of 512 x 512 in one."""
 
 MAX_READS = 2**19
 """Reads that parsing one file may take, two or three seconds' worth; an enhanced header takes some 60 to 100 a frame."""
+
+SMALL_READ = 2**12
+"""Reads up to here may allocate what they ask for; there are many."""
 
 MAX_ELEMENT_BYTES = 2**16
 """Longest value of a header element that is used; lookup tables may have two bytes for each of 2**16 entries, and sequences more."""
@@ -59,7 +63,18 @@ KEYWORDS = (
     *("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing", "EstimatedRadiographicMagnificationFactor"),
     *("ImagePositionPatient", "ImageOrientationPatient", "PatientOrientation", "ViewPosition", "PresentationLUTShape"),
     *("RescaleSlope", "RescaleIntercept", "RescaleType", "WindowCenter", "WindowWidth", "WindowCenterWidthExplanation", "VOILUTFunction"),
+    *("SeriesInstanceUID", "FrameOfReferenceUID", "AcquisitionNumber", "FrameAcquisitionNumber", "ImageType", "FrameType"),
+    *("TemporalPositionIndex", "TemporalPositionIdentifier", "ConvolutionKernel", "SliceThickness", "SpacingBetweenSlices"),
+    *("FrameAcquisitionDateTime", "AcquisitionDateTime", "AcquisitionTime", "ContentTime", "LossyImageCompression"),
 )
+
+
+@functools.cache
+def keyword_tags() -> dict[str, Any]:
+    """The tags of ``KEYWORDS``: pydicom's own look-up of a keyword costs more than reading the element."""
+    from pydicom.tag import Tag
+
+    return {keyword: Tag(keyword) for keyword in KEYWORDS}
 
 
 @dataclass
@@ -90,6 +105,8 @@ class BoundedReader:
         self.reads += 1
         if self.reads > MAX_READS:
             raise ValueError("too many elements")
+        if 0 <= size <= SMALL_READ:
+            return self.file.read(size)
         left = max(0, self.size - self.file.tell())
         return self.file.read(left if size < 0 else min(size, left))
 
@@ -124,23 +141,26 @@ class Header:
         Raises:
             UnreadableImageError: the element cannot be converted to what its keyword means.
         """
-        assert keyword in KEYWORDS, keyword
+        tag = keyword_tags()[keyword]
         for layer in self.layers:
-            if keyword in layer:
+            if tag in layer:
                 try:
-                    value = layer.get(keyword)
+                    value = layer[tag].value
                 except Exception:  # its text quotes the value
                     raise self.notes.refuse(f"its {keyword} cannot be read") from None
                 if value is not None and not (hasattr(value, "__len__") and len(value) == 0):
                     return value
         return None
 
+    def texts(self, keyword: str) -> tuple[str, ...]:
+        """All values as stripped upper case text; none where the element is missing."""
+        value = self.get(keyword)
+        many = value if value is not None and not isinstance(value, str) and hasattr(value, "__len__") else [value]
+        return () if value is None else tuple(str(v).strip(" \0").upper() for v in many)
+
     def text(self, keyword: str) -> str:
         """The first value as stripped upper case text; empty where it is missing."""
-        value = self.get(keyword)
-        if value is not None and not isinstance(value, str) and hasattr(value, "__len__"):
-            value = value[0]
-        return "" if value is None else str(value).strip(" \0").upper()
+        return next(iter(self.texts(keyword)), "")
 
     def numbers(self, keyword: str) -> tuple[float, ...]:
         """All values as numbers, NaN for one that is none; empty where the element is missing."""
@@ -175,12 +195,17 @@ class Header:
 
     def frame(self, k: int) -> Header:
         """The header of frame ``k`` of an enhanced object; of others, the same."""
-        per_frame, shared = self.items("PerFrameFunctionalGroupsSequence"), self.items("SharedFunctionalGroupsSequence")
-        groups = [*per_frame[k : k + 1], *shared[:1]]
-        if not groups:
-            return self
-        macros = [element.value[0] for group in groups for element in group if element.VR == "SQ" and element.value]
-        return Header([*macros, *self.layers], self.notes, self.little_endian)
+        return self._of(self.items("PerFrameFunctionalGroupsSequence")[k : k + 1], self.items("SharedFunctionalGroupsSequence")[:1])
+
+    def frames(self) -> list[Header]:
+        """The headers of all frames of an enhanced object; of others, none."""
+        shared = self.items("SharedFunctionalGroupsSequence")[:1]
+        return [self._of([own], shared) for own in self.items("PerFrameFunctionalGroupsSequence")]
+
+    def _of(self, own: list[Any], shared: list[Any]) -> Header:
+        """With the macros of functional groups before the file's elements (PS3.3 C.7.6.16.2); private ones may mean anything."""
+        elements = [element for group in (*own, *shared) for element in group if element.VR == "SQ" and not element.tag.is_private]
+        return Header([*(element.value[0] for element in elements if element.value), *self.layers], self.notes, self.little_endian)
 
 
 @dataclass
@@ -193,6 +218,7 @@ class DicomFile:
     pixels: PixelElement | None
     source: BoundedReader
     notes: Notes
+    fragments: list[tuple[int, int]] | None = None  # (offset, length) of those of compressed pixels, once they have been looked for
 
 
 @contextmanager
@@ -215,9 +241,13 @@ def quiet() -> Iterator[None]:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[DicomFile]:
+def opened(path: Path, *, header_only: bool = False, largest: int = MAX_FILE_BYTES) -> Iterator[DicomFile]:
     """The file parsed, without a word from the libraries, and every error as one type.
 
+    Args:
+        path: the file.
+        header_only: its pixels will not be asked for, so that nothing is read ahead.
+        largest: bytes that the file may have.
     Raises:
         UnreadableImageError: no regular file, no DICOM, damaged or absurd; whatever is raised inside the ``with`` comes as this too.
     """
@@ -225,7 +255,7 @@ def opened(path: Path) -> Iterator[DicomFile]:
     with quiet():
         try:
             with _regular(notes.path) as file:
-                yield _parse(_source(file, notes), notes)
+                yield _parse(_source(file, notes, 0 if header_only else HELD_BYTES, largest), notes)
         except UnreadableImageError:
             raise
         except OSError as error:
@@ -288,34 +318,32 @@ def _regular(path: Path) -> Iterator[IO[bytes]]:
         yield file
 
 
-def _source(file: IO[bytes], notes: Notes) -> BoundedReader:
+def _source(file: IO[bytes], notes: Notes, held: int, largest: int) -> BoundedReader:
     size = os.fstat(file.fileno()).st_size
-    if size > MAX_FILE_BYTES:
-        raise notes.refuse(f"{size} bytes; an image has fewer than {MAX_FILE_BYTES}")
-    return BoundedReader(file, size) if size > HELD_BYTES else BoundedReader(io.BytesIO(file.read(size)), size)
+    if size > largest:
+        raise notes.refuse(f"{size} bytes; an image has fewer than {largest}")
+    return BoundedReader(file, size) if size > held else BoundedReader(io.BytesIO(file.read(size)), size)
 
 
 def _parse(source: BoundedReader, notes: Notes) -> DicomFile:
     """Header up to the pixel data, with or without file meta information."""
     from pydicom.filereader import read_partial
-    from pydicom.tag import Tag
     from pydicom.uid import UID, ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
     source, deflated = _inflated(source, notes)
     head = source.read(132)
     source.seek(0)
     magic = head[128:] == b"DICM"
-    tags = {int(Tag(keyword)): keyword for keyword in KEYWORDS}
+    tags = _tag_keywords()
     found: list[PixelElement] = []
 
     def stop(tag: Any, vr: str | None, length: int) -> bool:
-        if int(tag) in PIXEL_TAGS:
-            keyword = PIXEL_TAGS[int(tag)]
+        keyword = PIXEL_TAGS.get(tag)
+        if keyword is not None:
             found[:] = [PixelElement(keyword, vr or "OW", source.tell(), None if length == UNDEFINED_LENGTH else length)]
             return True
-        longest = _longest(tags.get(int(tag)))
-        if length != UNDEFINED_LENGTH and longest < length:
-            raise notes.refuse(f"its {tags[int(tag)]} claims {length} bytes, more than the {longest} that are read")
+        if length > MAX_ELEMENT_BYTES and length != UNDEFINED_LENGTH and _longest(tags.get(tag)) < length:
+            raise notes.refuse(f"its {tags[tag]} claims {length} bytes, more than the {_longest(tags[tag])} that are read")
         return False
 
     dataset = read_partial(source, stop_when=stop, force=not magic, specific_tags=list(tags))
@@ -334,6 +362,11 @@ def _parse(source: BoundedReader, notes: Notes) -> DicomFile:
     header = Header([dataset], notes, bool(little))
     name = "Deflated Explicit VR Little Endian" if deflated else uid_name(syntax)
     return DicomFile(header, syntax, name, found[0] if found else None, source, notes)
+
+
+@functools.cache
+def _tag_keywords() -> dict[int, str]:
+    return {tag: keyword for keyword, tag in keyword_tags().items()}
 
 
 def _longest(keyword: str | None) -> float:
@@ -363,7 +396,7 @@ def _inflated(source: BoundedReader, notes: Notes) -> tuple[BoundedReader, bool]
     inflater = zlib.decompressobj(-zlib.MAX_WBITS)
     content = inflater.decompress(source.read(), MAX_INFLATED_BYTES)
     if inflater.unconsumed_tail:
-        raise notes.refuse(f"its deflated dataset unfolds to more than {MAX_INFLATED_BYTES} bytes")
+        raise notes.refuse(f"its deflated dataset unfolds to more than {MAX_INFLATED_BYTES} bytes; it looks like a bomb")
     plain = head[:132] + b"\x02\x00\x10\x00UI\x14\x001.2.840.10008.1.2.1\0" + content
     return BoundedReader(io.BytesIO(plain), len(plain)), True
 

@@ -123,10 +123,9 @@ def modality_function(header: Header, notes: Notes, wide: bool, signed: bool) ->
 
     A LUT gives uint16, a rescale float32 rounded from float64, or float64 where the stored values are ``wide`` (over 16 bits).
     """
-    items = header.items("ModalityLUTSequence")
-    if items:
-        entries, first, _ = read_lut(items[0], header.little_endian, signed)
-        return lambda stored: look_up(stored, entries, first), _unit(str(items[0].get("ModalityLUTType") or ""), UNITS)
+    table = modality_lut(header, signed)
+    if table is not None:
+        return table, _unit(str(header.items("ModalityLUTSequence")[0].get("ModalityLUTType") or ""), UNITS)
     slope, intercept = header.number("RescaleSlope"), header.number("RescaleIntercept")
     if slope is None or intercept is None:
         return None, None
@@ -143,6 +142,15 @@ def modality_function(header: Header, notes: Notes, wide: bool, signed: bool) ->
         return None, unit
     dtype = np.float64 if wide else np.float32
     return lambda stored: (stored.astype(np.float64) * slope + intercept).astype(dtype), unit
+
+
+def modality_lut(header: Header, signed: bool) -> Pointwise | None:
+    """The modality LUT as a function of stored values to uint16; None where there is none."""
+    items = header.items("ModalityLUTSequence")
+    if not items:
+        return None
+    entries, first, _ = read_lut(items[0], header.little_endian, signed)
+    return lambda stored: look_up(stored, entries, first)
 
 
 def _unit(text: str, known: tuple[str, ...]) -> str | None:

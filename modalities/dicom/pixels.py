@@ -216,10 +216,15 @@ def _compressed(file: DicomFile, layout: Layout, k: int) -> bytes:
 
     assert file.pixels is not None
     source, start = file.source, file.pixels.offset
-    end = source.size if file.pixels.length is None else start + file.pixels.length
-    fragments = _fragments(file, end)
+    if file.fragments is None:
+        file.fragments = _fragments(file, source.size if file.pixels.length is None else start + file.pixels.length)
+    fragments = file.fragments
     if len(fragments) < max(1, layout.frames):
         raise file.notes.refuse(f"declares {layout.frames} frames, its pixel data have {len(fragments)} fragments; damaged or cut short")
+    at, length = fragments[k]
+    if len(fragments) == layout.frames:  # every frame has at least one (PS3.5 A.4), so each has its own
+        source.seek(at)
+        return source.read(length)
     source.seek(start)
     last = fragments[-1]
     whole = BoundedReader(io.BytesIO(source.read(last[0] + last[1] - start)), last[0] + last[1] - start)

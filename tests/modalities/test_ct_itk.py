@@ -1,6 +1,7 @@
 """MHA, MHD, NRRD and NHDR as SimpleITK writes them, and headers that point elsewhere or promise too much."""
 
 import sys
+import zlib
 
 import numpy as np
 import pytest
@@ -108,6 +109,34 @@ def test_headers_that_promise_too_much(tmp_path, image):
     (tmp_path / "x.txt").write_text("nothing")
     refusal(tmp_path / "x.txt")
     refusal(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", [".mha", ".mhd", ".nrrd", ".nhdr"])
+def test_damaged_compressed_values_are_refused(tmp_path, image, suffix):
+    """MetaIO prints "Uncompress failed" and hands over what its memory held."""
+    path = tmp_path / f"x{suffix}"
+    SimpleITK.WriteImage(image, str(path), True)
+    data = next((p for p in tmp_path.iterdir() if p != path), path)
+    content = data.read_bytes()
+    start = 0 if data != path else content.index({".mha": b"LOCAL\n", ".nrrd": b"\n\n"}[suffix]) + (6 if suffix == ".mha" else 2)
+    first = 10 if "n" in suffix else 0  # the head of a gzip stream holds a name and a time
+    stream = zlib.decompressobj(zlib.MAX_WBITS + 32)
+    stream.decompress(content[start:])
+    refused = 0
+    for at in np.linspace(start + first, len(content) - len(stream.unused_data) - 1, 40).astype(int):
+        damaged = bytearray(content)
+        damaged[at] ^= 0x10
+        data.write_bytes(damaged)
+        try:  # another reference back to the same values is whole, too
+            assert np.array_equal(read_itk(path).voxels, SimpleITK.GetArrayFromImage(image))
+        except UnreadableImageError as error:
+            assert "compressed values" in str(error)
+            refused += 1
+        data.write_bytes(content[:at])
+        refusal(path)
+    assert refused >= 35
+    data.write_bytes(content)
+    assert np.array_equal(read_itk(path).voxels, SimpleITK.GetArrayFromImage(image))
 
 
 def test_colour_and_several_volumes(tmp_path, image):

@@ -9,7 +9,7 @@ import pytest
 import SimpleITK
 
 from medvl.types import UnreadableImageError
-from modalities.ct import closest_ras, read_ct, read_nifti
+from modalities.ct import closest_ras, read_ct, read_nifti, rescale_from_metadata
 from modalities.phantom import sample_phantom
 
 AFFINE = np.array([[-0.7, 0.05, 0, 90], [0.05, 0.7, 0.1, -80], [0, -0.1, 2.5, -300], [0, 0, 0, 1.0]])
@@ -187,6 +187,9 @@ def test_ct_rate_first_and_second_release_come_out_alike(tmp_path, hu):
         assert any("already in HU" in warning for warning in volume.warnings) == (path == second)
     assert read_nifti(first).hu_verdict.state == "not_rescaled"  # told, not repaired: there is no metadata
     assert np.array_equal(read_nifti(first).voxels, (hu + 1024).transpose(2, 1, 0))
+    row = {"RescaleSlope": "1", "RescaleIntercept": "-1024"}
+    asked = read_ct(first, rescale=rescale_from_metadata(row), rescale_policy="apply")
+    assert np.array_equal(asked.voxels, hu.transpose(2, 1, 0)) and "as asked" in asked.repairs[0]
     twice = read_nifti(second, rescale=(1, -1024), rescale_policy="apply")
     assert twice.hu_verdict.state == "rescaled_twice" and any("rescaled_twice" in warning for warning in twice.warnings)
     assert read_nifti(first, rescale=(1, -1024), rescale_policy="never").hu_verdict.state == "not_rescaled"

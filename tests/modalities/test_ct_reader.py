@@ -203,3 +203,13 @@ def test_folders_of_slices_and_volume_files_are_found(tmp_path):
     assert reader.read(tmp_path / "b" / "series").pixels.shape[0] == 3
     with pytest.raises(UnreadableImageError, match=r"nothing\.nii"):
         reader.read(tmp_path / "nothing.nii")
+
+
+def test_windowing_leaves_the_volume_alone():
+    """Where nothing is turned or resampled, the reader's values may be the volume's own memory."""
+    values = chest().astype(np.float32)
+    before = values.copy()
+    reader = CtReader(spacing_mm=(None, None, None), shape=(None, None, None), windows_hu=[(-1000, 1000)], crop="none", mean=0, std=1)
+    sample = reader.read_array(values, tower_affine())
+    np.testing.assert_array_equal(values, before)
+    np.testing.assert_allclose(sample.pixels[0].numpy(), np.clip((before + 1000) / 2000, 0, 1), atol=1e-6)

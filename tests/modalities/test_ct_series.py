@@ -378,6 +378,59 @@ def test_enhanced_ct(tmp_path):
     assert "7 frames without saying where" in the_error(lambda: read_ct(path))
 
 
+@pytest.mark.parametrize("fragments", [1, 3])
+def test_compressed_enhanced_ct(tmp_path, fragments):
+    order = np.random.default_rng(1).permutation(7)
+    path = enhanced(tmp_path / "e.dcm", noise(7)[order], order * 2.5)
+    dataset = pydicom.dcmread(path)
+    dataset.compress(pydicom.uid.RLELossless)
+    frames = list(pydicom.encaps.generate_frames(dataset.PixelData, number_of_frames=7))
+    dataset.PixelData = pydicom.encaps.encapsulate(frames, fragments_per_frame=fragments)
+    dataset.save_as(path)
+    volume = read_ct(path)
+    assert volume.transfer_syntax == "RLE Lossless" and np.array_equal(volume.voxels, pydicom.dcmread(path).pixel_array[np.argsort(order)])
+
+
+def test_private_functional_groups_place_no_frame(tmp_path):
+    path = enhanced(tmp_path / "e.dcm", noise(4), [0, 2.5, 5, 7.5])
+    dataset = pydicom.dcmread(path)
+    for frame in dataset.PerFrameFunctionalGroupsSequence:
+        elsewhere = Dataset()
+        elsewhere.ImagePositionPatient, elsewhere.RescaleSlope, elsewhere.RescaleIntercept = [0, 0, 99], 7, 7
+        frame.add_new(0x00090010, "LO", "VENDOR")
+        frame.add_new(0x00091010, "SQ", Sequence([elsewhere]))
+    dataset.save_as(path)
+    volume = read_ct(path)
+    assert np.array_equal(volume.voxels, noise(4)) and volume.spacing_mm[0] == pytest.approx(2.5)
+
+
+def test_frames_of_two_types_at_one_place_are_told_apart(tmp_path):
+    path = enhanced(tmp_path / "e.dcm", np.concatenate([noise(4), noise(4, seed=1)]), [0, 2.5, 5, 7.5] * 2)
+    dataset = pydicom.dcmread(path)
+    dataset.ImageType = ["ORIGINAL", "PRIMARY", "MIXED", "NONE"]
+    for i, frame in enumerate(dataset.PerFrameFunctionalGroupsSequence):
+        frame.CTImageFrameTypeSequence = Sequence([Dataset()])
+        frame.CTImageFrameTypeSequence[0].FrameType = ["ORIGINAL", "PRIMARY", "VOLUME", "NONE" if i < 4 else "ENERGY_PROP_WT"]
+    dataset.save_as(path)
+    found = find_series(path)
+    assert [len(series.slices) for series in found] == [4, 4] and "told apart by image type" in found[0].warnings[0]
+    for series, seed in zip(found, (0, 1), strict=True):
+        assert np.array_equal(read_series(series).voxels, noise(4, seed=seed))
+
+
+def test_unused_high_bits_are_no_value(tmp_path):
+    """Old files keep overlays there; GDCM and this package clear them."""
+    volume = noise(3) // 2
+    paths = write(tmp_path / "a", volume, BitsStored=12, HighBit=11, PixelRepresentation=0)
+    for path in paths:
+        dataset = pydicom.dcmread(path)
+        stored = dataset.pixel_array.astype(np.uint16) & 0xFFF
+        dataset.PixelData = (stored | 0xA000).astype("<u2").tobytes()
+        dataset.save_as(path)
+    (series,) = find_series(tmp_path / "a")
+    agrees_with_simpleitk(read_series(series), series.slices)
+
+
 def test_absurd_headers(tmp_path):
     path = write(tmp_path / "a", noise(1))[0]
     for changes in (
