@@ -24,7 +24,6 @@ from modalities.ct.volume import MAX_VOXELS, CtVolume, affine_problem, check_fil
 SUFFIXES = frozenset({".mha", ".mhd", ".nrrd", ".nhdr"})
 HEADER_BYTES = 2**16
 META_START = re.compile(rb"\s*(ObjectType|NDims|Comment)\s*=")
-MOST_DEFLATED = 1032
 CHUNK_BYTES = 2**22
 META_BYTES = {"CHAR": 1, "UCHAR": 1, "SHORT": 2, "USHORT": 2, "INT": 4, "UINT": 4, "LONG": 4, "ULONG": 4, "FLOAT": 4, "DOUBLE": 8}
 META_BYTES |= {"LONG_LONG": 8, "ULONG_LONG": 8}
