@@ -64,7 +64,7 @@ def demo(
     from tasks.commands.evaluate import show_results
 
     for part in (results, results.get("ct")):
-        if part is not None and "zero_shot" in part:
+        if part is not None and "images" in part:
             show_results(part)
     click.echo(f"Open {out / 'report.html'}; figures in {out / 'results.json'}, the model in {out / 'model'}.")
     echo_notice()

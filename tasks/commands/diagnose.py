@@ -125,7 +125,7 @@ def named_if_empty_folder(result: Diagnosis) -> Diagnosis:
 
 
 def as_object(result: Diagnosis) -> dict[str, Any]:
-    """One study as JSON has it."""
+    """One study as JSON has it; ``slices`` only of volumes from a tower that keeps slices."""
     from medvl.types import RESEARCH_USE
 
     return {
@@ -134,7 +134,7 @@ def as_object(result: Diagnosis) -> dict[str, Any]:
         "ok": result.ok,
         "error": result.error,
         "findings": result.findings,
-        "slices": [asdict(one) for one in result.slices],
+        **({"slices": [asdict(one) for one in result.slices]} if result.slices else {}),
         "calibrated": False,
         "warnings": list(result.warnings),
         "notice": RESEARCH_USE,

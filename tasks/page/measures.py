@@ -93,6 +93,17 @@ def cards(results: Mapping[str, Any], baseline: Mapping[str, Any], rows: Sequenc
                 f"Pointing game, no tolerance; mean over {len(chances)} focal findings.",
             )
         )
+    if "slice_hit_macro" in results.get("slices", {}):
+        one = results["slices"]
+        interval = one["slice_hit_macro_interval"]
+        found.append(
+            Card(
+                "Best slice cuts the true mask",
+                Estimate(one["slice_hit_macro"], interval["ci_low"], interval["ci_high"]),
+                f"a random slice: {one['chance_macro']:.2f}",
+                f"The slice of highest score, each scored alone; mean over {len(one['per_finding'])} findings.",
+            )
+        )
     if "retrieval" in results:
         one = results["retrieval"]["image_to_report"]
         interval = one["recall_at_10_interval"]

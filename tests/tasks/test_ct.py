@@ -155,6 +155,61 @@ def test_evaluation_points_at_3d_masks(cohort: Path, run_folder: Path, tmp_path:
     assert set(provenance) >= {"commit", "manifest_sha256", "chosen_by"}
 
 
+def test_slices_have_scores_heights_and_a_place_in_the_file(cohort: Path, run_folder: Path, tmp_path: Path) -> None:
+    """Heights against nibabel's affine, and how often the best slice is one of the mask's from these heights alone."""
+    done = CliRunner().invoke(cli, ["diagnose", *map(str, volumes(cohort)), "--model", str(run_folder), "--json"])
+    by_study = {Path(one["path"]).name.removesuffix(".nii.gz"): one["slices"][0] for one in strict(done.stdout)}
+    for study, found in by_study.items():
+        image = nib.load(cohort.parent / "ct" / f"{study}.nii.gz")
+        middle = (np.array(image.shape) - 1) / 2
+        world = [nib.affines.apply_affine(image.affine, [middle[0], middle[1], index])[2] for index in found["index"]]
+        np.testing.assert_allclose(found["z_mm"], world, atol=1e-3)
+        assert found["z_mm"] == sorted(found["z_mm"]) and len(found["z_mm"]) > 10
+        assert all(len(scores) == len(world) and all(0 < score < 1 for score in scores) for scores in found["findings"].values())
+    options = ["--manifest", str(cohort), "--modality", "ct", "--split", "all", "--repeats", "20", "--out", str(tmp_path), "--json"]
+    measured = strict(CliRunner().invoke(cli, ["evaluate", "--model", str(run_folder), *options]).stdout)[0]["slices"]
+    hits: dict[str, list[bool]] = {}
+    with cohort.open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["modality"] == "ct"]
+    for row in rows:
+        found = by_study[row["study_id"]]
+        heights = np.array(found["z_mm"])
+        for name, scores in found["findings"].items():
+            if row[name] == "1" and row[f"mask_{name}"]:
+                mask = nib.load(cohort.parent / row[f"mask_{name}"])
+                z = nib.affines.apply_affine(mask.affine, np.argwhere(np.asarray(mask.dataobj)))[:, 2]
+                cut = set(np.abs(heights[None] - np.unique(z)[:, None]).argmin(1).tolist())
+                hits.setdefault(name, []).append(int(np.argmax(scores)) in cut)
+    assert len(hits) > 3
+    for name, of_finding in hits.items():
+        assert measured["per_finding"][name]["slice_hit"] == pytest.approx(np.mean(of_finding)), name
+    assert measured["slice_hit_macro"] == pytest.approx(np.mean([np.mean(one) for one in hits.values()]))
+
+
+def test_the_page_of_volumes_shows_slices_and_their_scores(cohort: Path, run_folder: Path, tmp_path: Path) -> None:
+    import medvl
+    from medvl.data.manifest import read_manifest
+    from reports.prompts import load_prompts
+    from reports.text_source import ReportSentences
+    from tasks.evaluation import predict, results
+    from tasks.page import DemoPage, page_part, page_title, write_page
+
+    model = medvl.load(run_folder, device="cpu")
+    rows = read_manifest(cohort).select(modality="ct").rows
+    predictions = predict(model, rows, load_prompts(), ReportSentences())
+    measured = results(predictions, repeats=20)
+    part = page_part(modality="ct", model=model, predictions=predictions, results=measured, baseline={}, facts={"seed": 1})
+    html = write_page(tmp_path / "page.html", DemoPage(page_title(("ct",)), (part, part))).read_text()
+    assert "chest CT it was never trained on" in html and "Every CT volume on this page" in html and "a random voxel" in html
+    examples = [example for gallery in part.galleries for example in gallery.examples]
+    assert html.count('<svg class="profile"') == 2 * len(examples) > 0
+    for example in examples:
+        assert example.profile is not None and any(example.profile.masked) and example.profile.peak is not None
+        assert len(example.profile.scores) == len(example.profile.masked)
+        assert example.pictures[1].caption.startswith("true mask, slice ")
+    assert f"{measured['slices']['slice_hit_macro']:.2f} <small>" in html
+
+
 def test_a_mask_on_other_voxels_costs_its_study_alone(cohort: Path, run_folder: Path, tmp_path: Path) -> None:
     with cohort.open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["modality"] == "ct"]

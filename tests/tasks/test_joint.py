@@ -103,3 +103,28 @@ def test_what_does_not_belong_together_is_refused(pair: Any, joint: Path, cohort
         model.reader.collate([model.read(film), model.read(volume)])
     with pytest.raises(UnreadableImageError, match=r"nowhere\.dcm"):
         model.read(tmp_path / "nowhere.dcm")
+
+
+def test_the_card_says_what_either_reader_does(joint: Path) -> None:
+    from tasks.card import model_card
+
+    card = model_card(joint)
+    reader = medvl.load(joint, device="cpu").reader
+    assert isinstance(reader, JointReader)
+    for kind, steps in (("radiographs", reader.xray.describe()), ("CT", reader.ct.describe())):
+        for step, words in steps.items():
+            assert f"| {kind}: {step} | {words} |" in card.replace("\\", "")
+    assert "chest-x-ray" in card and "computed-tomography" in card
+
+
+def test_what_a_cache_keeps_of_each_kind_hangs_on_its_own_files(joint: Path, cohort: Path, tmp_path: Path) -> None:
+    from medvl.data.cache import CachedReader, SampleCache
+
+    reader = medvl.load(joint, device="cpu").reader
+    cached = CachedReader(reader, SampleCache(tmp_path / "cache"))
+    paths = [sorted((cohort / kind).iterdir())[0] for kind in ("xray", "ct", "ct_series")]
+    for path in (*paths, *paths):
+        torch.testing.assert_close(cached.read(path).pixels, reader.read(path).pixels, rtol=0, atol=0)
+    assert SampleCache(tmp_path / "cache").usage().entries == 3
+    assert reader.sources(paths[2]) == tuple(sorted(paths[2].iterdir()))
+    assert reader.sources(tmp_path / "nowhere.dcm") == (tmp_path / "nowhere.dcm",)
