@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from medvl.types import ImageReader
-    from tasks.zero_shot import Diagnosis
+    from tasks.zero_shot import Diagnosis, SliceScores
 
 BAR = 24  # characters of a full bar
 
@@ -59,18 +59,20 @@ def diagnose(
     rejected_path: Path | None,
     batch_size: int,
 ) -> None:
-    """Score findings in radiographs by comparing them with prompt pairs.
+    """Score findings in images by comparing them with prompt pairs.
 
-    FILE is an image (DICOM, PNG, JPEG, TIFF) or a folder of them; tables and folders named masks are passed over. DICOM files whose
+    FILE is an image (DICOM, PNG, JPEG, TIFF), with a CT model a volume (NIfTI, MHA, NRRD, a zip or the folder of a DICOM series), or a
+    folder of them; tables and folders named masks are passed over. DICOM films whose
     headers name the same study are one, scored by the mean over its images, or from all of them together where the model pools views; a
-    picture is a study of its own. With --json one object a line per study, in order, as soon as it is known. Scores are not calibrated:
-    not probabilities.
+    picture is a study of its own. With --json one object a line per study, in order, as soon as it is known; of a volume it has the score
+    of every slice, each as if it were the whole study. Scores are not calibrated: not probabilities.
 
     \b
     Examples:
       medvl diagnose film.dcm --model demo/model
       medvl diagnose folder/ other.png --model demo/model --json --rejected bad.csv
       medvl diagnose film.dcm --model demo/model --finding pneumothorax --finding edema
+      medvl diagnose volume.nii.gz series_folder/ --model demo_ct/model
     """
     prompt_set = load_prompt_set(prompts)
     if unknown := [name for name in findings if name not in prompt_set.findings]:
@@ -146,7 +148,17 @@ def as_table(result: Diagnosis) -> Table:
     notes = "; ".join(
         ("scores are not calibrated: compare studies, not findings", *([result.error] if result.error else []), *result.warnings)
     )
-    table = new_table(None, "finding", "score", "0" + "1".rjust(BAR - 1), numbers=("score",), whole=("finding",), caption=notes)
+    deep = ("best slice",) if result.slices else ()
+    bar = "0" + "1".rjust(BAR - 1)
+    table = new_table(None, "finding", "score", bar, *deep, numbers=("score",), whole=("finding", *deep), caption=notes)
     for name, score in result.findings.items():
-        table.add_row(name, f"{score:.3f}", "█" * round(score * BAR))
+        best = ("; ".join(_best_slice(one, name) for one in result.slices),) if deep else ()
+        table.add_row(name, f"{score:.3f}", "█" * round(score * BAR), *best)
     return table
+
+
+def _best_slice(of: SliceScores, finding: str) -> str:
+    """The slice of a volume that speaks most for a finding: its place in the file, from 0, and its height in the patient."""
+    scores = of.findings[finding]
+    best = max(range(len(scores)), key=scores.__getitem__)
+    return f"{of.index[best]:.0f} (z {of.z_mm[best]:.0f} mm): {scores[best]:.3f}"

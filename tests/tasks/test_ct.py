@@ -68,6 +68,10 @@ def test_a_volume_is_diagnosed_and_a_folder_finds_the_volumes_alone(cohort: Path
     assert [one["ok"] for one in found] == [True, False] + [True] * (STUDIES - 1)
     assert str(broken) in found[1]["error"]
     assert all(0 < score < 1 for score in found[0]["findings"].values())
+    shown = CliRunner().invoke(cli, ["diagnose", files[0], "--model", str(run_folder), "--finding", "lung_nodule"], env={"COLUMNS": "120"})
+    best = max(scores := found[0]["slices"][0]["findings"]["lung_nodule"])
+    z = found[0]["slices"][0]["z_mm"][scores.index(best)]
+    assert f"(z {z:.0f} mm): {best:.3f}" in shown.output
 
 
 def test_a_map_of_a_volume_lies_on_the_voxels_and_millimetres_of_its_file(cohort: Path, run_folder: Path, tmp_path: Path) -> None:
