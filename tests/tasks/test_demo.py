@@ -63,9 +63,9 @@ class Demo:
         return table(self.out / "predictions.csv")
 
 
-def run_demo(out: Path) -> Demo:
+def run_demo(out: Path, *options: object) -> Demo:
     start = time.monotonic()
-    size = ("--train-studies", 96, "--test-studies", 40, "--epochs", 1)
+    size = options or ("--train-studies", 96, "--test-studies", 40, "--epochs", 1)
     done = command("demo", "--out", out, "--seed", 3, *size, "--json", cwd=out.parent)
     assert done.returncode == 0, done.stderr[-4000:]
     return Demo(out, strict(done.stdout), time.monotonic() - start)
@@ -177,6 +177,38 @@ def test_the_same_demo_again_is_quick_and_says_the_same(demo: Demo) -> None:
     assert again.told == first
     assert (demo.out / "predictions.csv").read_bytes() == before
     assert again.seconds < demo.seconds
+
+
+@pytest.mark.slow
+def test_the_demo_of_both_ends_in_one_model_for_both(tmp_path: Path) -> None:
+    roc_auc_score = pytest.importorskip("sklearn.metrics", reason="scikit-learn is in the extra 'test'").roc_auc_score
+    demo = run_demo(tmp_path / "both", "--modality", "both", "--train-studies", 48, "--test-studies", 24, "--epochs", 1)
+    assert demo.told == strict((demo.out / "results.json").read_text())
+    for kind, found in (("xray", demo.told), ("ct", demo.told["ct"])):
+        areas = []
+        rows = table(demo.out / kind / "predictions.csv")
+        for name, one in found["zero_shot"]["per_finding"].items():
+            known = [row for row in rows if row["finding"] == name and row["label"] in ("0", "1")]
+            if len({row["label"] for row in known}) == 2:
+                areas.append(roc_auc_score([int(row["label"]) for row in known], [float(row["score"]) for row in known]))
+                assert one["auroc"] == pytest.approx(areas[-1], abs=1e-9)
+        assert len(areas) > 5 and found["facts"]["weights_sha256"] == demo.told["facts"]["weights_sha256"]
+    assert 0 <= demo.told["ct"]["slices"]["slice_hit_macro"] <= 1 and demo.told["ct"]["facts"]["data"] == "synthetic"
+    patients = [{row["patient_id"] for row in table(demo.out / kind / "data" / "manifest.csv")} for kind in ("xray", "ct")]
+    assert all(patients) and not patients[0] & patients[1], "no one is trained on in one kind of image and tested in the other"
+    files = [next((demo.out / "xray/data/xray").glob("*.dcm")), next((demo.out / "ct/data/ct").glob("*.nii.gz"))]
+    done = command("diagnose", *files, "--model", demo.out / "model", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    film, volume = (strict(line) for line in done.stdout.splitlines())
+    assert film["ok"] and volume["ok"] and len(volume["slices"]) == 1 and "slices" not in film
+    for file, shape in zip(files, (2, 3), strict=True):
+        done = command("ground", file, "--phrase", "left effusion", "--model", demo.out / "model", "--out", tmp_path / "maps", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert np.load(tmp_path / "maps" / "left_effusion.npy").ndim == shape
+    page = (demo.out / "report.html").read_text()
+    assert "chest radiographs and chest CT" in page and "<script" not in page
+    card = (demo.out / "model" / "MODEL_CARD.md").read_text()
+    assert "### Radiographs" in card and "### CT" in card and "### Slices" in card
 
 
 @pytest.fixture
