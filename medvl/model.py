@@ -254,9 +254,10 @@ def load_part(part: nn.Module, name: str, folder: Path) -> None:
         FileNotFoundError: no model.safetensors in the folder.
         ConfigError: weights that cannot be read, or are of another architecture.
     """
-    state = {
-        key[len(name) + 1 :]: value for key, value in _parsed((folder / WEIGHTS).read_bytes(), folder).items() if key.startswith(f"{name}.")
-    }
+    if not (folder / WEIGHTS).is_file():
+        raise FileNotFoundError(f"{folder}: no {WEIGHTS} to take the weights of {name} from; name the folder of a finished run")
+    weights = _parsed((folder / WEIGHTS).read_bytes(), folder)
+    state = {key[len(name) + 1 :]: value for key, value in weights.items() if key.startswith(f"{name}.")}
     try:
         part.load_state_dict(state, strict=True)
     except (RuntimeError, ValueError) as error:

@@ -60,12 +60,15 @@ class JointReader(ImageReader):
         films = self.xray.find_images(folder)
         slices = {path for path in films if modality_of(path) == "CT"}
         series = {path.parent for path in slices}
-        volumes = (path for path in self.ct.find_images(folder) if not path.is_dir() or path in series)
-        return sorted({*volumes, *films} - slices)
+        volumes = {path for path in self.ct.find_images(folder) if not path.is_dir()}
+        return sorted({*films, *volumes, *series} - slices)
 
     def study_key(self, path: Path) -> str | None:
-        """As the reader of the path has it."""
-        return None if Path(path).is_dir() else self.xray.study_key(path)
+        """As the reader of the path has it: films of a study share it, a volume is a study of its own."""
+        try:
+            return self.reader_of(path).study_key(path)
+        except UnreadableImageError:
+            return None
 
     def read(self, path: Path) -> ImageSample:
         """One file, folder or zip to a sample.
@@ -117,5 +120,7 @@ class JointEncoder(ImageEncoder):
 
     def forward(self, batch: ImageBatch) -> ImageFeatures:
         """``batch.pixels`` (B, C, H, W) or (B, C, S, H, W)."""
+        if batch.pixels.ndim == 5 and batch.study is not None and len(batch.study.unique()) < len(batch.study):
+            raise ValueError("volumes are encoded one by one: a study of several cannot be pooled; give a row to each")
         features: ImageFeatures = (self.ct if batch.pixels.ndim == 5 else self.xray)(batch)
         return features

@@ -144,5 +144,5 @@ def checked_valid(valid: Tensor | None, parts: Tensor) -> Tensor:
         raise ValueError(f"valid is {valid.dtype} of shape {tuple(valid.shape)}, expected bool of shape {tuple(parts.shape[:2])}")
     empty = (~valid.any(1)).nonzero().flatten().tolist()
     if empty:
-        raise ValueError(f"no valid slice in studies {empty} of the batch: at least one is needed to pool")
+        raise ValueError(f"nothing valid in studies {empty} of the batch: at least one is needed to pool")
     return valid

@@ -47,8 +47,9 @@ class HuggingFaceReportEncoder(ReportEncoder):
         max_tokens: longer texts are cut.
         hidden_dim: width of the head's hidden layer (Linear, GELU, LayerNorm, Dropout, Linear); None makes the head one Linear.
         dropout: of the head.
-        standardise: give every dimension of the trunk's embeddings mean 0 and variance 1 over the training texts before the head. Sentences
-            of one domain lie in a narrow cone; without it the head spends its first steps on finding out in which directions they differ.
+        standardise: give every dimension of the trunk's embeddings mean 0 and variance 1 before the head, in training over the texts of the
+            batch, afterwards by running means of these. Sentences of one domain lie in a narrow cone; without it the head spends its first
+            steps on finding out in which directions they differ.
         revision: branch, tag or commit on the hub; None is its default branch.
         local_files_only: never ask the hub, use what was downloaded before.
         cache_dir: where embeddings of a frozen trunk are kept between runs; holds hashes of texts, no texts.

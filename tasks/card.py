@@ -39,6 +39,7 @@ LIMITS = (
     "A map shows which pixels resemble a phrase. It is not a segmentation, and its peak may lie beside the finding.",
     "A number measured on studies that a prompt, a threshold or a checkpoint was chosen on says nothing about new ones.",
 )
+KINDS = {"xray": "radiograph", "ct": "CT"}
 XRAY_TAGS, CT_TAGS = ["chest-x-ray"], ["computed-tomography"]
 Table = list[tuple[str, ...]]
 
@@ -79,9 +80,11 @@ def model_card(folder: Path, results: Path | None = None, licence: str | None = 
         raise ConfigError(f"{folder / CONFIG}: not a medvl config.json ({type(error).__name__}: {error})") from error
     reader = build(specs["reader"], PARTS["reader"], folder=folder / "reader")
     assert isinstance(reader, ImageReader)
-    measured = None if results is None else _measured(results, facts["weights"])
     try:
+        measured = None if results is None else _measured(results, facts["weights"])
         figures = [UNMEASURED] if measured is None else [line for kind, part in _kinds(measured) for line in _results(kind, part)]
+    except ResultsError:
+        raise
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ResultsError(f"{results}: not a results.json of medvl ({type(error).__name__}: {error})") from error
     name = f"medvl {kinds['image']} with {kinds['report']}"
@@ -99,7 +102,7 @@ def model_card(folder: Path, results: Path | None = None, licence: str | None = 
         _table(("step", "what"), [(_text(step), _text(words)) for step, words in reader.describe().items()]),
         *_arguments(TITLES["reader"], specs["reader"]),
         "## Training",
-        _table(("", ""), [(title, _fact(facts["provenance"].get(key))) for key, title in PROVENANCE.items()]),
+        *_provenance(facts["provenance"]),
         *_recipe(folder / RECIPE),
         *_data(measured),
         "## Results",
@@ -197,20 +200,38 @@ def _flat(value: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any
             yield f"{before}{name}", item
 
 
+def _provenance(facts: Mapping[str, Any]) -> list[str]:
+    """Where the weights come from; of a model that was joined from several runs, each of them."""
+    runs = facts.get("joined") if isinstance(facts.get("joined"), dict) else {"": facts}
+    found = []
+    for kind, run in (runs or {}).items():
+        table = _table(("", ""), [(title, _fact(run.get(key))) for key, title in PROVENANCE.items()])
+        found += [f"### Of the {KINDS.get(kind, _text(kind))} tower", table] if kind else [table]
+    return found
+
+
 def _recipe(path: Path) -> list[str]:
     """How the run was trained, from its resolved recipe; a run without one was not trained by ``medvl fit``."""
     if not path.is_file():
         return ["The resolved recipe (config.yaml) is not in the run's folder."]
     import yaml
 
-    recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"{path}: no recipe ({type(error).__name__}); put the resolved recipe back or take the file away") from None
+    if not isinstance(recipe, dict):
+        raise ConfigError(f"{path}: no recipe, but a {type(recipe).__name__}; put the resolved recipe back or take the file away")
     model, data, trainer = recipe.get("model") or {}, (recipe.get("data") or {}).get("init_args") or {}, recipe.get("trainer") or {}
     loss = model.get("loss") or {}
     chosen = {
         "loss": loss.get("class_path"),
         **{f"loss: {name}": value for name, value in (loss.get("init_args") or {}).items()},
         **{name: model.get(name) for name in ("learning_rate", "weight_decay") if name in model},
+        "parts that started from another run": sorted(model.get("start") or {}) or "none",
+        "locked": model.get("locked") or "none",
         "modality": data.get("modality"),
+        "views": data.get("views", "image"),
         "batch_size": data.get("batch_size"),
         "sentences_per_image": data.get("sentences_per_image"),
         "augment": (data.get("augment") or {}).get("class_path", "none"),

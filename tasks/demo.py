@@ -33,6 +33,7 @@ from tasks.evaluation import Predictions, predict, results, write
 from tasks.joint import join_models
 from tasks.page import DemoPage, Part, page_part, page_title, write_page
 
+RESOLVED = "config.yaml"
 TRAINING = "training.json"
 """What the model in the folder was, or is being, trained on; so that a second demo in one folder never tests a model on its own studies."""
 SHARED = ["report", "similarity"]
@@ -111,6 +112,8 @@ def run_demo(
     tables = [_prepare(half, halves[0].model if half is not halves[0] else None) for half in halves]
     model = join_models(*(load(half.model) for half in halves)) if several else load(out / "model")
     if several:
+        for name in (TRAINING, RESOLVED):  # of a demo of one kind that was here before
+            (out / "model" / name).unlink(missing_ok=True)
         model.save(out / "model", joined={half.modality: json.loads((half.model / CONFIG).read_text())["provenance"] for half in halves})
         model = load(out / "model")
     found = {half.modality: _measure(half, model, table, out / "model") for half, table in zip(halves, tables, strict=True)}

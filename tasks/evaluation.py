@@ -131,8 +131,10 @@ def predict(
                 levels += [_slice_hits(one, names, at) for one, at in zip(images, highest, strict=True)]
             extent = batch_extent([one.sample for one in images])
             for one, grids in zip(images, maps, strict=True):
-                native = native_maps(grids, one.sample.transform, extent)
-                found = [_pointed(one.masks[name], scored) for name, scored in zip(names, native, strict=True)]
+                found = [  # a map at a time: ten of a full CT have gigabytes
+                    _pointed(one.masks[name], native_maps(grid[None], one.sample.transform, extent)[0])
+                    for name, grid in zip(names, grids, strict=True)
+                ]
                 peaks.append(tuple(at for at, _, _ in found))
                 hits.append([hit for _, hit, _ in found])
                 fractions.append([fraction for _, _, fraction in found])
@@ -181,7 +183,7 @@ def _slice_hits(image: _Image, names: Sequence[str], highest: NDArray[np.intp]) 
     for name, at in zip(names, highest, strict=True):
         mask = image.masks[name]
         inside = None if mask is None else masked_slices(mask, image.sample)
-        found.append((math.nan, math.nan) if inside is None else (float(inside[at]), float(inside.mean())))
+        found.append((math.nan, math.nan) if inside is None else (float(inside[at]), float(inside[image.sample.valid.numpy()].mean())))
     return found
 
 

@@ -57,7 +57,7 @@ def token_maps(model: DualEncoder, images: ImageFeatures, phrases: Sequence[str]
 
 def native_maps(grids: Tensor, transform: GridTransform, extent: Sequence[int] | None = None) -> NDArray[np.float32]:
     """(Q, *native shape) of one image's (Q, *grid) token maps; ``extent`` as :func:`batch_extent` gives it."""
-    maps: NDArray[np.float32] = transform.map_to_native(grids, extent).cpu().numpy().astype(np.float32)
+    maps: NDArray[np.float32] = transform.map_to_native(grids, extent).cpu().numpy().astype(np.float32, copy=False)
     return maps
 
 

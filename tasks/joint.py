@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
 
 from medvl.model import DualEncoder
+from medvl.types import ReportEncoder, Similarity
 from modalities.joint import JointEncoder, JointReader
 
 
@@ -27,6 +27,8 @@ def join_models(xray: DualEncoder, ct: DualEncoder) -> DualEncoder:
     return DualEncoder(JointEncoder(xray.image, ct.image), xray.report, xray.similarity, JointReader(xray.reader, ct.reader))
 
 
-def _equal(one: nn.Module, other: nn.Module) -> bool:
+def _equal(one: ReportEncoder | Similarity, other: ReportEncoder | Similarity) -> bool:
+    """By arguments, for a frozen trunk is not among the weights, and by weights."""
     mine, theirs = one.state_dict(), other.state_dict()
-    return mine.keys() == theirs.keys() and all(torch.equal(value, theirs[key]) for key, value in mine.items())
+    same = one.spec() == other.spec() and one.files() == other.files() and mine.keys() == theirs.keys()
+    return same and all(torch.equal(value.cpu(), theirs[key].cpu()) for key, value in mine.items())

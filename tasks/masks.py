@@ -34,16 +34,19 @@ def finding_mask(row: StudyImage, name: str, sample: ImageSample) -> NDArray[np.
 
 
 def masked_slices(mask: NDArray[np.bool_], sample: ImageSample) -> NDArray[np.bool_]:
-    """(S,) which slices of a volume's tower grid a mask on its native grid reaches into."""
-    found = np.zeros(sample.pixels.shape[1], dtype=bool)
-    found[slice_of(np.argwhere(mask), sample)] = True
-    return found
+    """(S,) which slices of a volume's tower grid cut a mask on its native grid: those whose thickness overlaps a native slice of it.
 
-
-def slice_of(points: NDArray[np.integer], sample: ImageSample) -> NDArray[np.intp]:
-    """The slice of the tower's grid that each native voxel (..., 3) of a volume lies in, the nearest for those outside it."""
-    along = sample.transform.to_tower(points.astype(np.float64))[..., 0]
-    return np.clip(np.rint(along), 0, sample.pixels.shape[1] - 1).astype(np.intp)
+    False on padding; what lies outside the slices that the tower saw counts for none.
+    """
+    axis, count = sample.transform.axes[0], sample.pixels.shape[1]
+    cut = np.asarray(mask.any(axis=tuple(a for a in range(3) if a != axis)))
+    ends = np.zeros((count + 1, 3))
+    ends[:, 0] = np.arange(count + 1) - 0.5
+    edges = sample.transform.to_native(ends)[:, axis]
+    low, high = np.minimum(edges[:-1], edges[1:]) + 1e-6, np.maximum(edges[:-1], edges[1:]) - 1e-6
+    first, last = np.floor(low + 0.5).astype(int), np.floor(high + 0.5).astype(int)  # native slice i runs from i - 1/2 to i + 1/2
+    inside = [bool(cut[max(a, 0) : max(b + 1, 0)].any()) for a, b in zip(first, last, strict=True)]
+    return np.array(inside) & sample.valid.numpy()
 
 
 def _picture_mask(row: StudyImage, name: str, shape: tuple[int, ...]) -> NDArray[np.bool_]:

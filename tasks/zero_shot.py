@@ -177,13 +177,14 @@ def _scored(model: DualEncoder, groups: Sequence[Sequence[tuple[Path, ImageSampl
 
 def _by_slice(path: Path, sample: ImageSample, scores: Tensor, findings: Sequence[str]) -> SliceScores:
     """The (F, S) scores of a volume's slices, with where each slice lies in its file."""
-    count, rows, columns = sample.pixels.shape[1:]
-    middle = np.array([[s, (rows - 1) / 2, (columns - 1) / 2] for s in range(count)])
+    rows, columns = sample.pixels.shape[2:]
+    kept = sample.valid.nonzero().flatten().tolist()
+    middle = np.array([[s, (rows - 1) / 2, (columns - 1) / 2] for s in kept])
     native = sample.transform.to_native(middle)
     assert sample.affine is not None
     world = native @ sample.affine[:3, :3].T + sample.affine[:3, 3]
-    kept = {name: tuple(scores[f, :count].tolist()) for f, name in enumerate(findings)}
-    return SliceScores(str(path), tuple(native[:, sample.transform.axes[0]].tolist()), tuple(world[:, 2].tolist()), kept)
+    by_finding = {name: tuple(scores[f, kept].tolist()) for f, name in enumerate(findings)}
+    return SliceScores(str(path), tuple(native[:, sample.transform.axes[0]].tolist()), tuple(world[:, 2].tolist()), by_finding)
 
 
 def encode(model: DualEncoder, together: Sequence[Sequence[ImageSample]]) -> ImageFeatures:
@@ -210,7 +211,8 @@ def _diagnosis(outcomes: Sequence[_Outcome], findings: Sequence[str]) -> Diagnos
         error = f"{len(unreadable)} of the study's {len(paths)} files could not be read: {error}"
     if not logits:
         return Diagnosis(paths, ok=False, error=error, unreadable=unreadable)
-    scores = torch.stack(logits).mean(0).sigmoid().tolist()
+    units = {id(found): found for found in logits}  # films that were encoded together have one result between them
+    scores = torch.stack(list(units.values())).mean(0).sigmoid().tolist()
     return Diagnosis(
         paths,
         ok=True,

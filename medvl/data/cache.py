@@ -75,12 +75,14 @@ class SampleCache:
     def __init__(self, folder: str | os.PathLike[str], dtype: Literal["float32", "float16"] = "float32", max_bytes: int = 2**36) -> None:
         if dtype not in ("float32", "float16"):
             raise ValueError(f"dtype is {dtype!r}, expected 'float32' or 'float16'")
+        if not str(folder).strip():
+            raise ValueError("cache is an empty text; give the folder to keep images in, or false")
         if max_bytes < 1:
             raise ValueError(f"max_bytes is {max_bytes}, expected at least 1")
         self.folder, self.dtype, self.max_bytes = Path(folder), dtype, max_bytes
         try:
             for part in ("samples", "index"):
-                (self.folder / part).mkdir(parents=True, exist_ok=True)
+                (self.folder / part).mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(f"cache {folder}: cannot be made a folder: {error.strerror}; name one that can be written to") from None
         self._written: int | None = None  # bytes since this process last looked at the whole; None: it never did

@@ -74,7 +74,8 @@ class StudyDataset(Dataset[Item]):
         source: turns a report into texts.
         sentences_per_image: how many sentences are drawn per item and epoch, without replacement; None takes all.
         seed: of the sentence draw.
-        cache: keep what the reader made in memory, as float16 (32 KiB an image of 128 x 128). It may lie over a
+        cache: keep what the reader made in memory, as float16 (32 KiB an image of 128 x 128,
+            30 MB a CT at its reader's defaults). It may lie over a
             :class:`medvl.data.cache.CachedReader`, which keeps it on disk: then a file is preprocessed once, and loaded once a run.
         views: an item is an ``image``, or a ``study`` with all its images, whose texts are those of any of its rows.
     """

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from medvl.geometry.resampling import resample
+from medvl.geometry.resampling import as_float, resample
 
 Kind = Literal["reorient", "resample", "crop", "pad"]
 
@@ -231,8 +231,8 @@ class GridTransform:
             else:
                 before = [-int(s) for s in step.shift]
                 ends = [(b, m - n - b) for b, m, n in zip(before, step.shape, values.shape, strict=True)]
-                values = F.pad(_tensor(values), [end for pair in reversed(ends) for end in pair], value=fill)
-        return _tensor(values)
+                values = F.pad(as_float(values), [end for pair in reversed(ends) for end in pair], value=fill)
+        return as_float(values)
 
     def map_to_native(self, grid: Tensor, extent: Sequence[int] | None = None) -> Tensor:
         """Lay scores of a token grid over the whole tower grid back on native voxels.
@@ -283,10 +283,6 @@ def letterbox(native_shape: Sequence[int], size: int) -> GridTransform:
     longest = max(native_shape)
     resized = [max(1, round(n * size / longest)) for n in native_shape]
     return GridTransform(tuple(native_shape)).resize(resized).fit([size, size])
-
-
-def _tensor(values: NDArray[Any] | Tensor) -> Tensor:
-    return values.float() if isinstance(values, Tensor) else torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
 
 
 def _contract(along: Tensor, x: Tensor, axis: int) -> Tensor:

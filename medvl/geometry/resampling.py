@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -63,7 +64,7 @@ class Taps:
 def resample(
     values: NDArray[np.generic] | Tensor, shape: Sequence[int], ratio: Sequence[float], shift: Sequence[float], antialias: bool = True
 ) -> Tensor:
-    """Resample a 2D or 3D array along its own axes.
+    """Resample a 2D or 3D array along its own axes; no gradient goes through it.
 
     Args:
         values: (H, W) or (S, H, W) numbers of any type and stride; a memory map is read slice by slice.
@@ -82,7 +83,7 @@ def resample(
         raise ValueError(f"ratios are {tuple(ratio)}, expected positive ones; turn reversed axes first")
     if values.ndim == 2:
         if antialias and _edges_meet(values.shape, shape, ratio, shift):  # torch's own kernel: same filter, faster
-            image = _as_float(values)[None, None]
+            image = as_float(values)[None, None]
             return F.interpolate(image, size=tuple(shape), mode="bilinear", antialias=True, align_corners=False)[0, 0]
         return _volume(values[None], (1, *shape), (1.0, *ratio), (0.0, *shift), antialias)[0]
     return _volume(values, shape, ratio, shift, antialias)
@@ -148,7 +149,7 @@ class _Columns:
     def __call__(self, image: Tensor, out: Tensor) -> Tensor:
         """(h, W) to ``out`` (h, w)."""
         if self.mirrored:
-            image = torch.from_numpy(np.ascontiguousarray(image.numpy()[:, ::-1]))
+            image = torch.from_numpy(image.numpy()[:, ::-1].copy())
         if self.blocks is None:
             return out.copy_(image)
         for (low, high), (start, end), matrix in self.blocks:
@@ -170,10 +171,12 @@ def _blocks(taps: Taps, n: int) -> list[Block]:
     return found
 
 
-def _as_float(values: NDArray[np.generic] | Tensor) -> Tensor:
+def as_float(values: NDArray[Any] | Tensor) -> Tensor:
+    """``values`` as a float32 tensor, whatever their type and strides."""
     if isinstance(values, Tensor):
         return values.float()
-    return torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
+    whole = np.ascontiguousarray(values, dtype=np.float32)
+    return torch.from_numpy(whole.copy() if min(whole.strides) < 0 else whole)  # an axis of one may keep a stride that torch refuses
 
 
 def _float_into(buffer: Tensor, values: NDArray[np.generic] | Tensor) -> Tensor:

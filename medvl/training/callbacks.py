@@ -128,6 +128,8 @@ def _recipe_sha256(path: Path) -> str | None:
         recipe.pop(name, None)
     data = recipe.get("data", {}).get("init_args", {})
     data.pop("manifest", None)
+    if "model" in recipe:
+        recipe["model"]["start"] = sorted(recipe["model"].get("start") or {})  # which parts; what they hold ends in the weights
     if isinstance(data.get("cache"), str) and data["cache"] != "memory":
         data["cache"] = False
     elif isinstance(data.get("cache"), dict):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +35,12 @@ class AlignmentModule(L.LightningModule):
         warmup: fraction of all steps.
         final_rate: fraction of the peak that the cosine ends at.
         seed: of everything drawn inside a step (dropout), joined with the step and the rank, so that a resumed run draws the same.
-        start: part (image, report, similarity) -> folder of the run whose weights it starts with.
+        start: part (image, report, similarity) -> folder of the run whose weights a fit starts with; not asked for again when it is
+            resumed, validated or tested.
         locked: parts that are not trained. An image tower trained against the locked report tower and similarity of another run comes
             to lie in that run's space (locked-text tuning, after LiT, arXiv:2111.07991, which locks the images).
     Raises:
-        ValueError: a name that is no part, or a run whose part is of another architecture.
+        ValueError: a name that is no part.
     """
 
     def __init__(
@@ -60,12 +61,18 @@ class AlignmentModule(L.LightningModule):
         self.image, self.report, self.similarity, self.loss = image, report, similarity, loss
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
         self.warmup, self.final_rate, self.seed = warmup, final_rate, seed
-        self._start(start or {})
+        self.start = {name: (self._part(name, "start"), Path(folder)) for name, folder in (start or {}).items()}
         self.locked = self._lock(locked or ())
 
-    def _start(self, folders: Mapping[str, str]) -> None:
-        for name, folder in folders.items():
-            load_part(self._part(name, "start"), name, Path(folder))
+    def setup(self, stage: str) -> None:
+        """Take the weights that a fit starts with, unless it goes on from a checkpoint.
+
+        Raises:
+            FileNotFoundError, ConfigError: a folder without weights, or of another architecture.
+        """
+        if stage == "fit" and self.trainer.ckpt_path is None:
+            for name, (part, folder) in self.start.items():
+                load_part(part, name, folder)
 
     def _lock(self, names: Sequence[str]) -> tuple[nn.Module, ...]:
         parts = tuple(self._part(name, "locked") for name in names)

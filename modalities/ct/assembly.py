@@ -19,15 +19,13 @@ from numpy.typing import NDArray
 from medvl.geometry import lps_to_ras
 from medvl.types import UnreadableImageError
 from modalities.ct.archive import unpacked
-from modalities.ct.headers import MAX_FILE_BYTES, SliceHeader
+from modalities.ct.headers import MAX_FILE_BYTES, UNSCALED, SliceHeader
 from modalities.ct.hu import hu_verdict
 from modalities.ct.runs import Series
 from modalities.ct.volume import MAX_VOXELS, CtVolume, affine_problem, refused
 from modalities.dicom.file import opened
 from modalities.dicom.luts import modality_lut
 from modalities.dicom.pixels import decode, read_layout
-
-UNSCALED = (1.0, 0.0)
 
 
 def read_series(series: Series, *, fill_missing: bool = False) -> CtVolume:
@@ -183,7 +181,7 @@ def _padding_hu(slices: Sequence[SliceHeader]) -> tuple[float, float] | None:
     """The padding values in HU where all slices agree on them."""
     found = set()
     for item in slices:
-        if item.padding is None:
+        if item.padding is None or item.looked_up:
             return None
         slope, intercept = item.rescale or UNSCALED
         ends = sorted(value * slope + intercept for value in item.padding)

@@ -20,6 +20,7 @@ from modalities.dicom.file import DicomFile, Header, has_dicom_magic, opened
 
 MAX_FRAMES = 20_000
 MAX_FILE_BYTES = 2**33
+UNSCALED = (1.0, 0.0)
 MAX_NUMBER = 1e7
 """Positions, spacings and rescales beyond this are none."""
 STRAIGHT = 5e-3
@@ -49,6 +50,7 @@ class SliceHeader:
     slope: float | None = None
     intercept: float | None = None
     hu: bool = True  # False where RescaleType names another unit
+    looked_up: bool = False  # a modality LUT makes HU of the stored values, in the place of slope and intercept
     padding: tuple[float, float] | None = None  # stored values, low and high
     photometric: str = ""
     image_type: str = ""
@@ -62,7 +64,9 @@ class SliceHeader:
 
     @property
     def rescale(self) -> tuple[float, float] | None:
-        """Slope and intercept; None where the header has none that can be meant."""
+        """Slope and intercept; those of no change where there is a modality LUT; None where the header has none that can be meant."""
+        if self.looked_up:
+            return UNSCALED
         return None if not self.slope or self.intercept is None else (self.slope, self.intercept)
 
     @property
@@ -103,6 +107,7 @@ def _slices(blank: SliceHeader, file: DicomFile) -> list[SliceHeader]:
         shape=(header.whole("Rows", 0), header.whole("Columns", 0)),
         group=_digest(header, "SeriesInstanceUID", "FrameOfReferenceUID"),
         photometric=header.text("PhotometricInterpretation"),
+        looked_up=bool(header.items("ModalityLUTSequence")),
         padding=_padding(header),
         lossy=header.text("LossyImageCompression") == "01",
     )

@@ -82,6 +82,7 @@ def data_file(path: Path) -> Path | None:
 
     Raises:
         OSError: the file cannot be opened.
+        UnreadableImageError: the name is of no file in the header's folder.
     """
     with path.open("rb") as file:
         start = file.read(HEADER_BYTES)
@@ -90,7 +91,7 @@ def data_file(path: Path) -> Path | None:
     else:
         named = META_START.match(start) and re.search(rb"^\s*ElementDataFile\s*=[ \t]*(\S[^\r\n]*)", start, re.MULTILINE)
     name = named.group(1).decode("latin-1").strip() if named else "LOCAL"
-    return None if name.upper() == "LOCAL" else path.parent / name
+    return None if name.upper() == "LOCAL" else _beside(path, name)
 
 
 def _check_header(path: Path, warnings: list[str]) -> Literal["meta", "nrrd"]:

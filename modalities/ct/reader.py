@@ -120,7 +120,10 @@ class CtReader(ImageReader):
         from modalities.ct.itk import data_file
 
         found = super().sources(path)
-        values = data_file(path) if path.is_file() else None
+        try:
+            values = data_file(path) if path.is_file() else None
+        except UnreadableImageError:  # reading the image is what tells of it
+            return None
         return found if values is None or found is None else (*found, values)
 
     def find_images(self, folder: Path) -> list[Path]:

@@ -26,6 +26,9 @@ from medvl.types import UnreadableImageError
 MAX_FILE_BYTES = 2**31
 """Largest file that is opened; a cine run of an hour has fewer."""
 
+ANY_SIZE = 2**62
+"""Bytes of a file of which only the header is read."""
+
 HELD_BYTES = 2**26
 """Files up to here are read at once, larger ones piece by piece."""
 
@@ -270,7 +273,7 @@ def study_key(path: Path) -> str | None:
     What is not numbers and dots is none: the placeholder that a de-identification leaves would join the studies of many patients.
     """
     try:
-        with opened(path) as file:
+        with opened(path, header_only=True, largest=ANY_SIZE) as file:
             uid = str(file.header.get("StudyInstanceUID") or "").strip(" \0")
     except Exception:  # hostile headers and paths raise anything; reading the image is what tells of them
         return None
@@ -280,7 +283,7 @@ def study_key(path: Path) -> str | None:
 def modality_of(path: Path) -> str | None:
     """Modality (0008,0060) of a DICOM file, such as CT or DX; None for other files, unreadable headers and odd values. Never raises."""
     try:
-        with opened(path) as file:
+        with opened(path, header_only=True, largest=ANY_SIZE) as file:
             found = file.header.text("Modality")
     except (UnreadableImageError, OSError):
         return None
@@ -394,11 +397,15 @@ def _inflated(source: BoundedReader, notes: Notes) -> tuple[BoundedReader, bool]
         raise notes.refuse("names the deflated transfer syntax where it cannot be told whether it is used")
     source.seek(at)
     inflater = zlib.decompressobj(-zlib.MAX_WBITS)
-    content = inflater.decompress(source.read(), MAX_INFLATED_BYTES)
-    if inflater.unconsumed_tail:
-        raise notes.refuse(f"its deflated dataset unfolds to more than {MAX_INFLATED_BYTES} bytes; it looks like a bomb")
-    plain = head[:132] + b"\x02\x00\x10\x00UI\x14\x001.2.840.10008.1.2.1\0" + content
-    return BoundedReader(io.BytesIO(plain), len(plain)), True
+    plain = io.BytesIO()
+    plain.write(head[:132] + b"\x02\x00\x10\x00UI\x14\x001.2.840.10008.1.2.1\0")
+    while not inflater.eof and (chunk := inflater.unconsumed_tail or source.read(2**18)):
+        plain.write(inflater.decompress(chunk, 2**20))
+        if plain.tell() > MAX_INFLATED_BYTES:
+            raise notes.refuse(f"its deflated dataset unfolds to more than {MAX_INFLATED_BYTES} bytes; it looks like a bomb")
+    size = plain.tell()
+    plain.seek(0)
+    return BoundedReader(plain, size), True
 
 
 def _number(value: Any) -> float:

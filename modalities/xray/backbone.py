@@ -6,6 +6,8 @@ Shapes: B studies, C channels, H x W pixels, N tokens on a (gh, gw) grid in row-
 from __future__ import annotations
 
 import abc
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -118,3 +120,28 @@ def timm_features(backbone: Any, pixels: Tensor, pre_logits: bool = True) -> tup
         grid = square_grid(tokens.shape[1])
         images = tokens.flatten(0, 1)[:, None, :].expand(-1, prefix + 1, -1)  # class and register places hold the token too
     return pooled, backbone.forward_head(images, pre_logits=pre_logits).unflatten(0, tokens.shape[:2]), grid
+
+
+def read_checkpoint(path: Path) -> dict[str, Tensor]:
+    """The state dict in a safetensors file.
+
+    Raises:
+        ValueError: another format.
+    """
+    from safetensors.torch import load_file
+
+    if path.suffix != ".safetensors":
+        raise ValueError(f"checkpoint {path}: expected a .safetensors file; other formats are pickles, which run code when loaded")
+    return load_file(path)
+
+
+def set_weights(backbone: nn.Module, state: Mapping[str, Tensor], path: Path, name: str) -> None:
+    """Load the state dict of a checkpoint strictly.
+
+    Raises:
+        ValueError: keys or shapes that are another backbone's, or of another image size or channel count.
+    """
+    try:
+        backbone.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        raise ValueError(f"checkpoint {path} does not hold the weights of {name} at this image size and channel count: {error}") from error

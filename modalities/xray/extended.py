@@ -34,7 +34,7 @@ class ExtendedEncoder(ImageEncoder):
         layer_scale: start of LayerScale. Small values start near the tower as it is; 1 is what transformers' DINOv2 starts with.
         embed_dim: D of a projection after the layers, shared by pooled vector and tokens; None: none, D is W.
     Raises:
-        ValueError: fewer than one layer, W no multiple of ``heads``.
+        ValueError: fewer than one layer, W no multiple of ``heads``, a tower that pools views.
     """
 
     def __init__(
@@ -48,6 +48,8 @@ class ExtendedEncoder(ImageEncoder):
         embed_dim: int | None = None,
     ) -> None:
         super().__init__()
+        if backbone.pools_views:
+            raise ValueError(f"{type(backbone).__name__} pools views; put ExtendedEncoder below it, over the tower of single images")
         width = backbone.embed_dim
         if layers < 1 or heads < 1 or width % heads:
             raise ValueError(
@@ -64,11 +66,13 @@ class ExtendedEncoder(ImageEncoder):
         """What ``backbone`` takes.
 
         Raises:
-            ValueError: the tower below keeps no tokens.
+            ValueError: the tower below keeps no tokens, or pools slices.
         """
         features = self.backbone(batch)
         if features.tokens is None:
             raise ValueError(f"{type(self.backbone).__name__} keeps no tokens, over which ExtendedEncoder's layers could go")
+        if features.slices is not None:
+            raise ValueError(f"{type(self.backbone).__name__} pools slices; put ExtendedEncoder below it, over the tower of single slices")
         valid, tokens = features.token_valid, features.tokens
         seen: Tensor | None = None
         if valid is not None:

@@ -219,6 +219,8 @@ def _check_pooling(pooling: str, family: _Family, config: Any, name: str) -> Non
         raise ValueError(f"pooling is 'head', 'cls' or 'mean', got {pooling!r}")
     if pooling == "cls" and not family.prefix:
         raise ValueError(f"backbone {name}: a {config.model_type} has no class token; take pooling 'head' or 'mean'")
+    if pooling != "head" and config.model_type == "beit" and getattr(config, "use_mean_pooling", False):
+        raise ValueError(f"backbone {name}: the only norm of this beit is in its head; take pooling 'head'")
     if pooling == "head" and family.head == "head" and not getattr(config, "vision_use_head", True):
         raise ValueError(f"backbone {name}: this {config.model_type} has no head; take pooling 'mean'")
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from medvl.nn import pretrained
-from modalities.xray.backbone import BackboneEncoder, check_channels, in_rgb, square_grid, timm_features
+from modalities.xray.backbone import BackboneEncoder, check_channels, in_rgb, read_checkpoint, set_weights, square_grid, timm_features
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -171,7 +171,8 @@ def _vision_part(config: dict[str, Any], name: str) -> dict[str, Any]:
         raise ValueError(f"backbone {name}: timm {timm.__version__} has no model named {trunk!r}, which its configuration asks for")
     if vision.get("attentional_pool") or vision.get("pool_type") == "none" or vision.get("timm_pool") in ("abs_attn", "rot_attn"):
         raise ValueError(f"backbone {name}: it pools by queries or attention over the whole image, where a token has no place of its own")
-    kept = {key: value for key, value in vision.items() if key != "timm_model_pretrained"}
+    left_out = ("timm_model_pretrained", "patch_dropout")  # a token that is dropped has no place in a grid
+    kept = {key: value for key, value in vision.items() if key not in left_out}
     return {"embed_dim": config["embed_dim"], "quick_gelu": bool(config.get("quick_gelu", False)), "vision_cfg": kept}
 
 
@@ -195,11 +196,7 @@ def _create(library: Any, config: dict[str, Any], size: int, name: str) -> Any:
 
 def _load(library: Any, visual: nn.Module, path: Path, name: str) -> None:
     """Load the vision side strictly, positions interpolated to the size of this one where they differ."""
-    from safetensors.torch import load_file
-
-    if path.suffix != ".safetensors":
-        raise ValueError(f"checkpoint {path}: expected a .safetensors file; other formats are pickles, which run code when loaded")
-    state = load_file(path)
+    state = read_checkpoint(path)
     vision = {key.removeprefix("visual."): value for key, value in state.items() if key.startswith("visual.")} or state
     own = visual.state_dict()
     for key in ("positional_embedding", "attnpool.positional_embedding"):
@@ -208,10 +205,7 @@ def _load(library: Any, visual: nn.Module, path: Path, name: str) -> None:
             target = SimpleNamespace(visual=SimpleNamespace(grid_size=square_grid(len(own[key]) - 1)))
             library.model.resize_pos_embed(positions, target)
             vision[key] = positions["visual.positional_embedding"]
-    try:
-        visual.load_state_dict(vision, strict=True)
-    except RuntimeError as error:
-        raise ValueError(f"checkpoint {path} does not hold the weights of {name}: {error}") from error
+    set_weights(visual, vision, path, name)
 
 
 def _drop_projection(visual: Any, embed_dim: int) -> int:

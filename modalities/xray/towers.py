@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from modalities.xray.backbone import BackboneEncoder, timm_features
+from modalities.xray.backbone import BackboneEncoder, read_checkpoint, set_weights, timm_features
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -89,19 +89,12 @@ def _create(name: str, pretrained: bool, image_size: int, in_chans: int, drop_ra
 
 def _load_backbone(backbone: nn.Module, path: Path, name: str) -> None:
     """Load a backbone's state dict strictly, but for the classifier that we do not have."""
-    from safetensors.torch import load_file
-
-    if path.suffix != ".safetensors":
-        raise ValueError(f"checkpoint {path}: expected a .safetensors file; other formats are pickles, which run code when loaded")
     classifier = getattr(backbone, "pretrained_cfg", {}).get("classifier") or ()
     heads = tuple(f"{n}." for n in ([classifier] if isinstance(classifier, str) else classifier))
-    state = {key: value for key, value in load_file(path).items() if not (heads and key.startswith(heads))}
+    state = {key: value for key, value in read_checkpoint(path).items() if not (heads and key.startswith(heads))}
     own = backbone.state_dict()
     other = [key for key, value in state.items() if key in own and own[key].shape != value.shape]
     if other and all("pos_embed" in key or "rel_pos" in key or "relative_position" in key for key in other):
         adapt = getattr(sys.modules[type(backbone).__module__], "checkpoint_filter_fn", None)  # where timm keeps a family's own
         state = state if adapt is None else adapt(state, backbone)
-    try:
-        backbone.load_state_dict(state, strict=True)
-    except RuntimeError as error:
-        raise ValueError(f"checkpoint {path} does not hold the weights of {name} at this image size and channel count: {error}") from error
+    set_weights(backbone, state, path, name)

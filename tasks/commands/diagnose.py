@@ -87,7 +87,7 @@ def diagnose(
     results: list[Diagnosis] = []
     out = None if as_json else console()
     for result in score_files(encoder, find_images(encoder.reader, files), bank, batch_size):
-        results.append(named_if_empty_folder(result))
+        results.append(named_if_empty_folder(result, encoder.reader))
         if out is None:
             click.echo(json_text(as_object(results[-1])))
         elif results[-1].ok:
@@ -118,11 +118,12 @@ def find_images(reader: ImageReader, files: Sequence[Path]) -> list[Path]:
     return found
 
 
-def named_if_empty_folder(result: Diagnosis) -> Diagnosis:
-    """A folder that stayed in the list is one without an image: say so."""
-    if result.ok or not Path(result.path).is_dir():
+def named_if_empty_folder(result: Diagnosis, reader: ImageReader) -> Diagnosis:
+    """A folder in which the reader finds no image says so; one that is itself an image, as of a series, keeps its error."""
+    path = Path(result.path)
+    if result.ok or not path.is_dir() or reader.find_images(path):
         return result
-    error = f"{result.path}: no image in this folder; expected DICOM, PNG, JPEG or TIFF files"
+    error = f"{result.path}: no image in this folder; expected DICOM files or {', '.join(sorted(reader.suffixes - {'.dcm', '.dicom'}))}"
     return replace(result, error=error, unreadable={result.path: error})
 
 

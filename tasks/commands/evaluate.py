@@ -162,6 +162,16 @@ def show_results(measured: dict[str, Any]) -> None:
         mean = (figure(zero_shot["macro_auroc"]), interval(zero_shot["macro_auroc_interval"]), *simple)
         table.add_row("mean", *mean, "", macro_pointing, "", style="bold")
         out.print(table)
+    if slices := measured.get("slices", {}).get("per_finding"):
+        numbers = ("cuts the mask", "95 % CI", "random slice", "masks")
+        table = new_table("slice of highest score", "finding", *numbers, numbers=numbers, whole=("finding",))
+        for name, one in slices.items():
+            table.add_row(name, figure(one["slice_hit"]), interval(one), figure(one["chance"]), str(one["n"]))
+        table.add_section()
+        macro = measured["slices"]
+        mean = (figure(macro["slice_hit_macro"]), interval(macro["slice_hit_macro_interval"]), figure(macro["chance_macro"]))
+        table.add_row("mean", *mean, "", style="bold")
+        out.print(table)
     for direction, one in measured.get("retrieval", {}).items():
         numbers = ("recall@1", "recall@5", "recall@10", "chance@10", "median rank")
         table = new_table(f"{direction.replace('_', ' ')}, pool {one['pool']}", "a hit is", *numbers, numbers=numbers)

@@ -23,10 +23,14 @@ def _run(ctx: click.Context, subcommand: str, args: tuple[str, ...]) -> None:
 
 
 def _write_card(folder: Path) -> None:
-    """The card of a run that has ended; it has no results yet."""
+    """The card of a run that has ended; it has no results yet. One that cannot be written costs the run nothing."""
+    from medvl.model import ConfigError
     from tasks.card import write_card
 
-    write_card(folder)
+    try:
+        write_card(folder)
+    except (ConfigError, OSError) as error:
+        click.echo(f"no model card was written: {error}", err=True)
 
 
 @click.command(

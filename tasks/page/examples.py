@@ -13,12 +13,13 @@ import torch
 from numpy.typing import NDArray
 
 from medvl.data.manifest import StudyImage
+from medvl.data.studies import as_listed
 from medvl.model import DualEncoder
 from medvl.types import ImageSample, TextSource
 from reports.prompts import PromptSet
 from tasks.evaluation import Predictions, RetrievalScores, expected_rank, finding_maps
 from tasks.grounding import native_maps
-from tasks.masks import finding_mask, masked_slices, slice_of
+from tasks.masks import finding_mask, masked_slices
 from tasks.page.content import Example, Gallery, Picture, Profile, Query, Report
 from tasks.page.measures import title_of
 from tasks.render import thumbnail
@@ -71,7 +72,7 @@ def choose_examples(
 
 @torch.inference_mode()
 def _finding_map(model: DualEncoder, row: StudyImage, bank: PromptBank, finding: int) -> NDArray[np.float32]:
-    sample = model.read(row.path)
+    sample = as_listed(model.read(row.path), row)
     grids = finding_maps(model, model.encode_samples([sample]), bank)[0, finding]
     return native_maps(grids[None], sample.transform)[0]
 
@@ -89,7 +90,7 @@ def _example(
     limits: tuple[float, float],
 ) -> Example:
     row, j = predictions.rows[i], predictions.findings.index(name)
-    sample = model.read(row.path)
+    sample = as_listed(model.read(row.path), row)
     mask = finding_mask(row, name, sample)
     draw = _film_pictures if sample.affine is None else _volume_pictures
     pictures = draw(model, row, sample, scores, mask, predictions.peaks[i][j], limits)
@@ -168,10 +169,13 @@ def _profile(
     features = model.encode_samples([sample])
     if features.slices is None:
         return None
-    scores = slice_scores(model, features, bank)[0, finding].tolist()
-
-    masked = np.zeros(len(scores), dtype=bool) if mask is None else masked_slices(mask, sample)
-    return Profile(tuple(scores), tuple(masked.tolist()), None if peak is None else int(slice_of(np.array(peak), sample)))
+    scores = slice_scores(model, features, bank)[0, finding]
+    masked = torch.zeros_like(sample.valid) if mask is None else torch.from_numpy(masked_slices(mask, sample))
+    at = None
+    if peak is not None:
+        slice_of_peak = int(np.rint(sample.transform.to_tower(np.array(peak, dtype=np.float64))[0]))
+        at = int(sample.valid[: max(slice_of_peak, 0)].sum())
+    return Profile(tuple(scores[sample.valid].tolist()), tuple(masked[sample.valid].tolist()), at)
 
 
 def queries(model: DualEncoder, predictions: Predictions) -> tuple[Query, ...]:

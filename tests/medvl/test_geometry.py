@@ -344,6 +344,16 @@ def test_anti_aliased_resampling_is_torchs_where_edges_meet(seed, coarser):
     np.testing.assert_allclose(got.numpy(), np.asarray(columns).reshape(after), atol=1e-4)
 
 
+@pytest.mark.parametrize("shape", [(5, 6, 1), (5, 1, 6), (1, 5, 6), (1, 1, 1)])
+def test_an_axis_of_one_may_run_backwards(shape):
+    """Numpy keeps a negative stride there, which torch refuses."""
+    values = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    turned = values[::-1, ::-1, ::-1]
+    record = GridTransform(shape).resample([1.0, 1.5, 0.5])
+    np.testing.assert_allclose(record.apply(turned), record.apply(turned.copy()), atol=1e-6)
+    np.testing.assert_allclose(GridTransform(shape).apply(turned), turned.copy())
+
+
 def test_anti_aliasing_takes_a_checkerboard_for_grey_in_three_dimensions():
     board = np.indices((40, 40, 40)).sum(0) % 2
     small = resample(board, (8, 8, 8), (4.9, 5.1, 5.0), (0.3, 0.2, 0.0))

@@ -295,11 +295,18 @@ def test_parts_of_another_run_are_taken_and_kept(recipe, finished, tmp_path):
     assert before.keys() == after.keys()
     moved = {name for name in after if not torch.equal(before[name], after[name])}
     assert moved and all(name.startswith("image.") for name in moved)
+    gone = tmp_path / "gone"
+    (out / "config.yaml").write_text((out / "config.yaml").read_text().replace(str(finished), str(gone)))
+    assert run("validate", ["--config", str(out / "config.yaml"), "--out", str(out)]) == 0, "a finished run does not need the other"
+    more = ["--resume", "true", "--trainer.max_epochs", "2"]
+    assert run("fit", ["--config", str(out / "config.yaml"), "--out", str(out), *more]) == 0, "nor does one that goes on"
+    with pytest.raises(FileNotFoundError, match=r"gone: no model\.safetensors to take the weights of"):
+        run("fit", ["--config", str(out / "config.yaml"), "--out", str(tmp_path / "third")])
 
 
 def test_a_locked_part_stays_in_evaluation_mode_and_odd_names_are_refused(tiny):
     from medvl.losses import MultiPositiveInfoNCE
-    from medvl.model import ConfigError
+    from medvl.model import ConfigError, load_part
     from medvl.training.module import AlignmentModule
 
     def module(embed_dim=16, **options):
@@ -307,15 +314,16 @@ def test_a_locked_part_stays_in_evaluation_mode_and_odd_names_are_refused(tiny):
         report = type(model.report)(embed_dim, hidden_dim=None)
         return AlignmentModule(model.image, report, model.similarity, MultiPositiveInfoNCE(), **options)
 
-    locked = module(start={"report": str(tiny.model)}, locked=["report"]).train()
+    locked = module(locked=["report"]).train()
     assert locked.image.training and not locked.report.training
     assert not any(p.requires_grad for p in locked.report.parameters()) and all(p.requires_grad for p in locked.image.parameters())
-    torch.testing.assert_close(locked.report.state_dict(), medvl.load(tiny.model, device="cpu").report.state_dict())
     for options in ({"locked": ["text"]}, {"start": {"text": str(tiny.model)}}):
         with pytest.raises(ValueError, match="'text' is no part of the model; expected image, report, similarity"):
             module(**options)
     with pytest.raises(ConfigError, match="the weights of report do not fit"):
-        module(embed_dim=8, start={"report": str(tiny.model)})
+        load_part(module(embed_dim=8).report, "report", tiny.model)
+    with pytest.raises(FileNotFoundError, match=r"no model\.safetensors to take the weights of report from"):
+        load_part(locked.report, "report", tiny.folder)
 
 
 def test_bad_rows_are_listed_counted_and_cost_only_themselves(recipe, studies, tmp_path):

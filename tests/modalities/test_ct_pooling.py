@@ -268,7 +268,7 @@ def test_training_starts_from_a_mixture_of_the_slices(name):
 @pytest.mark.parametrize("name", MAKERS)
 def test_forms_are_checked(name):
     pooling, position = MAKERS[name](), torch.zeros(2, 3)
-    with pytest.raises(ValueError, match=r"no valid slice in studies \[1\]"):
+    with pytest.raises(ValueError, match=r"nothing valid in studies \[1\]"):
         pooling(torch.zeros(2, 3, D), torch.tensor([[True, False, True], [False] * 3]), position)
     with pytest.raises(ValueError, match="expected bool of shape"):
         pooling(torch.zeros(2, 3, D), torch.ones(2, 4, dtype=torch.bool), position)

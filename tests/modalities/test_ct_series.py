@@ -447,3 +447,33 @@ def test_absurd_headers(tmp_path):
         edit(path, **changes)
         the_error(lambda: read_ct(path))
         path.write_bytes(original)
+
+
+def test_a_modality_lut_makes_hu_alone(tmp_path):
+    """A file with a table and, wrongly, a rescale beside it: pydicom takes the table, and so does the 2D chain."""
+    from pydicom.dataset import Dataset
+    from pydicom.pixels import apply_modality_lut
+
+    from modalities.dicom import read_dicom
+
+    stored = np.random.default_rng(3).integers(0, 64, (3, 9, 8)).astype(np.int16)
+    paths = write(tmp_path / "a", stored)
+    item = Dataset()
+    item.LUTDescriptor, item.ModalityLUTType = [64, 0, 16], "HU"
+    item.LUTData = np.arange(64, dtype="<u2") * 3 + 7
+    for path, plane in zip(paths, stored, strict=True):
+        dataset = pydicom.dcmread(path)
+        item["LUTDescriptor"].VR = "US"
+        item["LUTData"].VR = "US"
+        dataset.ModalityLUTSequence = [item]
+        dataset.PixelRepresentation, dataset.PixelData = 0, plane.astype("<u2").tobytes()
+        dataset.RescaleSlope, dataset.RescaleIntercept, dataset.PixelPaddingValue = 1, -1024, 0
+        dataset["PixelPaddingValue"].VR = "US"
+        dataset.save_as(path)
+    volume = read_ct(tmp_path / "a")
+    by_file = {round(float(pydicom.dcmread(path).ImagePositionPatient[2]), 3): path for path in paths}
+    for s in range(3):
+        path = by_file[round(float((volume.affine @ [s, 0, 0, 1])[2]), 3)]
+        dataset = pydicom.dcmread(path)
+        np.testing.assert_array_equal(volume.voxels[s], apply_modality_lut(dataset.pixel_array, dataset))
+        np.testing.assert_array_equal(volume.voxels[s], read_dicom(path).values)

@@ -330,7 +330,7 @@ def test_forms_are_checked():
         tower(chunk=0)
     with pytest.raises(ValueError, match=r"takes volumes \(B, C, S, H, W\)"):
         tower()(ImageBatch(torch.zeros(1, C, SIDE, SIDE)))
-    with pytest.raises(ValueError, match=r"no valid slice in studies \[1\]"):
+    with pytest.raises(ValueError, match=r"nothing valid in studies \[1\]"):
         tower()(replace(volumes(), valid=torch.tensor([[True] * S, [False] * S])))
     with pytest.raises(ValueError, match="needs position_mm"):
         tower()(replace(volumes(), position_mm=None))

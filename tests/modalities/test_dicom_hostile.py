@@ -272,6 +272,25 @@ def test_a_deflated_bomb_is_refused(tmp_path):
     assert "unfolds to more than" in refusal(path)
 
 
+def test_a_deflated_file_of_any_size_costs_no_memory(tmp_path):
+    """A file that names the deflated syntax and is a hole of a gigabyte: nothing of the hole may be held."""
+    import tracemalloc
+
+    ds = film()
+    ds.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+    path = saved(ds, tmp_path / "film.dcm")
+    meta = path.read_bytes()
+    path.write_bytes(meta[: 132 + 12 + int.from_bytes(meta[140:144], "little")])
+    with path.open("r+b") as file:
+        file.truncate(2**30)
+    tracemalloc.start()
+    try:
+        assert refusal(path)
+        assert tracemalloc.get_traced_memory()[1] < 2**25
+    finally:
+        tracemalloc.stop()
+
+
 @pytest.mark.parametrize(
     "syntax", [JPEG2000Lossless, RLELossless, "1.2.840.10008.1.2.4.70", "1.2.840.10008.1.2.4.80", "1.2.840.10008.1.2.4.50"]
 )

@@ -17,7 +17,9 @@ from medvl.nn.similarity import TokenSimilarity
 from medvl.nn.transformer import TransformerBlock
 from medvl.types import ImageBatch, ImageEncoder, ImageFeatures
 from modalities.ct import GatedAttention, SlicePooledEncoder
+from modalities.pooling import MeanPooling
 from modalities.xray import ConvEncoder, ExtendedEncoder, HuggingFaceEncoder, TimmEncoder, XrayReader
+from modalities.xray.views import ViewPooledEncoder
 from reports import MiniLmReportEncoder
 
 W, D, SIZE = 16, 6, 32
@@ -210,6 +212,11 @@ def test_forms_are_checked():
     model.backbone.features = ImageFeatures(random(2, W))
     with pytest.raises(ValueError, match="Given keeps no tokens"):
         model(NOTHING)
+    model.backbone.features = ImageFeatures(random(2, W), tokens=random(2, 4, W), grid=(2, 2), slices=random(2, 3, W))
+    with pytest.raises(ValueError, match="pools slices; put ExtendedEncoder below it"):
+        model(NOTHING)
+    with pytest.raises(ValueError, match="pools views; put ExtendedEncoder below it"):
+        extended(ViewPooledEncoder(Given(), MeanPooling()))
     with pytest.raises(medvl.model.ConfigError, match="cannot be made"):
         build({"class_path": "modalities.xray.ExtendedEncoder", "init_args": {"backbone": 3}}, ImageEncoder)
 

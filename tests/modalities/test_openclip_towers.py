@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -287,6 +288,16 @@ def test_weights_are_whole_safetensors_of_a_model_or_of_its_vision_side(folders,
     with pytest.raises(ValueError, match=r"expected a \.safetensors file"):
         tower(tmp_path / "vit", checkpoint=tmp_path / "weights.pt")
     assert tower(tmp_path / "vit", initial_weights=False).embed_dim == D
+
+
+def test_tokens_that_training_would_drop_stay(folders, tmp_path):
+    folder = tmp_path / "dropping"
+    shutil.copytree(folders["vit"], folder)
+    config = json.loads((folder / "open_clip_config.json").read_text())
+    config["model_cfg"]["vision_cfg"]["patch_dropout"] = 0.5
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    model = tower(folder).train()
+    assert model(ImageBatch(pixels(size_of("vit")))).tokens.shape[1] == math.prod(model.eval()(ImageBatch(pixels(size_of("vit")))).grid)
 
 
 def test_names_of_open_clips_list(monkeypatch):

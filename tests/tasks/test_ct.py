@@ -74,6 +74,20 @@ def test_a_volume_is_diagnosed_and_a_folder_finds_the_volumes_alone(cohort: Path
     assert f"(z {z:.0f} mm): {best:.3f}" in shown.output
 
 
+def test_a_series_that_is_refused_says_why_and_an_empty_folder_that_it_is_empty(cohort: Path, run_folder: Path, tmp_path: Path) -> None:
+    from modalities.export import write_ct_series
+
+    (tmp_path / "empty").mkdir()
+    volume = np.random.default_rng(0).integers(-1000, 200, (8, 16, 16)).astype(np.int16)
+    affine = np.array([[0, 0, -4, 0], [0, -4, 0, 0], [5, 0, 0, 0], [0, 0, 0, 1.0]])
+    write_ct_series(tmp_path / "series", volume, affine, patient_id="p", study_id="s")
+    sorted((tmp_path / "series").iterdir())[3].unlink()
+    paths = [str(tmp_path / "series"), str(tmp_path / "empty")]
+    done = CliRunner().invoke(cli, ["diagnose", *paths, "--model", str(run_folder), "--json"])
+    series, empty = strict(done.stdout)
+    assert done.exit_code == 1 and "missing" in series["error"] and "no image in this folder; expected DICOM files or .gz" in empty["error"]
+
+
 def test_a_map_of_a_volume_lies_on_the_voxels_and_millimetres_of_its_file(cohort: Path, run_folder: Path, tmp_path: Path) -> None:
     file = volumes(cohort)[1]
     options = ["--phrase", "left pleural effusion", "--model", str(run_folder), "--out", str(tmp_path), "--json"]
@@ -177,17 +191,59 @@ def test_slices_have_scores_heights_and_a_place_in_the_file(cohort: Path, run_fo
         rows = [row for row in csv.DictReader(file) if row["modality"] == "ct"]
     for row in rows:
         found = by_study[row["study_id"]]
-        heights = np.array(found["z_mm"])
+        heights, step = np.array(found["z_mm"]), float(np.diff(found["z_mm"])[0])
         for name, scores in found["findings"].items():
             if row[name] == "1" and row[f"mask_{name}"]:
                 mask = nib.load(cohort.parent / row[f"mask_{name}"])
-                z = nib.affines.apply_affine(mask.affine, np.argwhere(np.asarray(mask.dataobj)))[:, 2]
-                cut = set(np.abs(heights[None] - np.unique(z)[:, None]).argmin(1).tolist())
+                z = np.unique(nib.affines.apply_affine(mask.affine, np.argwhere(np.asarray(mask.dataobj)))[:, 2])
+                thick = float(mask.header.get_zooms()[2])
+                cut = set(np.flatnonzero((np.abs(heights[:, None] - z[None]) < (step + thick) / 2 - 1e-3).any(1)).tolist())
                 hits.setdefault(name, []).append(int(np.argmax(scores)) in cut)
     assert len(hits) > 3
     for name, of_finding in hits.items():
         assert measured["per_finding"][name]["slice_hit"] == pytest.approx(np.mean(of_finding)), name
     assert measured["slice_hit_macro"] == pytest.approx(np.mean([np.mean(one) for one in hits.values()]))
+
+
+def test_slices_that_the_reader_padded_have_no_score(cohort: Path, run_folder: Path, tmp_path: Path) -> None:
+    """A reader with a fixed number of slices, more than the volume has: its padding is in no list, no table and no hit."""
+    import medvl
+    from modalities.ct import CtReader
+    from tasks.masks import masked_slices
+
+    model = medvl.load(run_folder, device="cpu")
+    model.reader = CtReader(spacing_mm=(8.0, 11, 11), shape=(64, 32, 32), crop="none")
+    folder = model.save(tmp_path / "padding")
+    done = CliRunner().invoke(cli, ["diagnose", str(volumes(cohort)[0]), "--model", str(folder), "--json"])
+    assert done.exit_code == 0, done.output
+    found = strict(done.stdout)[0]["slices"][0]
+    count = round(352 / 8)
+    assert len(found["z_mm"]) == count and all(len(scores) == count for scores in found["findings"].values())
+    sample = model.reader.read(volumes(cohort)[0])
+    assert sample.pixels.shape[1] == 64 and int(sample.valid.sum()) == count
+    everywhere = masked_slices(np.ones(sample.transform.native_shape, dtype=bool), sample)
+    np.testing.assert_array_equal(everywhere, sample.valid.numpy())
+
+
+def test_a_mask_between_coarse_slices_has_no_holes_and_ends_where_the_tower_ends() -> None:
+    """Native slices of 5 mm, tower slices of 3 mm: by the overlap of intervals in mm."""
+    from modalities.ct import CtReader
+    from tasks.masks import masked_slices
+
+    volume = np.full((30, 24, 24), -1000.0, dtype=np.float32)
+    volume[:, 4:20, 4:20] = 40
+    affine = np.array([[0, 0, -4, 0], [0, -4, 0, 0], [5, 0, 0, 0], [0, 0, 0, 1.0]])
+    mask = np.zeros(volume.shape, dtype=bool)
+    mask[10:15, 8:12, 8:12] = True
+    for slices in (None, 20):
+        sample = CtReader(spacing_mm=(3, 4, 4), shape=(None, 24, 24), crop="none", max_slices=slices).read_array(volume, affine)
+        points = np.array([[s, 12.0, 12.0] for s in range(sample.pixels.shape[1])])
+        middle = sample.transform.to_native(points)[:, 0] * 5  # mm
+        expected = (middle + 1.5 > 9.5 * 5 + 1e-3) & (middle - 1.5 < 14.5 * 5 - 1e-3)
+        np.testing.assert_array_equal(masked_slices(mask, sample), expected)
+        above = np.zeros(volume.shape, dtype=bool)
+        above[29] = True
+        assert masked_slices(above, sample).any() == (slices is None)
 
 
 def test_the_page_of_volumes_shows_slices_and_their_scores(cohort: Path, run_folder: Path, tmp_path: Path) -> None:

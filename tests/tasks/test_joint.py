@@ -101,6 +101,8 @@ def test_what_does_not_belong_together_is_refused(pair: Any, joint: Path, cohort
     film, volume = (sorted((cohort / kind).iterdir())[0] for kind in ("xray", "ct"))
     with pytest.raises(ValueError, match="radiographs and CT cannot share a batch"):
         model.reader.collate([model.read(film), model.read(volume)])
+    with pytest.raises(ValueError, match="volumes are encoded one by one"):
+        model.image(model.reader.collate([model.read(volume)] * 2).grouped([2]))
     with pytest.raises(UnreadableImageError, match=r"nowhere\.dcm"):
         model.read(tmp_path / "nowhere.dcm")
 
