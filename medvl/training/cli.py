@@ -100,6 +100,8 @@ class AlignmentCLI(LightningCLI):
                 config.ckpt_path = str(checkpoint)
             else:
                 log.warning("%s: nothing to resume from, starting anew", checkpoint)
+        if not config.ckpt_path:
+            self.model.take_start()
 
     def before_validate(self) -> None:
         """Take the weights that the run kept."""

@@ -64,15 +64,14 @@ class AlignmentModule(L.LightningModule):
         self.start = {name: (self._part(name, "start"), Path(folder)) for name, folder in (start or {}).items()}
         self.locked = self._lock(locked or ())
 
-    def setup(self, stage: str) -> None:
-        """Take the weights that a fit starts with, unless it goes on from a checkpoint.
+    def take_start(self) -> None:
+        """Take the weights of the parts that start from another run; for a fit that does not go on from a checkpoint.
 
         Raises:
             FileNotFoundError, ConfigError: a folder without weights, or of another architecture.
         """
-        if stage == "fit" and self.trainer.ckpt_path is None:
-            for name, (part, folder) in self.start.items():
-                load_part(part, name, folder)
+        for name, (part, folder) in self.start.items():
+            load_part(part, name, folder)
 
     def _lock(self, names: Sequence[str]) -> tuple[nn.Module, ...]:
         parts = tuple(self._part(name, "locked") for name in names)

@@ -33,7 +33,7 @@ from medvl.nn.similarity import PooledSimilarity, SliceSimilarity
 from medvl.types import FINDINGS, ImageBatch, ImageFeatures, Similarity, TextBatch
 from modalities.ct import AttentionAdapter, CtReader, GatedAttention, MaxPooling, MeanPooling, TransformerPooling
 from modalities.ct.mask import read_mask
-from modalities.ct.pooling import SlicePooling
+from modalities.pooling import Pooling
 from modalities.xray import ConvEncoder
 from reports import MiniLmReportEncoder
 from reports.prompts import load_prompts
@@ -43,7 +43,7 @@ from tasks.masks import masked_slices
 D = 128
 SHOWN = ("pleural_effusion", "lung_nodule")
 BARS = {"pleural_effusion": 0.90, "lung_nodule": 0.75}
-POOLINGS: dict[str, type[SlicePooling]] = {
+POOLINGS: dict[str, type[Pooling]] = {
     "mean": MeanPooling,
     "max": MaxPooling,
     "gated attention": GatedAttention,
@@ -121,7 +121,7 @@ def encode(tower: ConvEncoder, volumes: list[Volume]) -> tuple[Tensor, Tensor, T
 class Study(nn.Module):
     """A linear layer on frozen slice vectors, and a pooling."""
 
-    def __init__(self, pooling: SlicePooling) -> None:
+    def __init__(self, pooling: Pooling) -> None:
         super().__init__()
         self.project, self.pooling = nn.Linear(D, D), pooling
 
@@ -174,10 +174,10 @@ def main() -> None:
     """Make the cohort, train a tower and six poolings a seed, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--studies", type=int, default=1200)
+    parser.add_argument("--studies", type=int, default=1000)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--slice-steps", type=int, default=700)
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--slice-steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=800)
     chosen = parser.parse_args()
     from tasks.phantoms import write_cohort
 

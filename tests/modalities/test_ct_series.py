@@ -459,16 +459,14 @@ def test_a_modality_lut_makes_hu_alone(tmp_path):
     stored = np.random.default_rng(3).integers(0, 64, (3, 9, 8)).astype(np.int16)
     paths = write(tmp_path / "a", stored)
     item = Dataset()
-    item.LUTDescriptor, item.ModalityLUTType = [64, 0, 16], "HU"
-    item.LUTData = np.arange(64, dtype="<u2") * 3 + 7
+    item.ModalityLUTType = "HU"
+    item.add_new("LUTDescriptor", "US", [64, 0, 16])
+    item.add_new("LUTData", "US", (np.arange(64) * 3 + 7).tolist())
     for path, plane in zip(paths, stored, strict=True):
         dataset = pydicom.dcmread(path)
-        item["LUTDescriptor"].VR = "US"
-        item["LUTData"].VR = "US"
         dataset.ModalityLUTSequence = [item]
         dataset.PixelRepresentation, dataset.PixelData = 0, plane.astype("<u2").tobytes()
-        dataset.RescaleSlope, dataset.RescaleIntercept, dataset.PixelPaddingValue = 1, -1024, 0
-        dataset["PixelPaddingValue"].VR = "US"
+        dataset.RescaleSlope, dataset.RescaleIntercept = 1, -1024
         dataset.save_as(path)
     volume = read_ct(tmp_path / "a")
     by_file = {round(float(pydicom.dcmread(path).ImagePositionPatient[2]), 3): path for path in paths}
