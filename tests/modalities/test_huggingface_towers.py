@@ -131,9 +131,11 @@ def test_equal_tokens_pool_to_themselves(folders, kind, monkeypatch):
     torch.testing.assert_close(out.tokens, out.pooled[:, None].expand_as(out.tokens), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ("resnet",)])  # its convolutions look up and left
-@pytest.mark.parametrize("pooling", ["head", "mean"])
-def test_a_token_answers_most_to_its_own_cell(folders, kind, pooling):
+@pytest.mark.parametrize(
+    ("pooling", "kind"),
+    [(p, k) for p in ("head", "mean") for k in KINDS if k != "resnet" and (p, k) != ("mean", "beit")],
+)  # a ResNet's convolutions look up and left; a BEiT has its norm in its head
+def test_a_token_answers_most_to_its_own_cell(folders, pooling, kind):
     """Row-major and not transposed: the gradient of a token is strongest, by area, inside the cell where it is said to be."""
     model, side, cell = tower(folders[kind], pooling=pooling), SIDE, 32 // SIDE
     for row, column in ((1, 2), (side - 1, 0)):
