@@ -28,6 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from medvl.data.augment import Augment
 from medvl.data.manifest import StudyImage, read_manifest
 from medvl.losses import MultiPositiveInfoNCE
 from medvl.metrics import auroc
@@ -92,7 +93,7 @@ def pretrained(path: Path, volumes: list[Volume], steps: int) -> ConvEncoder:
 
 def new_tower() -> ConvEncoder:
     """The 2D tower before training."""
-    return ConvEncoder(D, widths=(24, 48, 96), blocks=(1, 1, 1), in_chans=3, bands=(5,))
+    return ConvEncoder(D, widths=(24, 48, 96), blocks=(1, 1, 1), in_chans=3, bands=())
 
 
 def pretrain(volumes: list[Volume], seed: int, steps: int, batch: int = 64) -> ConvEncoder:
@@ -105,13 +106,14 @@ def pretrain(volumes: list[Volume], seed: int, steps: int, batch: int = 64) -> C
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
     places = [np.argwhere(np.concatenate([v.masked[:, j] for v in volumes]))[:, 0] for j in range(len(SHOWN))]
     index = [(i, s) for i, v in enumerate(volumes) for s in range(len(v.masked))]
+    augment = Augment(rotation_deg=10, scale=0.1, shift=0.06, contrast=0.1, brightness=0.1, noise=0.03)  # few nodules, seen often
     rng = np.random.default_rng(seed)
     for _ in track(range(steps), f"2D tower, seed {seed}", transient=True):
         drawn = [int(rng.choice(places[j])) for j in rng.integers(len(SHOWN), size=batch // 2)]
         at = [index[k] for k in (*drawn, *rng.integers(len(index), size=batch - len(drawn)))]
-        pixels = torch.stack([volumes[i].pixels[:, s] for i, s in at]).float()
+        images = augment(ImageBatch(torch.stack([volumes[i].pixels[:, s] for i, s in at]).float()), rng)
         target = torch.from_numpy(np.stack([volumes[i].masked[s] for i, s in at])).float()
-        loss = F.binary_cross_entropy_with_logits(head(F.relu(tower(ImageBatch(pixels)).pooled)), target)
+        loss = F.binary_cross_entropy_with_logits(head(F.relu(tower(ImageBatch(images.pixels)).pooled)), target)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -191,9 +193,9 @@ def main() -> None:
     """Make the cohort, train a tower and six poolings a seed, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--studies", type=int, default=1000)
+    parser.add_argument("--studies", type=int, default=1800)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--slice-steps", type=int, default=2500)
+    parser.add_argument("--slice-steps", type=int, default=1500)
     parser.add_argument("--steps", type=int, default=800)
     chosen = parser.parse_args()
     from tasks.phantoms import write_cohort
