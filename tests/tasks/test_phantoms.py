@@ -160,3 +160,17 @@ def test_a_cohort_of_an_older_generator_is_not_mixed_with_ours(tmp_path):
     (tmp_path / "cohort.json").write_text(json.dumps({**note, "version": 2}))
     with pytest.raises(ValueError, match="differs in version"):
         write_cohort(tmp_path, 2, 3, size=SIZE, workers=1)
+
+
+def test_a_cohort_of_ct_alone_has_the_volumes_of_one_with_films(tmp_path):
+    both = write_cohort(tmp_path / "both", 2, 9, size=SIZE, ct=True, workers=1)
+    alone = write_cohort(tmp_path / "alone", 2, 9, size=SIZE, ct=True, xray=False, workers=1)
+    volumes = [row for row in rows(both) if row["modality"] == "ct"]
+    assert rows(alone) == volumes and len(volumes) == 2
+    assert not (tmp_path / "alone" / "xray").exists()
+    for row in volumes:
+        assert (tmp_path / "alone" / row["path"]).read_bytes() == (tmp_path / "both" / row["path"]).read_bytes()
+    with pytest.raises(ValueError, match=r"needs radiographs .* CT or both"):
+        write_cohort(tmp_path / "nothing", 2, 9, size=SIZE, xray=False)
+    with pytest.raises(ValueError, match="differs in xray"):
+        write_cohort(tmp_path / "both", 2, 9, size=SIZE, ct=True, xray=False)
