@@ -7,6 +7,7 @@ whose map peaks inside the mask the one with the median score, and the same of t
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -93,7 +94,7 @@ def _example(
     sample = as_listed(model.read(row.path), row)
     mask = finding_mask(row, name, sample)
     draw = _film_pictures if sample.affine is None else _volume_pictures
-    pictures = draw(model, row, sample, scores, mask, predictions.peaks[i][j], limits)
+    pictures = draw(model, _Map(row, sample, scores, mask, predictions.peaks[i][j], limits))
     without = predictions.scores[predictions.labels[:, j] == 0, j]
     score = float(predictions.scores[i, j])
     return Example(
@@ -108,42 +109,40 @@ def _example(
     )
 
 
-def _film_pictures(
-    model: DualEncoder,
-    row: StudyImage,
-    sample: ImageSample,
-    scores: NDArray[np.float32],
-    mask: NDArray[np.bool_] | None,
-    peak: tuple[int, ...] | None,
-    limits: tuple[float, float],
-) -> tuple[Picture, ...]:
-    view = shown(model.reader, row.path)
+@dataclass(frozen=True)
+class _Map:
+    """A finding's map of one image, and what it is shown with."""
+
+    row: StudyImage
+    sample: ImageSample
+    scores: NDArray[np.float32]  # on the native grid
+    mask: NDArray[np.bool_] | None
+    peak: tuple[int, ...] | None
+    limits: tuple[float, float]
+
+
+def _film_pictures(model: DualEncoder, of: _Map) -> tuple[Picture, ...]:
+    view = shown(model.reader, of.row.path)
     found = [Picture("radiograph", thumbnail(view.pixels, orientation=view.orientation))]
-    if mask is not None:
-        found.append(Picture("true mask", thumbnail(view.pixels, mask=mask)))
-    return (*found, Picture("similarity map", thumbnail(view.pixels, scores=scores, mask=mask, peak=in_plane(peak), limits=limits)))
+    if of.mask is not None:
+        found.append(Picture("true mask", thumbnail(view.pixels, mask=of.mask)))
+    mapped = thumbnail(view.pixels, scores=of.scores, mask=of.mask, peak=in_plane(of.peak), limits=of.limits)
+    return (*found, Picture("similarity map", mapped))
 
 
-def _volume_pictures(
-    model: DualEncoder,
-    row: StudyImage,
-    sample: ImageSample,
-    scores: NDArray[np.float32],
-    mask: NDArray[np.bool_] | None,
-    peak: tuple[int, ...] | None,
-    limits: tuple[float, float],
-) -> tuple[Picture, ...]:
+def _volume_pictures(model: DualEncoder, of: _Map) -> tuple[Picture, ...]:
     """The slice that the map peaks in, plain and with the map, and between them the slice that the true mask is largest in."""
-    assert sample.affine is not None
-    volume = model.reader.native(row.path).numpy()
-    view, flat, at, height = shown_slice(volume, scores, sample.affine, peak)
+    affine, mask = of.sample.affine, of.mask
+    assert affine is not None
+    volume = model.reader.native(of.row.path).numpy()
+    view, flat, at, height = shown_slice(volume, of.scores, affine, of.peak)
     whole = np.zeros(volume.shape, dtype=np.float32) if mask is None else mask.astype(np.float32)
-    aspect, of_mask = view.pixel_aspect, shown_slice(volume, whole, sample.affine, peak)[1] > 0
+    aspect, of_mask = view.pixel_aspect, shown_slice(volume, whole, affine, of.peak)[1] > 0
     plain = Picture(f"slice {height + 1} from below", thumbnail(view.pixels, orientation=view.orientation, pixel_aspect=aspect))
-    mapped = thumbnail(view.pixels, scores=flat, mask=of_mask, peak=at, limits=limits, pixel_aspect=aspect)
+    mapped = thumbnail(view.pixels, scores=flat, mask=of_mask, peak=at, limits=of.limits, pixel_aspect=aspect)
     if mask is None:
         return plain, Picture("similarity map", mapped)
-    other, largest, _, level = shown_slice(volume, whole, sample.affine, _largest(mask, sample))
+    other, largest, _, level = shown_slice(volume, whole, affine, _largest(mask, of.sample))
     outlined = thumbnail(other.pixels, mask=largest > 0, pixel_aspect=aspect)
     return plain, Picture(f"true mask, slice {level + 1}", outlined), Picture("similarity map", mapped)
 
