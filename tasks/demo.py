@@ -59,7 +59,7 @@ class DemoSize:
 
 SIZES: dict[Modality, DemoSize] = {
     "xray": DemoSize(train=4000, val=200, test=500, epochs=13),
-    "ct": DemoSize(train=900, val=48, test=200, epochs=8, pixels=96),
+    "ct": DemoSize(train=900, val=48, test=200, epochs=7, pixels=96),
 }
 RECIPES: dict[Modality, str] = {"xray": "xray_phantom.yaml", "ct": "ct_slices.yaml"}
 

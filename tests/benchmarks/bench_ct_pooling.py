@@ -45,6 +45,7 @@ from tasks.masks import masked_slices
 
 D = 128
 SHOWN = ("pleural_effusion", "lung_nodule")
+DRAWN = (0.1, 0.9)  # an effusion is learned from few slices
 BARS = {"pleural_effusion": 0.90, "lung_nodule": 0.75}
 POOLINGS: dict[str, type[Pooling]] = {
     "mean": MeanPooling,
@@ -109,7 +110,7 @@ def pretrain(volumes: list[Volume], seed: int, steps: int, batch: int = 64) -> C
     augment = Augment(rotation_deg=10, scale=0.1, shift=0.06, contrast=0.1, brightness=0.1, noise=0.03)  # few nodules, seen often
     rng = np.random.default_rng(seed)
     for _ in track(range(steps), f"2D tower, seed {seed}", transient=True):
-        drawn = [int(rng.choice(places[j])) for j in rng.integers(len(SHOWN), size=batch // 2)]
+        drawn = [int(rng.choice(places[j])) for j in rng.choice(len(SHOWN), batch // 2, p=DRAWN)]
         at = [index[k] for k in (*drawn, *rng.integers(len(index), size=batch - len(drawn)))]
         images = augment(ImageBatch(torch.stack([volumes[i].pixels[:, s] for i, s in at]).float()), rng)
         target = torch.from_numpy(np.stack([volumes[i].masked[s] for i, s in at])).float()
@@ -195,7 +196,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--studies", type=int, default=1800)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--slice-steps", type=int, default=1500)
+    parser.add_argument("--slice-steps", type=int, default=2400)
     parser.add_argument("--steps", type=int, default=800)
     chosen = parser.parse_args()
     from tasks.phantoms import write_cohort
