@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -80,6 +82,26 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     broken = root / "broken.dcm"
     broken.write_bytes(b"\0" * 128 + b"DICM" + b"nothing of use")
     return Tiny(root / "model", folder, folder / "manifest.csv", folder / "images" / "s00.dcm", folder / "images" / "s01.png", broken)
+
+
+@pytest.fixture(scope="session")
+def same_on_device() -> Callable[..., None]:
+    """Checks that a tower gives on a device what it gives on the CPU, and that every weight it trains gets a finite gradient in bf16."""
+    import torch
+
+    def check(model: Any, batch: Any, device: str = "cuda") -> None:
+        with torch.no_grad():
+            here = model(batch)
+            there = model.to(device)(batch.to(device))
+        torch.testing.assert_close(there.pooled.cpu(), here.pooled, atol=5e-3, rtol=2e-2)
+        torch.testing.assert_close(there.tokens.cpu(), here.tokens, atol=5e-3, rtol=2e-2)
+        model.train()
+        with torch.autocast(device, torch.bfloat16):
+            out = model(batch.to(device))
+            (out.pooled.float().square().sum() + out.tokens.float().sum()).backward()
+        assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters() if p.requires_grad)
+
+    return check
 
 
 @pytest.fixture
