@@ -62,7 +62,9 @@ class LexiconFacts(FactSource):
         if not namings:
             return ()
         describing = frozenset(m.first for m in attributes if m.value.place is None and m.value.kind is None)
-        assertions = Assertions(words.forms, self.lexicon.cues.find(words.forms), [m.positions for m in namings], describing)
+        assertions = Assertions(
+            words.forms, self.lexicon.cues.find(words.forms), [m.positions for m in namings if m.value.use != "denies"], describing
+        )
         sizes = _sizes(raw, offset)
         found = []
         for naming, region in zip(namings, _regions(namings, words.forms), strict=True):
