@@ -20,7 +20,6 @@ from reports.facts.phrases import Match, longest
 Stated = State | Literal["unstated"]
 
 _STRENGTH: tuple[Stated, ...] = ("unstated", "absent", "uncertain")
-_LIST = frozenset({"or", "nor", "and", "/"})
 
 
 @dataclass(frozen=True)
@@ -65,18 +64,17 @@ class Assertions:
                 start = max((stop + 1 for stop in stops if stop < cue.first), default=0)
                 start = max([start, *(other.last + 1 for other in affirming if other.last < cue.first)])
                 self._rules.append(_Rule(kind, start, cue.first))
-        self._within = [cue for cue in kept if cue.value.kind == "absent"]
+        self._within = [(cue.value.kind, cue.positions) for cue in kept if cue.value.kind in ("absent", "uncertain")]
 
     def of(self, positions: tuple[int, ...]) -> Stated:
         """What is said of a finding whose words are at ``positions``, by the strongest cue that rules it.
 
         Not stated outweighs absent, and absent outweighs uncertain: "no suspicious opacity" is a denial. (Denials that leave a doubt,
-        "cannot be excluded", are cues of their own.) A negation between the words of the finding rules it too: "the heart is not enlarged".
+        "cannot be excluded", are cues of their own.) A cue between the words of the finding rules it too: "the heart is not enlarged".
         """
         first, last = positions[0], positions[-1]
-        kinds = {rule.kind for rule in self._rules if rule.start <= first and last < rule.end}
-        if any(first < cue.first and cue.last < last for cue in self._within):
-            kinds.add("absent")
+        kinds: set[str] = {rule.kind for rule in self._rules if rule.start <= first and last < rule.end}
+        kinds.update(kind for kind, inside in self._within if any(first < position < last for position in inside))
         return next((kind for kind in _STRENGTH if kind in kinds), "present")
 
 
@@ -102,13 +100,19 @@ def _end_of_list(
     """Where what a negation denies ends: at ``end``, or, once a finding has been denied, at a comma or "and" where something new begins."""
     first_named = min((positions[-1] for positions in named if positions[0] > after), default=end)
     for i in range(first_named + 1, end):
-        new = i + 1 < end and i + 1 in describing
-        if forms[i] == ",":
-            listed = any(form in _LIST for form in forms[i + 1 : end])
-            if not listed and (new or any(i < cue.first < end for cue in affirming)):
+        new = _begins_new(forms, i + 1, end, describing)
+        if forms[i] in (",", "-"):
+            if new and not any(form in ("or", "nor", "/") for form in forms[i + 1 : end]):
                 return i
         elif (forms[i] == "and" and new) or (
             any(cue.first == i for cue in affirming) and any(form in (",", "and") for form in forms[i:end])
         ):
             return i
     return end
+
+
+def _begins_new(forms: Sequence[str], at: int, end: int, describing: frozenset[int]) -> bool:
+    """Whether an article, or a word that tells size, side or change, opens what follows."""
+    if at < end and forms[at] == "and":
+        at += 1
+    return at < end and (forms[at] in ("a", "an") or at in describing)

@@ -23,8 +23,8 @@ _SIZE = re.compile(
     r"(?<![\w.])(?P<first>\d+(?:[.,]\d+)?)(?P<more>(?:\s*(?:mm|cm)?\s*(?:x|×|by|-|to|and)\s*\d+(?:[.,]\d+)?){0,2})\s*-?(?P<unit>mm|cm|millimet|centimet)",
     re.IGNORECASE,
 )
-_CLAUSE_ENDS = frozenset({";", ".", ":", ",", "but", "however", "although"})
-_JOINTS = frozenset({",", "and", "or", "with", "without", "/", "(", ")"})
+_CLAUSE_ENDS = frozenset({";", ".", "but", "however", "although"})
+_JOINTS = frozenset({",", "-", "and", "or", "with", "without", "/", "(", ")"})
 T = TypeVar("T")
 _NUMBER = re.compile(r"\d+(?:[.,]\d+)?")
 
@@ -91,7 +91,7 @@ class LexiconFacts(FactSource):
         )
 
     def _namings(self, forms: Sequence[str]) -> list[Match[Naming]]:
-        found = self.lexicon.namings.find(forms)
+        found = self.lexicon.namings.find(forms) + self.lexicon.denials.find(forms)
         if not found:
             return []
         kept = [m for m in longest(found) if m.value.use == "denies" or not self._excluded(m, forms)]

@@ -67,6 +67,7 @@ class Lexicon:
     sha256: str
     ontology: Ontology
     namings: PhraseIndex[Naming]
+    denials: PhraseIndex[Naming]
     cues: PhraseIndex[Cue]
     attributes: PhraseIndex[Attribute]
     unless: Mapping[str, PhraseIndex[str]] = field(repr=False)
@@ -87,7 +88,8 @@ def load_lexicon(folder: Path | None = None) -> Lexicon:
     findings, cues, anatomy = (contents[name] for name in FILES)
     with_names = faults.mapping("findings.yaml", findings, "findings")
     ontology = faults.attempt("findings.yaml", lambda: _ontology(with_names))
-    namings = faults.index("findings.yaml", _namings(findings, with_names, faults), ("no", "not", "without"))
+    namings = faults.index("findings.yaml", _namings(with_names))
+    denials = faults.index("findings.yaml", _denials(findings, with_names, faults), ("no", "not", "without"))
     cue_index = faults.index("cues.yaml", _cues(cues))
     attributes = faults.index("anatomy.yaml or cues.yaml", _attributes(anatomy, cues, with_names))
     unless = {
@@ -102,6 +104,7 @@ def load_lexicon(folder: Path | None = None) -> Lexicon:
         sha256=hashlib.sha256(json.dumps(list(contents.values()), sort_keys=True).encode()).hexdigest(),
         ontology=ontology,
         namings=namings,
+        denials=denials,
         cues=cue_index,
         attributes=attributes,
         unless=unless,
@@ -161,10 +164,13 @@ def _ontology(findings: Mapping[str, Mapping[str, Any]]) -> Ontology:
     return Ontology({name: tuple(entry.get("parents", ())) for name, entry in findings.items()})
 
 
-def _namings(content: Mapping[str, Any], findings: Mapping[str, Mapping[str, Any]], faults: _Faults) -> Iterable[tuple[str, Naming]]:
+def _namings(findings: Mapping[str, Mapping[str, Any]]) -> Iterable[tuple[str, Naming]]:
     for name, entry in findings.items():
         yield from ((phrase, Naming((name,), "names")) for phrase in entry.get("names", ()))
         yield from ((phrase, Naming((name,), "leaves open")) for phrase in entry.get("uncertain", ()))
+
+
+def _denials(content: Mapping[str, Any], findings: Mapping[str, Any], faults: _Faults) -> Iterable[tuple[str, Naming]]:
     for denial in content.get("denials", ()):
         if unknown := [name for name in denial["denies"] if name not in findings]:
             faults.add("findings.yaml", f"denials of unknown findings {', '.join(unknown)}")
