@@ -302,7 +302,7 @@ def test_an_empty_folder_that_may_only_be_read_is_an_empty_store(open_folder: Pa
     def work() -> None:
         reader = EmbeddingStore(open_folder, WIDTH)
         assert not reader.writable and len(reader) == 0 and reader.get([key(1)]) == {}
-        with pytest.raises(OSError, match=r"embeddings\.sqlite3: unable to open"):
+        with pytest.raises(PermissionError, match=r"embeddings\.sqlite3: may only be read"):
             fill(reader, range(1))
 
     as_nobody(work)
