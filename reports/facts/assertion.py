@@ -1,8 +1,8 @@
 """Whether what a sentence names is present, absent, uncertain or not stated: cues and how far they rule.
 
 After NegEx ("A Simple Algorithm for Identifying Negated Findings and Diseases", Chapman et al. 2001) and ConText (Harkema et al. 2009),
-with two departures for radiology. A list may end: in "no effusion, small nodule" the second noun is no longer denied, in "no effusion, nodule or
-mass" it is. And a cue that looks back ("was not observed") looks no further than the verb before it.
+with two departures for radiology. A list may end: in "no effusion, small nodule" the second noun is no longer denied, in "no effusion,
+nodule or mass" it is. And a cue that looks back ("was not observed") looks no further than the verb before it.
 
 A sentence is N words; positions are indices into them.
 """
@@ -18,6 +18,9 @@ from reports.facts.lexicon import Cue
 from reports.facts.phrases import Match, longest
 
 Stated = State | Literal["unstated"]
+
+_BETWEEN_TWO = frozenset({"versus", "vs"})
+"""Words that put the nearest noun in doubt, not those that it stands beside: "low volumes with atelectasis versus scar"."""
 
 _STRENGTH: tuple[Stated, ...] = ("unstated", "absent", "uncertain")
 
@@ -62,6 +65,8 @@ class Assertions:
                 self._rules.append(_Rule(kind, cue.last + 1, end))
             else:
                 start = max((stop + 1 for stop in stops if stop < cue.first), default=0)
+                if forms[cue.first] in _BETWEEN_TWO:
+                    start = max([start, *(i + 1 for i in range(cue.first) if forms[i] == "with")])
                 start = max([start, *(other.last + 1 for other in affirming if other.last < cue.first)])
                 self._rules.append(_Rule(kind, start, cue.first))
         self._within = [(cue.value.kind, cue.positions) for cue in kept if cue.value.kind in ("absent", "uncertain")]

@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +26,7 @@ Use = Literal["names", "denies", "leaves open"]
 CueKind = Literal["absent", "uncertain", "unstated", "neither", "stop", "affirms"]
 Direction = Literal["before", "after", ""]
 
-_FINDING_KEYS = {"parents", "names", "uncertain", "unless", "location", "kinds"}
+_FINDING_KEYS = {"parents", "names", "uncertain", "unless", "location", "fixed", "kinds"}
 _SIDES: tuple[Side, ...] = ("left", "right", "bilateral")
 _SEVERITIES: tuple[Severity, ...] = ("mild", "moderate", "severe")
 
@@ -72,6 +72,7 @@ class Lexicon:
     attributes: PhraseIndex[Attribute]
     unless: Mapping[str, PhraseIndex[str]] = field(repr=False)
     locations: Mapping[str, str] = field(repr=False)  # finding -> where it is if the sentence does not say
+    fixed: frozenset[str] = field(repr=False)  # findings that can be nowhere else
 
 
 @cache
@@ -108,7 +109,8 @@ def load_lexicon(folder: Path | None = None) -> Lexicon:
         cues=cue_index,
         attributes=attributes,
         unless=unless,
-        locations={name: _location(name, with_names) for name in with_names},
+        locations={name: str(_inherited(name, "location", with_names) or "") for name in with_names},
+        fixed=frozenset(name for name in with_names if _inherited(name, "fixed", with_names)),
     )
 
 
@@ -152,7 +154,7 @@ class _Faults:
 
     def index(self, file: str, phrases: Iterable[tuple[str, Any]], gap_stops: Iterable[str] = ()) -> PhraseIndex[Any]:
         given: list[tuple[str, Any]] = self.attempt(file, lambda: list(phrases)) or []
-        good = [(phrase, value) for phrase, value in given if self.attempt(file, lambda phrase=phrase: parse_phrase(phrase))]
+        good = [(phrase, value) for phrase, value in given if self.attempt(file, partial(parse_phrase, phrase))]
         return PhraseIndex(good, gap_stops)
 
     def raise_if_any(self) -> None:
@@ -207,12 +209,12 @@ def _attributes(
             yield from ((phrase, Attribute(kind=kind)) for phrase in phrases)
 
 
-def _location(name: str, findings: Mapping[str, Mapping[str, Any]]) -> str:
-    """The finding's own usual place, or that of the nearest parent which has one; "" if none has."""
+def _inherited(name: str, key: str, findings: Mapping[str, Mapping[str, Any]]) -> Any:
+    """What the finding's entry says under ``key``, or that of the nearest parent which has it; None if none has."""
     level = [name]
     while level:
         for one in level:
-            if place := findings.get(one, {}).get("location"):
-                return str(place)
+            if value := findings.get(one, {}).get(key):
+                return value
         level = [parent for one in level for parent in findings.get(one, {}).get("parents", ())]
-    return ""
+    return None
