@@ -62,7 +62,7 @@ class Assertions:
                 end = min((stop for stop in stops if stop > cue.last), default=len(forms))
                 if kind == "absent":
                     end = _end_of_list(forms, cue.last, end, named, affirming, describing)
-                self._rules.append(_Rule(kind, cue.last + 1, end))
+                self._rules.append(_Rule(kind, cue.first + 1, end))  # "no visible" may share a word with what it denies
             else:
                 start = max((stop + 1 for stop in stops if stop < cue.first), default=0)
                 if forms[cue.first] in _BETWEEN_TWO:

@@ -61,18 +61,19 @@ class LexiconFacts(FactSource):
         namings = self._namings(words.forms)
         if not namings:
             return ()
-        describing = frozenset(m.first for m in attributes if m.value.place is None and m.value.kind is None)
+        describing = frozenset(m.first for m in attributes if m.value.side or m.value.severity or m.value.change)
         assertions = Assertions(
             words.forms, self.lexicon.cues.find(words.forms), [m.positions for m in namings if m.value.use != "denies"], describing
         )
         sizes = _sizes(raw, offset)
         found = []
-        for naming, region in zip(namings, _regions(namings, words.forms), strict=True):
-            stated = assertions.of(naming.positions)
-            state = _state(naming.value, stated)
+        regions = _regions(namings, words.forms)
+        owned = [[m for m in attributes if region[0] <= m.first and m.last < region[1]] for region in regions]
+        for i, (naming, region) in enumerate(zip(namings, regions, strict=True)):
+            state = _state(naming.value, assertions.of(naming.positions))
             if state is None:
                 continue
-            near = [m for m in attributes if region[0] <= m.first and m.last < region[1]]
+            near = owned[i] if i == 0 else _with_linked(owned[i], namings[i - 1], owned[i - 1], naming, attributes)
             size = max((mm for position, mm in sizes if words.starts[region[0]] <= position < words.ends[region[1] - 1]), default=None)
             span = (words.starts[naming.first], words.ends[naming.last])
             change: Change | None = _nearest(near, naming, lambda a: a.change)
@@ -157,6 +158,20 @@ def _border(forms: Sequence[str], last: int, first: int) -> int:
     """Where what goes with the naming that ends at ``last`` gives way to what goes with the one that begins at ``first``."""
     between = range(last + 1, first)
     return next((i for i in reversed(between) if forms[i] in _JOINTS), last + 1)
+
+
+def _with_linked(
+    own: list[Match[Attribute]],
+    before: Match[Naming],
+    given: Sequence[Match[Attribute]],
+    naming: Match[Naming],
+    attributes: Sequence[Match[Attribute]],
+) -> list[Match[Attribute]]:
+    """What a naming owns, with side and place of the one before it if it has neither and a link stands between the two."""
+    linked = any(m.value.links and before.last < m.first and m.last < naming.first for m in attributes)
+    if not linked or any((m.value.side or m.value.place) and m.positions[0] not in naming.positions for m in own):
+        return own
+    return own + [m for m in given if m.value.side or m.value.place]
 
 
 def _sizes(raw: str, offset: int) -> list[tuple[int, float]]:
