@@ -70,10 +70,11 @@ class LexiconFacts(FactSource):
         regions = _regions(namings, words.forms)
         owned = [[m for m in attributes if region[0] <= m.first and m.last < region[1]] for region in regions]
         for i, (naming, region) in enumerate(zip(namings, regions, strict=True)):
-            state = _state(naming.value, assertions.of(naming.positions))
+            if i and naming.value.findings[0] not in self.lexicon.fixed and _is_linked(namings[i - 1], naming, attributes):
+                owned[i] = _with_where(owned[i], owned[i - 1], naming)
+            near, state = owned[i], _state(naming.value, assertions.of(naming.positions))
             if state is None:
                 continue
-            near = owned[i] if i == 0 else _with_linked(owned[i], namings[i - 1], owned[i - 1], naming, attributes)
             size = max((mm for position, mm in sizes if words.starts[region[0]] <= position < words.ends[region[1] - 1]), default=None)
             span = (words.starts[naming.first], words.ends[naming.last])
             change: Change | None = _nearest(near, naming, lambda a: a.change)
@@ -160,16 +161,14 @@ def _border(forms: Sequence[str], last: int, first: int) -> int:
     return next((i for i in reversed(between) if forms[i] in _JOINTS), last + 1)
 
 
-def _with_linked(
-    own: list[Match[Attribute]],
-    before: Match[Naming],
-    given: Sequence[Match[Attribute]],
-    naming: Match[Naming],
-    attributes: Sequence[Match[Attribute]],
-) -> list[Match[Attribute]]:
-    """What a naming owns, with side and place of the one before it if it has neither and a link stands between the two."""
-    linked = any(m.value.links and before.last < m.first and m.last < naming.first for m in attributes)
-    if not linked or any((m.value.side or m.value.place) and m.positions[0] not in naming.positions for m in own):
+def _is_linked(before: Match[Naming], naming: Match[Naming], attributes: Sequence[Match[Attribute]]) -> bool:
+    """Whether words between the two say that the second is what the first may be, or goes with it."""
+    return any(m.value.links and before.last < m.first and m.last < naming.first for m in attributes)
+
+
+def _with_where(own: list[Match[Attribute]], given: list[Match[Attribute]], naming: Match[Naming]) -> list[Match[Attribute]]:
+    """``own``, with side and place of ``given`` if it has neither but in the words of the naming itself."""
+    if any((m.value.side or m.value.place) and m.first not in naming.positions for m in own):
         return own
     return own + [m for m in given if m.value.side or m.value.place]
 
