@@ -66,7 +66,7 @@ class Assertions:
             else:
                 start = max((stop + 1 for stop in stops if stop < cue.first), default=0)
                 if forms[cue.first] in _BETWEEN_TWO:
-                    start = max([start, *(i + 1 for i in range(cue.first) if forms[i] == "with")])
+                    start = max([start, *(i + 1 for i in range(cue.first) if forms[i] in ("with", ","))])
                 start = max([start, *(other.last + 1 for other in affirming if other.last < cue.first)])
                 self._rules.append(_Rule(kind, start, cue.first))
         self._within = [(cue.value.kind, cue.positions) for cue in kept if cue.value.kind in ("absent", "uncertain")]
