@@ -3,13 +3,14 @@
 A finding has positive prompts ("There is a pleural effusion."), negative prompts and one phrase that grounding looks for; in the richer
 sets also uncertain prompts, every severity x subtype x location, visual descriptors, and the kinds that it divides into. The sentences
 of our files differ from every sentence that ``reports.synthetic`` can write, so that a score on phantoms is not a lookup.
+
+Descriptors that a language model wrote come in through ``reports.prompts.knowledge``, which is not imported here: it needs the lexicon.
 """
 
 from __future__ import annotations
 
 from reports.prompts.faults import prompt_faults
 from reports.prompts.hierarchy import kinds_of, roll_up
-from reports.prompts.knowledge import FilteredDescriptors, filter_descriptors, load_knowledge
 from reports.prompts.loading import BUILT_IN, dump_prompts, load_prompts
 from reports.prompts.nouns import Noun
 from reports.prompts.registry import DescriptorPrompts, FindingWords, PromptPair, PromptSet, Templates, prompt_pair
@@ -19,7 +20,6 @@ __all__ = [
     "BUILT_IN",
     "ClassPrompts",
     "DescriptorPrompts",
-    "FilteredDescriptors",
     "FindingWords",
     "Noun",
     "PromptGroup",
@@ -28,9 +28,7 @@ __all__ = [
     "PromptSet",
     "Templates",
     "dump_prompts",
-    "filter_descriptors",
     "kinds_of",
-    "load_knowledge",
     "load_prompts",
     "prompt_faults",
     "prompt_pair",

@@ -71,7 +71,7 @@ def template_faults(templates: Templates) -> tuple[str, ...]:
         value = getattr(templates, kind)
         for text in (value,) if isinstance(value, str) else value:
             try:
-                named = {name for _, name, _, _ in Formatter().parse(text) if name is not None}
+                named = {f"{name}!" if form or how else name for _, name, form, how in Formatter().parse(text) if name is not None}
             except ValueError:
                 found.append(f"templates {kind}: a brace that nothing closes in {text!r}")
                 continue

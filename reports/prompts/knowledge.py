@@ -1,4 +1,6 @@
-"""Descriptors written by a language model, taken only where a table of knowledge supports them (the scheme of CKEPE).
+"""Descriptors written by a language model, taken only where a table of knowledge supports them.
+
+The idea is CKEPE's; the rule of what counts as support is our own.
 
 The table has rows (finding, relation, attribute): "pleural_effusion, shows, blunted costophrenic angle". A candidate is accepted if at
 least one attribute of its finding is in it, and every word with content comes from such attributes or from the finding's own names: what
@@ -242,7 +244,7 @@ def _lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
         if missing := [name for name in _COLUMNS if name not in (reader.fieldnames or ())]:
             raise ValueError(f"knowledge table {path}: no column {', '.join(missing)}; expected {', '.join(_COLUMNS)}")
         for row in reader:
-            yield reader.line_num, {name: row[name] for name in _COLUMNS}
+            yield reader.line_num, {name: row[name] for name in _COLUMNS if row[name] is not None}
     except (yaml.YAMLError, UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"knowledge table {path} is not readable in UTF-8: {type(error).__name__}") from error
 

@@ -33,8 +33,10 @@ def _as_text(value: Any) -> Any:
     return str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
 
 
-def _as_noun(value: Any) -> Any:
-    return Noun.read(value) if isinstance(value, str) else value
+def _as_noun(value: Any) -> Noun:
+    if not isinstance(value, str):
+        raise ValueError("expected a noun phrase; quote words such as no and yes")
+    return Noun.read(value)
 
 
 Text = Annotated[str, BeforeValidator(lambda v: " ".join(v.split()) if isinstance(v, str) else v), Field(min_length=1)]
@@ -149,7 +151,7 @@ def dump_prompts(prompts: PromptSet) -> str:
 def _read(file: Path) -> PromptSet:
     try:
         content = yaml.load(file.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)  # noqa: S506 (a SafeLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"prompt file {file} is not readable YAML in UTF-8: {' '.join(str(error).split())}") from error
     second = isinstance(content, dict) and "format" in content
     try:
@@ -204,7 +206,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
-        for key, _ in node.value:
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} is given twice", key.start_mark)
             seen.add(key.value)
@@ -212,7 +214,9 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 
 def _invalid(file: Path, faults: Sequence[str]) -> ValueError:
-    return ValueError(f"prompt file {file}: {'; '.join(faults)}. See reports/prompts/prompts.yaml for the format")
+    return ValueError(
+        f"prompt file {file}: {'; '.join(faults)}. See reports/prompts/prompts.yaml for whole sentences, chest_xray.yaml beside it for format 2"
+    )
 
 
 _WHAT_IS_WRONG = {
@@ -221,7 +225,6 @@ _WHAT_IS_WRONG = {
     "string_too_short": "is empty",
     "extra_forbidden": "is an unknown key",
     "string_type": "is not text (quote words such as no and yes)",
-    "is_instance_of": "is not text (quote words such as no and yes)",
     "tuple_type": "is not a list",
     "dict_type": "is not a mapping",
     "model_type": "is not a mapping",

@@ -9,7 +9,7 @@ from typing import Literal
 Number = Literal["count", "mass", "plural"]
 
 _MARKS: dict[str, Number] = {"a": "count", "an": "count", "some": "plural"}
-_SOUNDS_LIKE_VOWEL = re.compile(r"(?!eu|uni(?!n|m)|us[eu]|ut[ei]|ur[ei]|one)[aeiou]|hour|honest|honou?r|heir", re.IGNORECASE)
+_SOUNDS_LIKE_VOWEL = re.compile(r"(?!eu|uni(?!n|m)|us[eu]|ut[ei]|ur[ei]|one)[aeiou]|8|1[18]\b|hour|honest|honou?r|heir", re.IGNORECASE)
 _INITIALS = re.compile(r"[A-Z][A-Z0-9]*\b")
 _SPACE_BEFORE_STOP = re.compile(r"\s+(?=[.,])")
 

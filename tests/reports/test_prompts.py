@@ -114,7 +114,10 @@ PAIR = "{positive: [It is there.], negative: [It is gone.]}"
         (f"version: '1'\nfindings: {{Big Heart: {PAIR}}}", "snake_case"),
         (f"version: '1'\nfindings: {{x: {PAIR}, x: {PAIR}}}", "given twice"),
         (f"version: '1'\nprompts: 3\nfindings: {{x: {PAIR}}}", "prompts is an unknown key"),
-        ("version: '1'\nfindings: {x: {positiv: [a], negative: [b]}}", "finding x: positive is missing or empty (expected a list of sentences); finding x: positiv is an unknown key"),
+        (
+            "version: '1'\nfindings: {x: {positiv: [a], negative: [b]}}",
+            "finding x: positive is missing or empty (expected a list of sentences); finding x: positiv is an unknown key",
+        ),
         ("version: !!python/object/apply:os.system ['true']", "not readable YAML"),
     ],
 )
