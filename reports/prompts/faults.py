@@ -159,7 +159,7 @@ def _empty(prompts: PromptSet) -> Iterator[str]:
 def _unknown(prompts: PromptSet, known: Container[str]) -> Iterator[str]:
     for name in prompts.findings:
         line, seen = [name], {name}
-        if name in prompts.words and prompts.words[name].normal:
+        if prompts.is_normal(name):
             continue
         while line and line[0] not in known:
             line = [*line[1:], *(one for one in prompts.parents(line[0]) if one not in seen)]
@@ -172,8 +172,7 @@ def _wording(prompts: PromptSet, checked: Container[str]) -> Iterator[str]:
     for name, state, text in prompts.sentences():
         if normal_form(text) in checked:
             continue
-        words = prompts.words.get(name)
-        if words is not None and words.normal:
+        if prompts.is_normal(name):
             state = {"present": "absent", "absent": "present"}.get(state, state)
         if state == "present" and denies(text):
             yield f"finding {name}: the positive sentence {text!r} has a word that denies"

@@ -167,7 +167,8 @@ def _read(file: Path) -> PromptSet:
             raise _invalid(file, faults)
         words = {name: _finding_words(name, one) for name, one in parsed.findings.items()}
         pairs = {name: _made_pair(one, words[name], templates) for name, one in parsed.findings.items()}
-        prompts = PromptSet(parsed.version, pairs, words, templates, parsed.label_sets)
+        given = {name: words[name] for name, one in parsed.findings.items() if one.model_fields_set - _Pair.model_fields.keys()}
+        prompts = PromptSet(parsed.version, pairs, given, templates, parsed.label_sets)
         faults = prompt_faults(prompts, exceptions=parsed.exceptions)
     if faults:
         raise _invalid(file, faults)
@@ -214,9 +215,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 
 def _invalid(file: Path, faults: Sequence[str]) -> ValueError:
-    return ValueError(
-        f"prompt file {file}: {'; '.join(faults)}. See reports/prompts/prompts.yaml for whole sentences, chest_xray.yaml beside it for format 2"
-    )
+    return ValueError(f"prompt file {file}: {'; '.join(faults)}. See reports/prompts/prompts.yaml, for format 2 chest_xray.yaml beside it")
 
 
 _WHAT_IS_WRONG = {

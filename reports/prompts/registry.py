@@ -141,6 +141,10 @@ class PromptSet:
             for sign in words.descriptors
         )
 
+    def is_normal(self, finding: str) -> bool:
+        """Whether the class says that nothing is wrong."""
+        return self._words(finding).normal
+
     def parents(self, finding: str) -> tuple[str, ...]:
         """The findings of which it is a kind."""
         return self._words(finding).parents

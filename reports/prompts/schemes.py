@@ -73,26 +73,20 @@ class PromptScheme:
         if findings is None:
             findings = tuple(called) or prompts.labels
         kept = tuple(prompts.subset(findings).findings)
-        normal = {name for name in kept if name in prompts.words and prompts.words[name].normal}
-        bare = [name for name in kept if not prompts.descriptors(name) and name not in normal]
+        bare = [name for name in kept if not prompts.descriptors(name) and not prompts.is_normal(name)]
         if self.over == "descriptor" and bare:
             raise ValueError(
                 f"scheme {self.name} needs descriptors, and the set has none for {', '.join(bare)}; leave these out, or add some with "
                 "PromptSet.with_descriptors"
             )
-        return tuple(
-            ClassPrompts(
-                name,
-                ()
-                if name in normal and self.over in ("descriptor", "expansion")
-                else tuple(self._groups(prompts, name, called.get(name), self.n if n is None else n, seed)),
-            )
-            for name in kept
-        )
+        n = self.n if n is None else n
+        return tuple(ClassPrompts(name, tuple(self._groups(prompts, name, called.get(name), n, seed))) for name in kept)
 
     def _groups(self, prompts: PromptSet, finding: str, called: str | None, n: int | None, seed: int) -> Iterator[PromptGroup]:
         noun = prompts.name(finding) if called is None else Noun(called)
         name = noun.text.lower() if self.lower else noun.text
+        if prompts.is_normal(finding) and self.over in ("descriptor", "expansion"):
+            return
         if self.over == "pair":
             yield _pair_group(prompts, finding)
         elif self.over == "kind":

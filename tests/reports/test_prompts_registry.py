@@ -327,6 +327,13 @@ def test_a_set_comes_back_from_its_file(name: str, tmp_path: Path) -> None:
     assert again == prompts and again.sha256 == prompts.sha256
 
 
+def test_a_set_of_whole_sentences_that_got_descriptors_comes_back(tmp_path: Path) -> None:
+    prompts = load_prompts().with_descriptors({"edema": ["some short lines at the edge of the lung"]})
+    again = load_prompts(write(tmp_path, dump_prompts(prompts)))
+    assert again == prompts and again.sha256 == prompts.sha256 != load_prompts().sha256
+    assert again.descriptors("edema")[0].positive == "There are short lines at the edge of the lung indicating edema."
+
+
 def test_the_hash_follows_everything_that_makes_a_sentence() -> None:
     prompts = load_prompts("chest_xray")
     words = prompts.words["edema"]
