@@ -76,12 +76,12 @@ class PromptSet:
 
     @cached_property
     def sha256(self) -> str:
-        """Hash of version, finding names in their order, sentences, and what more sentences are made of where the set has any of it."""
+        """Hash of version, finding names in their order, sentences; where the set has words, of these and all that is made of them too."""
         content: list[Any] = [self.version, [[n, p.positive, p.negative, p.phrase] for n, p in self.findings.items()]]
         if self.words or self.label_sets or self.templates != Templates():
             words = [[name, asdict(words)] for name, words in self.words.items()]
             label_sets = [[name, list(labels.items())] for name, labels in self.label_sets.items()]
-            content.append([asdict(self.templates), words, label_sets])
+            content.append([asdict(self.templates), words, label_sets, list(self.sentences())])
         return hashlib.sha256(json.dumps(content, ensure_ascii=True).encode()).hexdigest()
 
     def pair(self, finding: str) -> PromptPair:
@@ -97,7 +97,7 @@ class PromptSet:
         return self._words(finding).names[1:]
 
     def uncertain(self, finding: str) -> tuple[str, ...]:
-        """Sentences that leave open whether the finding is there; none for a class that says that nothing is wrong."""
+        """Sentences that leave open whether the finding is there; of a class that says that nothing is wrong only its own."""
         words = self._words(finding)
         if words.normal:
             return words.uncertain
