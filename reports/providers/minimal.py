@@ -1,0 +1,57 @@
+"""Minimal sentences: "There is / may be / is no [finding] of [location]", one fact each, as texts to train on.
+
+The form is that of the sentences that RadZero trains on, which a language model wrote; here they are written from checked facts, or come
+from a record and are checked for their form. What two studies have in common then reads the same whoever dictated it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from medvl.types import Fact, State
+from reports.facts.statements import Statement
+
+_OPENING: dict[State, str] = {"present": "There is", "uncertain": "There may be", "absent": "There is no"}
+_MINIMAL = re.compile(r"There (?:is|are|may be|is no|are no) \w[^.?!\n]*(?:\.\d[^.?!\n]*)*\.?", re.IGNORECASE)
+_WORD = re.compile(r"\w+")
+
+
+def minimal_sentence(fact: Fact) -> str:
+    """One fact as a sentence: state, severity, side, finding and location; the size is left out.
+
+    Fact("nodule", "uncertain", "left", "upper lobe") gives "There may be nodule of the left upper lobe."
+    """
+    noun = fact.kind or fact.finding.replace("_", " ")
+    location = _location(fact, noun)
+    before = [_OPENING[fact.state]]
+    if fact.severity and fact.state != "absent":
+        before.append(fact.severity)
+    if fact.side and not _says(noun, fact.side):
+        if not location or fact.side == "bilateral":
+            before.append(fact.side)
+        elif not _says(location, fact.side):
+            location = f"{fact.side} {location}"
+    return " ".join([*before, noun, *(["of the", location] if location else [])]) + "."
+
+
+def minimal_sentences(statements: Iterable[Statement]) -> tuple[str, ...]:
+    """The sentences of the statements, each once, in order. A finding that has resolved is none."""
+    made = (minimal_sentence(s.fact) for s in statements if not (s.change == "resolved" and s.fact.state != "absent"))
+    return tuple(dict.fromkeys(made))
+
+
+def is_minimal(sentence: str) -> bool:
+    """Whether a text is one sentence of this form."""
+    return _MINIMAL.fullmatch(sentence.strip()) is not None
+
+
+def _location(fact: Fact, noun: str) -> str:
+    """The location's words, unless the noun has them all ("pleural effusion" of the pleura says nothing new)."""
+    words = " ".join((fact.location or "").split())
+    known = {word.casefold() for word in _WORD.findall(noun)}
+    return "" if {word.casefold() for word in _WORD.findall(words)} <= known else re.sub(r"^the\s+", "", words, flags=re.IGNORECASE)
+
+
+def _says(words: str, side: str) -> bool:
+    return side in (word.casefold() for word in _WORD.findall(words))
