@@ -18,9 +18,10 @@ from typing import Any
 
 from reports.facts.statements import FactSource
 from reports.providers.base import Provider, Reading, read_record
+from reports.providers.keys import result_key
 from reports.providers.names import FindingNames
 from reports.providers.records import RecordError, Rejection, ReportRecord, parse_record, response_schema
-from reports.providers.store import ResultStore, result_key
+from reports.providers.store import ResultStore
 
 Answer = Callable[[str], "Mapping[str, Any] | str | bytes"]
 

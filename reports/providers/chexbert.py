@@ -7,15 +7,17 @@ label came from is not known.
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from medvl.types import Fact, State
+from reports.facts.label_sets import load_label_set
 from reports.facts.statements import FactSource, Statement
 from reports.providers.base import Provider, Reading
 from reports.providers.files import read_studies, warn_of_rejections
+from reports.providers.keys import text_key
+from reports.providers.names import LabelMeaning, label_meanings
 from reports.providers.records import Rejection
-from reports.providers.spans import text_key
 
 _STATES: dict[str, State | None] = {
     "": None,
@@ -33,8 +35,9 @@ class CheXbertFacts(Provider):
 
     Args:
         path: the file, UTF-8, with one row a report.
-        names: label column -> finding id, for every label column; None as an id leaves the column out ("No Finding"). Columns that are
-            neither labels nor named below are not read.
+        label_set: the set that the label columns are of, spelled as it is published (:mod:`reports.facts.label_sets`); what a label says is
+            told by :func:`reports.providers.names.label_meanings`. None if ``names`` has them all.
+        names: label column -> finding id, instead of or beside those of the set; None as an id leaves the column out.
         text_column: the text that was labelled, as the labeller writes it out.
         study_column: the study, where the file has no text; then ``reports`` says what its texts are.
         reports: a CSV with the column study_id and one or more of report, findings and impression, see ``labelled``.
@@ -42,13 +45,14 @@ class CheXbertFacts(Provider):
         fallback: see :class:`Provider`.
     Raises:
         FileNotFoundError: no such file.
-        ValueError: columns that are missing, two columns for one finding, or no row that can be used.
+        ValueError: an unknown label set, columns that are missing, or no row that can be used.
     """
 
     def __init__(
         self,
         path: Path,
-        names: dict[str, str | None],
+        label_set: str | None = "chexpert_14",
+        names: dict[str, str | None] | None = None,
         text_column: str = "Report Impression",
         study_column: str = "study_id",
         reports: Path | None = None,
@@ -57,15 +61,15 @@ class CheXbertFacts(Provider):
     ) -> None:
         super().__init__(fallback)
         self.path = Path(path)
-        self.findings = _findings(names)
+        self.labels = _labels(label_set, names or {})
         studies = read_studies(Path(reports), labelled) if reports is not None else None
         found: dict[str, tuple[int, tuple[State | None, ...]]] = {}
         rejections: list[Rejection] = []
         with self.path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
             table = csv.DictReader(file)
-            by_text = _check_columns(self.path, table.fieldnames or (), self.findings, text_column, study_column, studies is not None)
+            by_text = _check_columns(self.path, table.fieldnames or (), self.labels, text_column, study_column, studies is not None)
             for row, cells in _rows(table, rejections):
-                states, faults = _states(cells, self.findings, row)
+                states, faults = _states(cells, self.labels, row)
                 if by_text:
                     keys: tuple[str, ...] = (text_key(cells[text_column] or ""),)
                 else:
@@ -83,25 +87,30 @@ class CheXbertFacts(Provider):
         known = self._found.get(text_key(text))
         if known is None:
             return None
-        stated = [Fact(finding, state) for finding, state in zip(self.findings.values(), known[1], strict=True) if state is not None]
-        return Reading(tuple(Statement(fact, 0, len(text)) for fact in stated), whole=True)
+        facts = [fact for label, state in zip(self.labels.values(), known[1], strict=True) for fact in _facts(label, state)]
+        return Reading(tuple(Statement(fact, 0, len(text)) for fact in dict.fromkeys(facts)), whole=True)
 
 
-def _findings(names: Mapping[str, str | None]) -> dict[str, str]:
-    """Label column -> finding id, of the columns to read."""
-    used = {column: finding for column, finding in names.items() if finding}
-    twice = sorted({finding for finding in used.values() if list(used.values()).count(finding) > 1})
-    if twice or not used:
-        raise ValueError(f"names: expected at least one label, and one label for each finding; several for {twice}: leave out all but one")
-    return used
+def _facts(label: LabelMeaning, state: State | None) -> list[Fact]:
+    if state == "absent":
+        return [Fact(finding, "absent") for finding in label.absent]
+    return [Fact(label.present, state)] if state is not None and label.present is not None else []
 
 
-def _check_columns(
-    path: Path, columns: Sequence[str], findings: Mapping[str, str], text_column: str, study_column: str, studies: bool
-) -> bool:
+def _labels(label_set: str | None, names: Mapping[str, str | None]) -> dict[str, LabelMeaning]:
+    """Label column -> what it says, of the columns to read."""
+    given = {column: LabelMeaning(finding, (finding,)) for column, finding in names.items() if finding is not None}
+    of_set = label_meanings(load_label_set(label_set)) if label_set is not None else {}
+    labels = {**{column: meaning for column, meaning in of_set.items() if column not in names}, **given}
+    if not labels:
+        raise ValueError("labels: none to read; give label_set, or names with a finding for at least one column")
+    return labels
+
+
+def _check_columns(path: Path, columns: Sequence[str], labels: Iterable[str], text_column: str, study_column: str, studies: bool) -> bool:
     """Whether rows are told by their text, and not by their study."""
-    if missing := [column for column in findings if column not in columns]:
-        raise ValueError(f"{path}: expected the label columns {missing}; its labels must be spelled in names as they are in the file")
+    if missing := [column for column in labels if column not in columns]:
+        raise ValueError(f"{path}: expected the label columns {missing}; give names with the labels spelled as they are in the file")
     if text_column in columns:
         return True
     if study_column in columns and studies:
@@ -127,7 +136,7 @@ def _rows(table: csv.DictReader[str], rejections: list[Rejection]) -> Iterator[t
         yield row, cells
 
 
-def _states(cells: Mapping[str, str | None], columns: Mapping[str, str], row: int) -> tuple[tuple[State | None, ...], list[Rejection]]:
+def _states(cells: Mapping[str, str | None], columns: Iterable[str], row: int) -> tuple[tuple[State | None, ...], list[Rejection]]:
     values = {column: (cells[column] or "").strip() for column in columns}
     faults = [Rejection(row, column, "expected 1, 0, -1 or nothing") for column, value in values.items() if value not in _STATES]
     return tuple(_STATES.get(value) for value in values.values()), faults

@@ -28,10 +28,11 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
+from reports.facts.ontology import load_ontology
 from reports.facts.statements import FactSource
 from reports.providers.answers import AskingProvider, ProviderError
+from reports.providers.keys import text_sha256
 from reports.providers.records import RecordError, response_schema
-from reports.providers.spans import text_sha256
 
 _LONGEST_ANSWER = 16 * 2**20  # bytes
 _LONGEST_WAIT_S = 120.0
@@ -50,7 +51,7 @@ class EndpointFacts(AskingProvider):
         cache: the SQLite file to keep records in.
         send_reports: must be True: report text leaves this machine (see the module).
         key_variable: the environment variable that holds the API key; None sends no key.
-        findings: the finding ids to choose from; None lets the model name them.
+        findings: the finding ids to choose from; None is those of the ontology.
         names: what the model's names of findings mean, see :class:`reports.providers.names.FindingNames`.
         lexicon: reads findings out of names that are not in ``names``.
         prompt: a text file to use as the system message; {findings} in it becomes the list of ids. None is the one of the package.
@@ -95,10 +96,11 @@ class EndpointFacts(AskingProvider):
         if wrong := sorted(_OURS & set(options or {})):
             raise ValueError(f"options: {wrong} are set here and cannot be given")
         self.url = check_base_url(base_url, plain_http) + "/chat/completions"
-        self.model, self.findings, self.key_variable = model, findings, key_variable
+        self.model, self.key_variable = model, key_variable
+        self.findings = list(load_ontology().findings) if findings is None else findings
         self.options = {"temperature": 0, **(options or {})}
         self.timeout_s, self.attempts, self.backoff_s = timeout_s, attempts, backoff_s
-        self.prompt = system_prompt(findings, Path(prompt) if prompt is not None else None)
+        self.prompt = system_prompt(self.findings, Path(prompt) if prompt is not None else None)
         answers = json.dumps([model, version, self.options], sort_keys=True)
         super().__init__("endpoint", answers, text_sha256(self.prompt), cache, names, lexicon, fallback)
 
@@ -136,16 +138,14 @@ def request_body(model: str, prompt: str, text: str, schema: Mapping[str, Any], 
     }
 
 
-def system_prompt(findings: Sequence[str] | None = None, path: Path | None = None) -> str:
+def system_prompt(findings: Sequence[str], path: Path | None = None) -> str:
     """The prompt, with the finding ids to choose from in place of {findings}.
 
     Raises:
         FileNotFoundError: no such file.
     """
     text = (path or Path(__file__).with_name("prompt.md")).read_text(encoding="utf-8")
-    free = "the usual name of the finding in snake_case, in the singular (`pleural_effusion`)."
-    listed = "one of " + ", ".join(f"`{finding}`" for finding in findings or ()) + ". Leave out other findings."
-    return text.replace("{findings}", free if findings is None else listed)
+    return text.replace("{findings}", "one of " + ", ".join(f"`{finding}`" for finding in findings) + ". Leave out other findings.")
 
 
 def answer_content(body: bytes) -> str:

@@ -20,9 +20,9 @@ from typing import BinaryIO
 
 from reports.facts.statements import FactSource
 from reports.providers.base import Provider, Reading, read_record
+from reports.providers.keys import text_key, text_sha256
 from reports.providers.names import FindingNames
 from reports.providers.records import LineRecord, RecordError, Rejection, ReportRecord, parse_line
-from reports.providers.spans import text_key, text_sha256
 
 log = logging.getLogger(__name__)
 TEXT_COLUMNS = ("report", "findings", "impression")

@@ -11,9 +11,11 @@ from collections.abc import Iterable
 
 from medvl.types import Fact, State
 from reports.facts.statements import Statement
+from reports.providers.spans import attributes
 
 _OPENING: dict[State, str] = {"present": "There is", "uncertain": "There may be", "absent": "There is no"}
 _MINIMAL = re.compile(r"There (?:is|are|may be|is no|are no) \w[^.?!\n]*(?:\.\d[^.?!\n]*)*\.?", re.IGNORECASE)
+_ADJECTIVE = re.compile(r"[a-z]+(?:al|ar|ary|ic)")
 _WORD = re.compile(r"\w+")
 
 
@@ -32,6 +34,8 @@ def minimal_sentence(fact: Fact) -> str:
             before.append(fact.side)
         elif not _says(location, fact.side):
             location = f"{fact.side} {location}"
+    if _ADJECTIVE.fullmatch(location):
+        return " ".join([*before, location, noun]) + "."
     return " ".join([*before, noun, *(["of the", location] if location else [])]) + "."
 
 
@@ -47,8 +51,10 @@ def is_minimal(sentence: str) -> bool:
 
 
 def _location(fact: Fact, noun: str) -> str:
-    """The location's words, unless the noun has them all ("pleural effusion" of the pleura says nothing new)."""
+    """The location's words, unless the noun has them all ("pleural effusion", pleural); a place for one adjective ("basilar": base)."""
     words = " ".join((fact.location or "").split())
+    if " " not in words and (place := next((one.place for one in attributes(words) if one.place), None)):
+        words = place
     known = {word.casefold() for word in _WORD.findall(noun)}
     return "" if {word.casefold() for word in _WORD.findall(words)} <= known else re.sub(r"^the\s+", "", words, flags=re.IGNORECASE)
 

@@ -1,4 +1,4 @@
-"""Names of findings as others write them, turned into finding ids."""
+"""Names of findings as others write them, turned into finding ids; and what the labels of a published set stand for as findings."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from reports.facts.statements import FactSource
+from reports.facts import FactSource, LexiconFacts
+from reports.facts.label_sets import LabelSet
+from reports.facts.ontology import Ontology, load_ontology
 
 _MOST_READ = 100_000
 _NOT_WORD = re.compile(r"[\W_]+")
@@ -14,13 +16,14 @@ _NOT_WORD = re.compile(r"[\W_]+")
 
 @dataclass(frozen=True)
 class FindingNames:
-    """What another's names of findings mean.
+    """What another's names of findings mean: first the table, then the ids of the ontology ("Pleural Effusion"), then a lexicon.
 
     Args:
         table: name -> finding id, whatever the case, spaces, hyphens or underscores; None as a value: leave it out ("No Finding").
-        lexicon: reads the finding out of a name that the table lacks, as if it were a report.
-
-    With neither, a name must itself be a finding id ("pleural_effusion", "Pleural Effusion") and no list of ids is consulted.
+        lexicon: reads the finding out of a name as if it were a report ("effusion"). Where neither is given, that of the package does; with
+            a table alone, a name that is neither in it nor an id is not known.
+    Raises:
+        ValueError: a name that is twice in the table.
     """
 
     table: Mapping[str, str | None] | None = None
@@ -33,7 +36,10 @@ class FindingNames:
         for name, finding in (self.table or {}).items():
             if folded.setdefault(_fold(name), finding) != finding:
                 raise ValueError(f"names of findings: {name!r} is there twice, in other letters, for different findings; keep one")
-        object.__setattr__(self, "_ids", folded)
+        known = {_fold(finding): finding for finding in load_ontology().findings}
+        object.__setattr__(self, "_ids", {**known, **folded})
+        if self.table is None and self.lexicon is None:
+            object.__setattr__(self, "lexicon", LexiconFacts())
 
     def ignores(self, name: str) -> bool:
         """Whether the table says to leave this name out."""
@@ -45,16 +51,42 @@ class FindingNames:
         folded = _fold(name)
         if folded in self._ids:
             return self._ids[folded]
-        if self.lexicon is not None:
-            if folded not in self._read:
-                if len(self._read) >= _MOST_READ:
-                    self._read.clear()
-                stated = [s.fact for sentence in self.lexicon.sentences(folded) for s in sentence.statements]
-                self._read[folded] = next((fact.finding for fact in stated if fact.state == "present"), None)
-            return self._read[folded]
-        if self.table is None and folded[:1].isalpha():
-            return folded.replace(" ", "_")
-        return None
+        if self.lexicon is None:
+            return None
+        if folded not in self._read:
+            if len(self._read) >= _MOST_READ:
+                self._read.clear()
+            stated = [s.fact for sentence in self.lexicon.sentences(folded) for s in sentence.statements]
+            self._read[folded] = next((fact.finding for fact in stated if fact.state == "present"), None)
+        return self._read[folded]
+
+
+@dataclass(frozen=True)
+class LabelMeaning:
+    """What a label says as findings: ``present`` is there if it is 1 (may be, if -1); all of ``absent`` are not there if it is 0."""
+
+    present: str | None
+    absent: tuple[str, ...]
+
+
+def label_meanings(label_set: LabelSet, ontology: Ontology | None = None) -> dict[str, LabelMeaning]:
+    """Label -> what it says, without the label of no finding.
+
+    A label that stands for several findings (Lung Lesion: nodule, mass, ...) says of none of them that it is there, so that its 1 is the
+    nearest finding that they all are kinds of; its 0 denies each of them.
+    """
+    ontology = ontology or load_ontology()
+    found = {}
+    for label in label_set.names:
+        if label != label_set.no_finding:
+            heads = [name for name in ontology.findings if name in label_set.covers[label] and _is_head(name, label_set, label, ontology)]
+            shared = set.intersection(*({name, *ontology.ancestors(name)} for name in heads)) if heads else set()
+            found[label] = LabelMeaning(max(sorted(shared), key=ontology.depth, default=None), tuple(heads))
+    return found
+
+
+def _is_head(name: str, label_set: LabelSet, label: str, ontology: Ontology) -> bool:
+    return not label_set.covers[label] & set(ontology.ancestors(name))
 
 
 def _fold(name: str) -> str:

@@ -20,13 +20,14 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from medvl.types import Fact, Severity, Side, State
+from medvl.types import Fact, State
 from reports.facts.statements import Change, FactSource, Statement
 from reports.providers.base import Provider, Reading
 from reports.providers.files import warn_of_rejections
+from reports.providers.keys import text_key
 from reports.providers.names import FindingNames
 from reports.providers.records import Rejection, faults
-from reports.providers.spans import CompactText, text_key
+from reports.providers.spans import CompactText, attributes
 
 _STATES: dict[str, State] = {
     "DP": "present",
@@ -35,19 +36,6 @@ _STATES: dict[str, State] = {
     "definitely present": "present",
     "uncertain": "uncertain",
     "definitely absent": "absent",
-}
-_SIDES: dict[str, Side] = {"left": "left", "right": "right", "bilateral": "bilateral", "bilaterally": "bilateral", "both": "bilateral"}
-_SEVERITIES: dict[str, Severity] = {
-    **dict.fromkeys(("mild", "mildly", "minimal", "minimally", "trace", "slight", "slightly"), "mild"),
-    **dict.fromkeys(("moderate", "moderately"), "moderate"),
-    **dict.fromkeys(("severe", "severely", "marked", "markedly", "extensive"), "severe"),
-}
-_CHANGES: dict[str, Change] = {
-    **dict.fromkeys(("new", "newly"), "new"),
-    **dict.fromkeys(("increased", "increasing", "worsened", "worsening", "larger"), "increased"),
-    **dict.fromkeys(("decreased", "decreasing", "improved", "improving", "smaller"), "decreased"),
-    **dict.fromkeys(("unchanged", "stable", "persistent", "persisting"), "unchanged"),
-    "resolved": "resolved",
 }
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)[\s-]*(mm|cm)", re.IGNORECASE)
 _MILLIMETRES = {"mm": 1.0, "cm": 10.0}
@@ -107,7 +95,7 @@ class RadGraphFacts(Provider):
         path: the file, UTF-8: one object, name of the report -> entry. It is read whole once, to check it; what stays in memory is where
             each entry is.
         names: words -> finding id ("pleural effusion", "effusion", "enlarged heart"); None as an id leaves the words out.
-        lexicon: reads findings out of words that are not in ``names``.
+        lexicon: reads findings out of words that are not in ``names``; see :class:`reports.providers.names.FindingNames`.
         fallback: see :class:`Provider`.
     Raises:
         FileNotFoundError: no such file.
@@ -122,8 +110,6 @@ class RadGraphFacts(Provider):
         fallback: FactSource | None = None,
     ) -> None:
         super().__init__(fallback)
-        if names is None and lexicon is None:
-            raise ValueError("RadGraph's words are not finding ids: give names, a table of words to ids, or a lexicon")
         self.path, self.names = Path(path), FindingNames(names, lexicon)
         places: dict[str, tuple[int, int, int]] = {}
         rejections: list[Rejection] = []
@@ -209,19 +195,18 @@ def _facts(graph: Mapping[str, Entity], names: FindingNames) -> Iterator[tuple[E
         finding = _finding(graph, head, own, anatomy, names)
         if finding is None or head.state is None:
             continue
-        described = _words(graph, [*own, *anatomy])
-        sides = {_SIDES[word] for word in described if word in _SIDES}
-        location = " ".join(word for word in _words(graph, [k for k in anatomy if k not in own]) if word not in _SIDES)
-        modified = _words(graph, own)
+        modified = attributes(" ".join(_words(graph, own)))
+        sides = {one.side for one in attributes(" ".join(_words(graph, [*own, *anatomy]))) if one.side}
+        location = " ".join(_without_sides(_words(graph, [one for one in anatomy if one not in own])))
         fact = Fact(
             finding,
             head.state,
             side=sides.pop() if len(sides) == 1 else "bilateral" if sides else None,
             location=location or None,
-            severity=next((_SEVERITIES[word] for word in modified if word in _SEVERITIES), None),
+            severity=next((one.severity for one in modified if one.severity), None),
             size_mm=_size_mm(graph, own),
         )
-        yield head, fact, next((_CHANGES[word] for word in modified if word in _CHANGES), None)
+        yield head, fact, next((one.change for one in modified if one.change), None)
 
 
 def _unmapped(entry: Entry, names: FindingNames) -> Iterator[str]:
@@ -283,8 +268,7 @@ def _finding(graph: Mapping[str, Entity], head: Entity, own: Sequence[str], anat
 def _candidates(graph: Mapping[str, Entity], head: Entity, own: Sequence[str], anatomy: Sequence[str]) -> list[str]:
     """Names to look a finding up by, the fullest first, without sides."""
     noun = " ".join(head.tokens.lower().split())
-    where = " ".join(word for word in _words(graph, anatomy) if word not in _SIDES)
-    how = " ".join(word for word in _words(graph, own) if word not in _SIDES)
+    where, how = (" ".join(_without_sides(_words(graph, keys))) for keys in (anatomy, own))
     return list(dict.fromkeys(" ".join(words.split()) for words in (f"{where} {noun}", f"{noun} {where}", f"{how} {noun}", noun)))
 
 
@@ -292,6 +276,11 @@ def _words(graph: Mapping[str, Entity], keys: Sequence[str]) -> list[str]:
     """The words of entities in the order of the text, in small letters."""
     ordered = sorted((graph[key] for key in dict.fromkeys(keys)), key=lambda entity: entity.start_ix)
     return [word for entity in ordered for word in entity.tokens.lower().split()]
+
+
+def _without_sides(words: Sequence[str]) -> list[str]:
+    """The words but those that name a side and nothing else ("left", not "bibasilar", which is a place too)."""
+    return [word for word in words if not any(one.side and not one.place for one in attributes(word))]
 
 
 def _size_mm(graph: Mapping[str, Entity], own: Sequence[str]) -> float | None:

@@ -6,25 +6,19 @@ copy of a report. Offsets are characters of the text that was given, end exclusi
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from reports.facts.lexicon import Attribute, load_lexicon
+from reports.facts.phrases import longest, words_of
 from reports.facts.statements import StatedSentence, Statement
 from reports.sections import section_spans
 from reports.sentences import sentence_spans, split_sentences
 
-
-def text_sha256(text: str) -> str:
-    """sha256 of a text's UTF-8, in hex: what a record made elsewhere gives as ``text_sha256``."""
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def text_key(text: str) -> str:
-    """sha256 of a text without its white space, in hex: the same for every way to wrap or tokenise it."""
-    return text_sha256("".join(text.split()))
+_ONE_SIDED = {"left": "lingula", "right": "middle lobe"}
+"""Places that have a side without the word."""
 
 
 @dataclass(frozen=True)
@@ -96,8 +90,14 @@ def names_other_side(words: str, side: str | None) -> bool:
     """Whether words that should say ``side`` name only the opposite one."""
     if side not in ("left", "right"):
         return False
-    other = "right" if side == "left" else "left"
-    return _names_side(words, other) and not _names_side(words, side)
+    said = attributes(words)
+    named = {one.side for one in said if one.side}
+    return bool(named) and not named & {side, "bilateral"} and _ONE_SIDED[side] not in [one.place for one in said]
+
+
+def attributes(words: str) -> tuple[Attribute, ...]:
+    """What the words say of a finding beside its state, by the lexicon: sides, places, severity, change."""
+    return tuple(match.value for match in longest(load_lexicon().attributes.find(words_of(words).forms)))
 
 
 def gives_size(words: str, size_mm: float) -> bool:
@@ -106,15 +106,12 @@ def gives_size(words: str, size_mm: float) -> bool:
     return any(abs(factor * n - size_mm) < 0.05 for n in numbers for factor in (1, 10))
 
 
-def _names_side(words: str, side: str) -> bool:
-    pattern = r"\bleft|\bl(?:t|ul|ll)\b|\blingula" if side == "left" else r"\bright|\br(?:t|ul|ll|ml)\b|\bmiddle lobe"
-    return re.search(pattern + r"|\bbilateral|\bboth\b|\bbibasilar|\bbibasal", words, re.IGNORECASE) is not None
-
-
 def _inside_word(text: str, cut: int) -> bool:
     return 0 < cut < len(text) and text[cut - 1].isalnum() and text[cut].isalnum()
 
 
 def _small(text: str) -> str:
     """Small letters, one for each character."""
+    if text.isascii():
+        return text.lower()
     return "".join(low if len(low := character.lower()) == 1 else character for character in text)

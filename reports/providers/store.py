@@ -9,7 +9,6 @@ alone.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import sqlite3
 import time
@@ -17,17 +16,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from reports.providers.spans import text_sha256
-
 _APPLICATION = 0x6D65646C  # "medl", in the file's header
 _VERSION = 1
 _WAIT_S = 60.0
 _SCHEMA = "CREATE TABLE IF NOT EXISTS results (key TEXT PRIMARY KEY, value BLOB NOT NULL, sha256 BLOB NOT NULL)"
-
-
-def result_key(text: str, provider: str, version: str, schema_sha256: str, prompt_sha256: str) -> str:
-    """sha256, in hex, of everything that a result depends on."""
-    return text_sha256(json.dumps([text_sha256(text), provider, version, schema_sha256, prompt_sha256]))
 
 
 class ResultStore:
