@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable
 
 from medvl.types import Fact, State
+from reports.facts.lexicon import load_lexicon
 from reports.facts.statements import Statement
 from reports.providers.spans import attributes
 
@@ -29,7 +30,8 @@ def minimal_sentence(fact: Fact) -> str:
     before = [_OPENING[fact.state]]
     if fact.severity and fact.state != "absent":
         before.append(fact.severity)
-    if fact.side and not _says(noun, fact.side):
+    denied_on_both = fact.state == "absent" and fact.side == "bilateral"  # "no bilateral effusion" would leave one side open
+    if fact.side and not denied_on_both and not _says(noun, fact.side):
         if not location or fact.side == "bilateral":
             before.append(fact.side)
         elif not _says(location, fact.side):
@@ -51,12 +53,19 @@ def is_minimal(sentence: str) -> bool:
 
 
 def _location(fact: Fact, noun: str) -> str:
-    """The location's words, unless the noun has them all ("pleural effusion", pleural); a place for one adjective ("basilar": base)."""
+    """The location's words, a place for one adjective ("basilar": base); "" if the noun has them all, or the finding is always there."""
     words = " ".join((fact.location or "").split())
+    if words == load_lexicon().locations.get(fact.finding):
+        return ""
     if " " not in words and (place := next((one.place for one in attributes(words) if one.place), None)):
         words = place
-    known = {word.casefold() for word in _WORD.findall(noun)}
-    return "" if {word.casefold() for word in _WORD.findall(words)} <= known else re.sub(r"^the\s+", "", words, flags=re.IGNORECASE)
+    known = _stems(noun)
+    return "" if _stems(words) <= known else re.sub(r"^the\s+", "", words, flags=re.IGNORECASE)
+
+
+def _stems(words: str) -> set[str]:
+    """The beginnings of the words, by which "aorta" is in "aortic aneurysm"."""
+    return {word.casefold()[:4] for word in _WORD.findall(words)}
 
 
 def _says(words: str, side: str) -> bool:
