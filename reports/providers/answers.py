@@ -129,11 +129,14 @@ class AskingProvider(Provider):
             ValueError: there is no cache.
             ProviderError: something to put right first (a refused key), or ``stops_after`` texts in a row without an answer.
         """
-        store = self.store
-        if store is None:
+        if self.store is None:
             raise ValueError("to fill a provider it needs a cache; give cache=PATH")
         if workers < 1:
             raise ValueError(f"workers is {workers}, expected at least 1")
+        with self.store.many():
+            return self._fill(texts, workers, progress)
+
+    def _fill(self, texts: Iterable[str], workers: int, progress: Callable[[int], None] | None) -> Filled:
         kept = found = failed = 0
         rejections: list[Rejection] = []
         for done, (row, outcome) in enumerate(_concurrently(self._outcome, _once(texts), workers), 1):

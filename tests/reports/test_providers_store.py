@@ -81,7 +81,7 @@ def test_two_writers_and_one_killed_lose_nothing_that_was_acknowledged(tmp_path)
 
 def test_threads_and_forked_processes_share_a_store(tmp_path):
     store = ResultStore(tmp_path / "results.sqlite")
-    with ThreadPoolExecutor(8) as pool:
+    with store.many(), ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda i: store.put(str(i), str(i).encode()), range(100)))
     assert [store.get(str(i)) for i in range(100)] == [str(i).encode() for i in range(100)]
     assert threading.active_count() < 20
