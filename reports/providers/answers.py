@@ -136,6 +136,12 @@ class AskingProvider(Provider):
         with self.store.many():
             return self._fill(texts, workers, progress)
 
+    def kept_records(self, texts: Iterable[str]) -> Iterator[tuple[str, ReportRecord]]:
+        """(text, record) of each different text that is in the cache; for :func:`reports.providers.files.write_jsonl`. Asks nothing."""
+        for _, text in _once(texts):
+            if (record := self.kept_record(text)) is not None:
+                yield text, record
+
     def _fill(self, texts: Iterable[str], workers: int, progress: Callable[[int], None] | None) -> Filled:
         kept = found = failed = 0
         rejections: list[Rejection] = []
@@ -152,12 +158,6 @@ class AskingProvider(Provider):
             if progress is not None:
                 progress(done)
         return Filled(kept, found, tuple(rejections))
-
-    def kept_records(self, texts: Iterable[str]) -> Iterator[tuple[str, ReportRecord]]:
-        """(text, record) of each different text that is in the cache; for :func:`reports.providers.files.write_jsonl`. Asks nothing."""
-        for _, text in _once(texts):
-            if (record := self.kept_record(text)) is not None:
-                yield text, record
 
     def _outcome(self, text: str) -> bool | ProviderError | RecordError:
         """Whether a text's record was kept now, or was there; or what went wrong."""

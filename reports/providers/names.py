@@ -73,20 +73,20 @@ def label_meanings(label_set: LabelSet, ontology: Ontology | None = None) -> dic
     """Label -> what it says, without the label of no finding.
 
     A label that stands for several findings (Lung Lesion: nodule, mass, ...) says of none of them that it is there, so that its 1 is the
-    nearest finding that they all are kinds of; its 0 denies each of them.
+    nearest finding that they all are kinds of, and nothing if that is a kind of nothing else ("abnormality"). Its 0 denies each of them, except one with kinds that the label does not stand for: to deny
+    a finding is to deny its kinds.
     """
     ontology = ontology or load_ontology()
     found = {}
     for label in label_set.names:
         if label != label_set.no_finding:
-            heads = [name for name in ontology.findings if name in label_set.covers[label] and _is_head(name, label_set, label, ontology)]
-            shared = set.intersection(*({name, *ontology.ancestors(name)} for name in heads)) if heads else set()
-            found[label] = LabelMeaning(max(sorted(shared), key=ontology.depth, default=None), tuple(heads))
+            covered = label_set.covers[label]
+            above = [{name, *ontology.ancestors(name)} for name in covered]
+            shared = sorted(name for name in set.intersection(*above) if ontology.parents[name]) if above else []
+            whole = [name for name in ontology.findings if name in covered and covered.issuperset(ontology.descendants(name))]
+            denied = tuple(name for name in whole if not set(whole) & set(ontology.ancestors(name)))
+            found[label] = LabelMeaning(max(shared, key=ontology.depth, default=None), denied)
     return found
-
-
-def _is_head(name: str, label_set: LabelSet, label: str, ontology: Ontology) -> bool:
-    return not label_set.covers[label] & set(ontology.ancestors(name))
 
 
 def _fold(name: str) -> str:

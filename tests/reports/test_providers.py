@@ -7,6 +7,8 @@ import logging
 import os
 import pickle
 import re
+import tarfile
+from xml.etree import ElementTree
 
 import jsonschema
 import pytest
@@ -293,6 +295,34 @@ def test_what_is_written_is_read_again(source, tmp_path):
     out = tmp_path / "again.jsonl"
     assert write_jsonl(out, [(REPORT, record) for record in source.records()]) == 1
     assert JsonlFacts(out).sentences(REPORT) == source.sentences(REPORT)
+
+
+def test_facts_of_real_reports_survive_the_way_through_a_file(tmp_path, shared_data):
+    """What the lexicon says of real reports, written as records with quotes, is accepted whole and comes back as it was."""
+    lexicon, texts = LexiconFacts(), []
+    with tarfile.open(shared_data / "reports" / "openi_reports.tgz") as archive:
+        for member in sorted((m for m in archive.getmembers() if m.name.endswith(".xml")), key=lambda m: m.name)[::20]:
+            root = ElementTree.parse(archive.extractfile(member)).getroot()
+            texts.append("\n".join(f"{e.get('Label')}: {e.text}" for e in root.iter("AbstractText") if e.text))
+    stated = {text: lexicon.sentences(text) for text in texts if text.strip()}
+    records = []
+    for text, sentences in stated.items():
+        listed = []
+        for one in sentences:
+            facts = [{**vars(s.fact), "change": s.change, "quote": text[s.start : s.end]} for s in one.statements]
+            listed.append({"text": text[one.start : one.end], "compares": one.compares, "facts": facts})
+        records.append((text, parse_record({"sentences": listed})))
+    write_jsonl(tmp_path / "facts.jsonl", records)
+    source = JsonlFacts(tmp_path / "facts.jsonl")
+    assert source.rejections == () and len(stated) > 150
+    for text, sentences in stated.items():
+        assert source.reading(text).rejections == ()
+        assert [(s.text, s.start, s.end, s.section) for s in source.sentences(text)] == [
+            (s.text, s.start, s.end, s.section) for s in sentences
+        ]
+        expected = sorted((s for one in sentences for s in one.statements), key=lambda s: (text[s.start : s.end], s.fact.finding))
+        got = sorted((s for one in source.sentences(text) for s in one.statements), key=lambda s: (text[s.start : s.end], s.fact.finding))
+        assert [(s.fact, s.change) for s in got] == [(s.fact, s.change) for s in expected]
 
 
 # ---------------------------------------------------------------- the format
