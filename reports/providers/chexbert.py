@@ -37,8 +37,8 @@ class CheXbertFacts(Provider):
         path: the file, UTF-8, with one row a report.
         label_set: the set that the label columns are of, spelled as it is published (:mod:`reports.facts.label_sets`); what a label says is
             told by :func:`reports.providers.names.label_meanings`. None if ``names`` has them all.
-        names: label column -> finding id, instead of or beside those of the set ({"Edema": "edema"}: 1 then says that there is edema, and not
-            only one of what the label stands for); None as an id leaves the column out.
+        names: label column -> finding id, instead of or beside those of the set ({"Edema": "edema"}: 1 then says that there is edema, and
+            not only one of what the label stands for); None as an id leaves the column out.
         text_column: the text that was labelled, as the labeller writes it out.
         study_column: the study, where the file has no text; then ``reports`` says what its texts are.
         reports: a CSV with the column study_id and one or more of report, findings and impression, see ``labelled``.

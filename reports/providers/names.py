@@ -73,8 +73,8 @@ def label_meanings(label_set: LabelSet, ontology: Ontology | None = None) -> dic
     """Label -> what it says, without the label of no finding.
 
     A label that stands for several findings (Lung Lesion: nodule, mass, ...) says of none of them that it is there, so that its 1 is the
-    nearest finding that they all are kinds of, and nothing if that is a kind of nothing else ("abnormality"). Its 0 denies each of them, except one with kinds that the label does not stand for: to deny
-    a finding is to deny its kinds.
+    nearest finding that they all are kinds of, and nothing if that is a kind of nothing else ("abnormality"). Its 0 denies each of them,
+    except one with kinds that the label does not stand for: to deny a finding is to deny its kinds.
     """
     ontology = ontology or load_ontology()
     found = {}
