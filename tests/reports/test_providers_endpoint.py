@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -52,7 +52,7 @@ class Server:
     """A chat endpoint; ``script`` holds the next replies (status, body, headers), after which it answers as a model that is right."""
 
     def __init__(self):
-        self.script, self.requests, self.under_way, self.most, self.delay_s = [], [], 0, 0, 0.0
+        self.script, self.requests, self.under_way, self.most, self.delay_s, self.drip_s = [], [], 0, 0, 0.0, 0.0
         self.lock = threading.Lock()
         outer = self
 
@@ -73,7 +73,12 @@ class Server:
                 for name, value in {"Content-Length": str(len(data)), **headers}.items():
                     self.send_header(name, value)
                 self.end_headers()
-                self.wfile.write(data)
+                step = len(data) if not outer.drip_s else 64
+                for start in range(0, len(data), step or 1):
+                    time.sleep(outer.drip_s)
+                    with suppress(OSError):  # the caller has hung up
+                        self.wfile.write(data[start : start + step])
+                        self.wfile.flush()
 
             def do_GET(self):  # where a redirect would lead
                 self.do_POST()
@@ -260,6 +265,14 @@ def test_a_slow_or_broken_answer_is_given_up(server, make):
     server.script = [(200, whole, {"Content-Length": str(len(whole) + 9)})] * 2  # the connection ends before the answer does
     with pytest.raises(ProviderError, match=r"no answer \(IncompleteRead\)"):
         make(attempts=2).ask(TEXT)
+
+
+def test_an_answer_in_drops_is_given_up_when_its_time_is_over(server, make):
+    server.drip_s = 0.05
+    begin = time.monotonic()
+    with pytest.raises(ProviderError, match=r"no answer \(TimeoutError\)"):
+        make(timeout_s=0.2, attempts=1).ask(TEXT)
+    assert time.monotonic() - begin < 5  # all of it takes longer than the timeout between two drops
 
 
 def test_an_answer_without_end_is_cut(server, make, monkeypatch):
