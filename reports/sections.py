@@ -1,36 +1,102 @@
 """Sections of a radiology report: headings found, text between them assigned, nothing lost.
 
-A report may have its headings on lines of their own, in the running text ("FINDINGS: ... IMPRESSION: ..."), in capitals or not, or none.
+A report may have its headings on lines of their own, in the running text ("FINDINGS: ... IMPRESSION: ..."), in capitals or not, numbered,
+in markdown, merged ("FINDINGS AND IMPRESSION:"), without a colon, or none. A word is a heading by where it stands, how it is written and what
+follows: "findings are stable" and "no prior study: ..." are running text. A way of writing headings that a report has shown at a sure place
+(the start of a line, after a full stop) is then believed within a sentence too, for indications often end without a full stop.
+
+Headings that are none of ours ("LUNGS:", "LEFT KNEE:") stay in the section they stand in.
 """
 
 from __future__ import annotations
 
+import difflib
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
-SectionName = Literal["exam", "indication", "technique", "comparison", "findings", "impression", "other"]
+SectionName = Literal[
+    "exam", "indication", "technique", "comparison", "findings", "impression", "recommendation", "addendum", "notification", "other"
+]
 
-_HEADINGS: dict[SectionName, str] = {
-    "exam": r"exam(?:ination)?|type of exam(?:ination)?|study|procedure",
-    "indication": r"(?:clinical )?indications?|(?:clinical )?history|clinical (?:information|data|details|statement|question)"
-    r"|reason for (?:the )?(?:exam(?:ination)?|study|this exam(?:ination)?)",
-    "technique": r"techniques?|protocol",
-    "comparison": r"comparisons?|comparison (?:study|studies|exams?|examinations?|date)|prior (?:study|studies|exams?)",
-    "findings": r"findings?|findings? ?(?:and|&|/) ?impressions?|observations?|results?",
-    "impression": r"impressions?|conclusions?|opinion|summary",
-    "other": r"final report|wet read|addendum|recommendations?|notifications?|(?:electronically )?signed(?: by)?|attending(?: physician)?",
+_EXAM = r"(?:exam(?:ination)?s?|stud(?:y|ies)|procedures?)"
+_IMAGING = r"(?:ct|cta|mri?|x-?rays?|radiographs?|films?|images?|imaging|scans?|reports?)"
+_STRONG: dict[SectionName, str] = {
+    "exam": rf"types? of {_EXAM}|{_EXAM} (?:type|name|title|description|performed|requested|date)|dates? of (?:{_EXAM}|service)",
+    "indication": r"(?:clinical )?indications?(?: for (?:the |this )?(?:exam(?:ination)?|study|procedure))?"
+    r"|clinical (?:histor(?:y|ies)|information|info|data|details?|statement|questions?|notes?|background|summary|context|presentation"
+    r"|scenario|problem|concerns?|diagnos[ie]s|symptoms|findings?|hx)"
+    r"|reasons? for (?:the |this )?(?:exam(?:ination)?|study|procedure|test|visit|referral|order|request|consult(?:ation)?|scan|imaging)"
+    r"|(?:relevant|pertinent|brief|patient|patient's|medical|past medical)(?: clinical| medical)? (?:history|information)"
+    r"|history of (?:the )?present illness|presenting (?:complaints?|symptoms?)|chief complaints?"
+    r"|(?:provisional|admitting|admission|referring|referral|pre-?operative) diagnosis",
+    "technique": r"techniques?|(?:imaging|scan(?:ning)?|acquisition|examination|exam|ct|mri?) (?:techniques?|protocol|parameters)"
+    r"|technical (?:factors?|information|details|parameters|description|quality)|number of views|radiation dose",
+    "comparison": rf"comparisons?(?: (?:made )?(?:to|with))?|(?:comparison|prior|previous|reference) (?:{_EXAM}|{_IMAGING}|dates?)"
+    rf"|relevant (?:prior|previous)s?(?: (?:{_EXAM}|{_IMAGING}))?|compared (?:to|with)|correlative (?:{_EXAM}|imaging)",
+    "findings": rf"(?:(?:{_IMAGING}|chest|thora(?:x|cic)|radiographic|radiological|diagnostic|reference|positive) )?findings?",
+    "impression": r"(?:(?:final|preliminary|overall|diagnostic|general|radiological|radiographic|radiologist's|clinical) )?impressions?"
+    r"|(?:final )?conclusions?|summary of findings|final (?:diagnosis|assessment|interpretation)",
+    "recommendation": r"(?:(?:follow[- ]?up|management|further) )?recommendations?|recommended (?:follow[- ]?up|action|management)",
+    "addendum": r"addend(?:um|a)(?: (?:report|to (?:the )?report|#? ?\d))?|(?:amended|corrected) report",
+    "notification": r"notifications?|(?:critical|urgent|unexpected) (?:results?|findings?|values?)(?: (?:communication|notification))?"
+    r"|(?:notification|communication) of (?:(?:critical|urgent) )?(?:results?|findings?)"
+    r"|(?:electronically )?signed(?: by)?|(?:dictated|transcribed|reported|read|reviewed|interpreted|approved|verified) by"
+    r"|(?:attending|reading|interpreting|referring|ordering) (?:physician|radiologist|provider)|report status",
+    "other": r"(?:final|preliminary) report|(?:preliminary|wet) ?read",
 }
-_ANY = "|".join(sorted((f"(?:{pattern})" for pattern in _HEADINGS.values()), key=len, reverse=True))
-# A heading at the start of a line ends in a colon or is alone there; inside a line it has a colon, a capital, and a full stop (or the
-# like) or nothing but capitals before the colon: "no prior study: ..." is running text.
-_HEADING = re.compile(
-    rf"(?:^|(?<=[\r\n]))[ \t]*[*#_]*(?P<line>(?i:{_ANY}))[*_]*[ \t]*(?::[*_]*|[ \t]*(?=\r|\n|\Z))"
-    rf"|(?:(?<=[.?!;:)\]])|(?<=_))[ \t]+(?P<after>(?=[A-Z])(?i:{_ANY}))[ \t]*:"
-    rf"|(?<=\s)(?P<capitals>(?=[A-Z][^a-z:]+:)(?i:{_ANY}))[ \t]*:",
+_WEAK: dict[SectionName, str] = {  # words of running text too: believed at fewer places
+    "exam": rf"{_EXAM}",
+    "indication": r"(?:clinical|histor(?:y|ies)|hx|reasons?)",
+    "technique": r"(?:protocol|methods?|contrast|views?|projections?)",
+    "comparison": r"(?:priors?|compared?)",
+    "findings": r"(?:results?|observations?|description|narrative|report)",
+    "impression": r"(?:opinion|summary|assessment|interpretation|imp)",
+    "recommendation": r"(?:follow[- ]?up|advice|suggestions?)",
+    "notification": r"(?:communication|radiologist|attending)",
+}
+_NAMED: tuple[tuple[SectionName, str], ...] = (*_STRONG.items(), *_WEAK.items())
+_ANY = "|".join(pattern for _, pattern in _NAMED)
+_JOIN = r"(?:[ \t]*[/&+,][ \t]*(?:and[ \t]+)?|[ \t]+and[ \t]+)"
+_HEADING = re.compile(rf"(?:{_ANY})(?:\(s\))?(?![\w'-])(?:{_JOIN}(?:{_ANY})(?:\(s\))?(?![\w'-]))*")
+"""Names of sections in small letters, one or several joined. Tried on the text in small letters."""
+_EACH = re.compile("|".join(f"(?P<n{i}>{pattern})(?:\\(s\\))?(?![\\w'-])" for i, (_, pattern) in enumerate(_NAMED)))
+_LINE_OPENS = re.compile(r"[ \t>#*_=•-]*(?:\(?(?:\d{1,2}|[ivxIVX]{1,4}|[A-Ha-h])[.)])?[ \t*_]*")
+_NUMBERED = re.compile(r"(?:(?<=\s)|(?<=\A))\(?(?P<n>\d{1,2})[.)][ \t]*[*_]*\Z")
+_END = re.compile(
+    r"(?:[ \t]*\([^()\n]{1,40}\))?[ \t]*[*_]*[ \t]*(?:(?P<colon>:[*_]*|[ \t][-–—]+(?=[ \t]))|(?P<alone>(?=[ \t]*(?:[\r\n]|\Z)))|(?P<bare>(?=[ \t])|\.(?=[ \t])))"
 )
+_REMOVED = r"X{2,}|_{2,}|\[\*\*|<"
+_NEXT_OPENS = re.compile(rf"\s*(?:[A-Z0-9(]|{_REMOVED}|\[)")
+_NEXT_IS_A_WORD = re.compile(r"\s*(?:[A-Z][a-z]|[A-Z] [a-z]|\d)")
+_AMID_CAPITALS = re.compile(rf"(?:\s*(?:{_REMOVED}))*\s*[A-Z][A-Z'-]+[\s,]+[A-Z][A-Z'-]+")
+_LAST_WORD = re.compile(r"([A-Za-z']+)\W*\Z")
+_LEANING = frozenset(
+    "no not the a an this these that those of with in on for from to by as at and or any his her its their our other following same such new"
+    " old significant acute additional prior previous above below main only more most are is was were be been see per on if".split()
+)
+"""Words that the next one belongs to: what follows them is no heading."""
+_CAPITAL_LINE = re.compile(r"^[ \t]*(?P<words>[A-Z][A-Z0-9 ,()/&.'-]{3,60}?)[ \t]*:", re.MULTILINE)
+_VIEW = re.compile(r"\b(?:VIEWS?|PORTABLE|RADIOGRAPHS?|FILMS?|FRONTAL|LATERAL|X-?RAYS?|PA|AP)\b")
+_SPELLED: dict[str, SectionName] = {
+    "findings": "findings",
+    "impression": "impression",
+    "indication": "indication",
+    "comparison": "comparison",
+    "comparisons": "comparison",
+    "technique": "technique",
+    "examination": "exam",
+    "recommendation": "recommendation",
+    "recommendations": "recommendation",
+}
 _BLANK_LINE = re.compile(r"\n[ \t]*\r?\n")
 _SHORT: frozenset[SectionName] = frozenset({"exam", "indication", "technique", "comparison"})
+_FIRST: tuple[SectionName, ...] = ("findings", "impression")
+
+_Place = Literal["line", "stop", "word"]
+_Case = Literal["capitals", "title", "small"]
+_Ending = Literal["colon", "alone", "bare"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +111,12 @@ class SectionSpan:
 
 @dataclass(frozen=True)
 class Sections:
-    """The text of each section, stripped at its ends, "" where absent; a section that comes twice is joined by a blank line."""
+    """The text of each section, stripped at its ends, "" where absent; a section that comes twice is joined by a blank line.
+
+    A merged heading counts as findings if it names them, else as impression, else as the first that it names. An addendum is apart: it may
+    correct the report, so that neither its text nor what it corrects can be taken without looking at both. So is a recommendation: what it
+    names ("CT to exclude embolism") is not seen. ``notification`` is who was told and who signed.
+    """
 
     exam: str = ""
     indication: str = ""
@@ -53,12 +124,34 @@ class Sections:
     comparison: str = ""
     findings: str = ""
     impression: str = ""
+    recommendation: str = ""
+    addendum: str = ""
+    notification: str = ""
     other: str = ""  # before the first heading, under a heading that is none of these, or headless after a short section
+    last_paragraph: str = ""  # the part of other that is headless after a short section
 
     @property
     def body(self) -> str:
-        """What describes the image: findings and impression; where neither is headed, the text that has no heading."""
-        return "\n\n".join(part for part in (self.findings, self.impression) if part) or self.other
+        """What describes the image: findings, or the headless paragraph in their place, and impression; with none of them, ``other``."""
+        return "\n\n".join(part for part in (self.findings or self.last_paragraph, self.impression) if part) or self.other
+
+
+class _Candidate(NamedTuple):
+    """A place that may hold a heading, and what speaks for it."""
+
+    start: int  # number included
+    word_at: int  # number excluded
+    body: int
+    name: SectionName
+    strong: bool
+    place: _Place
+    case: _Case
+    ending: _Ending
+    number: int | None  # before a heading in running text
+    leans: bool  # on a word before it, in the same sentence
+    opens: bool  # what follows begins like a sentence: a capital, a figure, a removed word
+    word: bool  # ... and is a word in small letters after its capital
+    amid: bool  # what follows is in capitals
 
 
 def section_spans(text: str) -> tuple[SectionSpan, ...]:
@@ -68,7 +161,7 @@ def section_spans(text: str) -> tuple[SectionSpan, ...]:
     findings there).
     """
     found: list[SectionSpan] = []
-    headings = [(m.start(), m.end(), _section(m)) for m in _HEADING.finditer(text)]
+    headings = _headings(text)
     name: SectionName
     for (start, body, name), (end, *_) in zip([(0, 0, "other"), *headings], [*headings, (len(text), len(text), "other")], strict=True):
         content = body + len(text[body:end]) - len(text[body:end].lstrip())
@@ -83,12 +176,134 @@ def section_spans(text: str) -> tuple[SectionSpan, ...]:
 def split_sections(report: str) -> Sections:
     """Split a report; never raises, whatever the text."""
     parts: dict[str, list[str]] = {}
+    before: SectionName | None = None
     for span in section_spans(report):
         if part := report[span.body : span.end].strip():
             parts.setdefault(span.name, []).append(part)
+            if span.name == "other" and span.start == span.body and before in _SHORT:
+                parts.setdefault("last_paragraph", []).append(part)
+        before = span.name
     return Sections(**{name: "\n\n".join(texts) for name, texts in parts.items()})
 
 
-def _section(match: re.Match[str]) -> SectionName:
-    heading = (match["line"] or match["after"] or match["capitals"]).lower()
-    return next(name for name, pattern in _HEADINGS.items() if re.fullmatch(pattern, heading))
+def _headings(text: str) -> list[tuple[int, int, SectionName]]:
+    """(start, start of the body, section) of each heading in order."""
+    candidates = list(_candidates(text))
+    sure = [_is_sure(c) for c in candidates]
+    styles = {(c.case, c.ending) for c, yes in zip(candidates, sure, strict=True) if yes}
+    taken = [c for c, yes in zip(candidates, sure, strict=True) if yes or (c.case, c.ending) in styles and _is_in_style(c)]
+    known = [(start, c.body, c.name) for start, c in zip(_numbered_starts(taken), taken, strict=True)]
+    return _with_odd_lines(text, known) if ":" in text else known
+
+
+def _is_sure(c: _Candidate) -> bool:
+    """Whether a candidate is a heading wherever it stands."""
+    if c.ending == "alone":
+        return c.place == "line" and (c.case != "small" or not c.leans)
+    if c.place == "word" and c.leans:
+        return False
+    if c.ending == "colon":
+        if c.case == "small":
+            return c.place == "line" and (c.strong or not c.leans) or c.place == "stop" and c.strong
+        return c.place != "word" or (c.strong if c.case == "title" else c.strong or not c.amid)
+    if c.case == "capitals":
+        return c.opens and not c.amid and (c.strong or c.place == "line")
+    return c.case == "title" and c.place != "word" and c.strong and c.word
+
+
+def _is_in_style(c: _Candidate) -> bool:
+    """Whether a candidate is a heading once another of its dress is."""
+    if c.leans or c.ending == "alone" or c.ending == "bare" and (c.case == "small" or not c.opens):
+        return False
+    return c.strong or c.place != "word"
+
+
+def _candidates(text: str) -> Iterator[_Candidate]:
+    small = text.lower()
+    if len(small) != len(text):  # a few letters have two small ones
+        small = "".join(c.lower() if len(c.lower()) == 1 else c for c in text)
+    for match in _HEADING.finditer(small):
+        start, end = match.span()
+        if start and (small[start - 1].isalnum() or small[start - 1] in "'-/"):
+            continue
+        ending = _END.match(text, end)
+        if ending is None:
+            continue
+        yield from _candidate(text, match, ending)
+
+
+def _candidate(text: str, match: re.Match[str], ending: re.Match[str]) -> Iterator[_Candidate]:
+    """The candidate at a name of sections, unless it stands where no heading can."""
+    start = match.start()
+    line = max(text.rfind("\n", 0, start), text.rfind("\r", 0, start)) + 1
+    at_line = _LINE_OPENS.fullmatch(text, line, start) is not None
+    number, before = None, text[max(0, start - 24) : start]
+    word_at = line if at_line else start
+    if at_line:
+        start, before = line, text[max(0, line - 24) : line]
+    elif numbered := _NUMBERED.search(before):
+        number, start, before = int(numbered["n"]), start - len(before) + numbered.start(), before[: numbered.start()]
+    else:
+        marks = len(before) - len(before.rstrip("*_"))
+        start, before = start - marks, before[: len(before) - marks]
+    if not at_line and not before[-1:].isspace():
+        return
+    blank = at_line and (not before.strip() or _BLANK_LINE.search(before[len(before.rstrip()) :]) is not None)
+    before = before.rstrip()
+    stopped = blank or not before or before[-1] in ".?!;:)]\"_" or before.endswith("XX")
+    words = text[match.start() : match.end()]
+    names, strong = _names(match[0])
+    last = _LAST_WORD.search(before)
+    end = ending.end()
+    yield _Candidate(
+        start=start,
+        word_at=word_at,
+        body=end,
+        name=next((n for n in _FIRST if n in names), names[0]),
+        strong=strong,
+        place="line" if at_line else "stop" if stopped else "word",
+        case="capitals" if words.isupper() else "title" if words[0].isupper() else "small",
+        ending="colon" if ending["colon"] is not None else "alone" if ending["alone"] is not None else "bare",
+        number=number,
+        leans=not stopped and last is not None and (last[1].lower() in _LEANING or at_line),
+        opens=_NEXT_OPENS.match(text, end) is not None,
+        word=_NEXT_IS_A_WORD.match(text, end) is not None,
+        amid=_AMID_CAPITALS.match(text, end) is not None,
+    )
+
+
+def _names(heading: str) -> tuple[list[SectionName], bool]:
+    """The sections that a heading in small letters names, and whether one of the words is hardly ever running text."""
+    places = [int(match.lastgroup[1:]) for match in _EACH.finditer(heading) if match.lastgroup]
+    return [_NAMED[place][0] for place in places], len(places) > 1 or places[0] < len(_STRONG)
+
+
+def _numbered_starts(headings: list[_Candidate]) -> list[int]:
+    """Where headings start: a number in running text is the heading's if it counts them, else it ends the sentence before it."""
+    starts, last = [], 0
+    for heading in headings:
+        if heading.number is None or heading.number in (1, last + 1):
+            starts.append(heading.start)
+            last = heading.number or last
+        else:
+            starts.append(heading.word_at)
+    return starts
+
+
+def _with_odd_lines(text: str, known: list[tuple[int, int, SectionName]]) -> list[tuple[int, int, SectionName]]:
+    """With headings in capitals at the start of a line that are misspelt ("IMPRSSION:") or name the views ("PA AND LATERAL CHEST:").
+
+    Under the views stand the findings, unless findings or impression have begun.
+    """
+    taken = {start for start, *_ in known}
+    odd: list[tuple[int, int, SectionName]] = []
+    for match in _CAPITAL_LINE.finditer(text):
+        if match.start() in taken:
+            continue
+        close = difflib.get_close_matches(match["words"].lower(), _SPELLED, n=1, cutoff=0.82) if match["words"].isalpha() else []
+        before = max((k for k in [*known, *odd] if k[0] < match.start()), default=None)
+        if close:
+            odd.append((match.start(), match.end(), _SPELLED[close[0]]))
+        elif _VIEW.search(match["words"]) and (before is None or before[2] not in _FIRST):
+            odd.append((match.start(), match.end(), "findings"))
+    return sorted([*known, *odd])
