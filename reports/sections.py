@@ -33,8 +33,8 @@ _STRONG: dict[SectionName, str] = {
     r"|(?:provisional|admitting|admission|referring|referral|pre-?operative) diagnosis",
     "technique": r"techniques?|(?:imaging|scan(?:ning)?|acquisition|examination|exam|ct|mri?) (?:techniques?|protocol|parameters)"
     r"|technical (?:factors?|information|details|parameters|description|quality)|number of views|radiation dose",
-    "comparison": rf"comparisons?(?: (?:made )?(?:to|with))?|(?:comparison|prior|previous|reference) (?:{_EXAM}|{_IMAGING}|dates?)"
-    rf"|relevant (?:prior|previous)s?(?: (?:{_EXAM}|{_IMAGING}))?|compared (?:to|with)|correlative (?:{_EXAM}|imaging)",
+    "comparison": rf"(?:comparison|prior|previous|reference|correlative) (?:{_EXAM}|{_IMAGING}|dates?)"
+    rf"|comparisons?(?: (?:made )?(?:to|with))?|relevant (?:prior|previous)s?(?: (?:{_EXAM}|{_IMAGING}))?|compared (?:to|with)",
     "findings": rf"(?:(?:{_IMAGING}|chest|thora(?:x|cic)|radiographic|radiological|diagnostic|reference|positive) )?findings?",
     "impression": r"(?:(?:final|preliminary|overall|diagnostic|general|radiological|radiographic|radiologist's|clinical) )?impressions?"
     r"|(?:final )?conclusions?|summary of findings|final (?:diagnosis|assessment|interpretation)",
@@ -62,7 +62,7 @@ _JOIN = r"(?:[ \t]*[/&+,][ \t]*(?:and[ \t]+)?|[ \t]+and[ \t]+)"
 _HEADING = re.compile(rf"(?:{_ANY})(?:\(s\))?(?![\w'-])(?:{_JOIN}(?:{_ANY})(?:\(s\))?(?![\w'-]))*")
 """Names of sections in small letters, one or several joined. Tried on the text in small letters."""
 _EACH = re.compile("|".join(f"(?P<n{i}>{pattern})(?:\\(s\\))?(?![\\w'-])" for i, (_, pattern) in enumerate(_NAMED)))
-_LINE_OPENS = re.compile(r"[ \t>#*_=•-]*(?:\(?(?:\d{1,2}|[ivxIVX]{1,4}|[A-Ha-h])[.)])?[ \t*_]*")
+_LINE_OPENS = re.compile(r"[ \t>#*_=•-]*(?:\(?(?:(?P<n>\d{1,2})|[ivxIVX]{1,4}|[A-Ha-h])[.)])?[ \t*_]*")
 _NUMBERED = re.compile(r"(?:(?<=\s)|(?<=\A))\(?(?P<n>\d{1,2})[.)][ \t]*[*_]*\Z")
 _END = re.compile(
     r"(?:[ \t]*\([^()\n]{1,40}\))?[ \t]*[*_]*[ \t]*(?:(?P<colon>:[*_]*|[ \t][-–—]+(?=[ \t]))|(?P<alone>(?=[ \t]*(?:[\r\n]|\Z)))|(?P<bare>(?=[ \t])|\.(?=[ \t])))"
@@ -70,7 +70,7 @@ _END = re.compile(
 _REMOVED = r"X{2,}|_{2,}|\[\*\*|<"
 _NEXT_OPENS = re.compile(rf"\s*(?:[A-Z0-9(]|{_REMOVED}|\[)")
 _NEXT_IS_A_WORD = re.compile(r"\s*(?:[A-Z][a-z]|[A-Z] [a-z]|\d)")
-_AMID_CAPITALS = re.compile(rf"(?:\s*(?:{_REMOVED}))*\s*[A-Z][A-Z'-]+[\s,]+[A-Z][A-Z'-]+")
+_AMID_CAPITALS = re.compile(r"\s*(?:X{2,}[\s,.]+)*(?!XX)[A-Z][A-Z'-]+[\s,]+(?!XX)[A-Z][A-Z'-]+")
 _LAST_WORD = re.compile(r"([A-Za-z']+)\W*\Z")
 _LEANING = frozenset(
     "no not the a an this these that those of with in on for from to by as at and or any his her its their our other following same such new"
@@ -93,6 +93,8 @@ _SPELLED: dict[str, SectionName] = {
 _BLANK_LINE = re.compile(r"\n[ \t]*\r?\n")
 _SHORT: frozenset[SectionName] = frozenset({"exam", "indication", "technique", "comparison"})
 _FIRST: tuple[SectionName, ...] = ("findings", "impression")
+_ORDER: dict[SectionName, int] = {"findings": 1, "impression": 2, "recommendation": 3, "notification": 3}
+"""Where a section stands in a report; the others come first."""
 
 _Place = Literal["line", "stop", "word"]
 _Case = Literal["capitals", "title", "small"]
@@ -147,8 +149,9 @@ class _Candidate(NamedTuple):
     place: _Place
     case: _Case
     ending: _Ending
-    number: int | None  # before a heading in running text
-    leans: bool  # on a word before it, in the same sentence
+    number: int | None  # before it
+    leans: bool  # on the word before it, in the same sentence
+    runs_on: bool  # the line before it does not end a sentence
     opens: bool  # what follows begins like a sentence: a capital, a figure, a removed word
     word: bool  # ... and is a word in small letters after its capital
     amid: bool  # what follows is in capitals
@@ -192,20 +195,22 @@ def _headings(text: str) -> list[tuple[int, int, SectionName]]:
     sure = [_is_sure(c) for c in candidates]
     styles = {(c.case, c.ending) for c, yes in zip(candidates, sure, strict=True) if yes}
     taken = [c for c, yes in zip(candidates, sure, strict=True) if yes or (c.case, c.ending) in styles and _is_in_style(c)]
+    if taken and len(taken) < len(candidates):
+        taken = _with_those_that_fill_a_gap(candidates, taken)
     known = [(start, c.body, c.name) for start, c in zip(_numbered_starts(taken), taken, strict=True)]
     return _with_odd_lines(text, known) if ":" in text else known
 
 
 def _is_sure(c: _Candidate) -> bool:
-    """Whether a candidate is a heading wherever it stands."""
+    """Whether a candidate is a heading whatever else the report holds."""
     if c.ending == "alone":
-        return c.place == "line" and (c.case != "small" or not c.leans)
-    if c.place == "word" and c.leans:
+        return c.place == "line" and (c.case != "small" or not c.runs_on)
+    if c.leans and c.place == "word":
         return False
     if c.ending == "colon":
         if c.case == "small":
-            return c.place == "line" and (c.strong or not c.leans) or c.place == "stop" and c.strong
-        return c.place != "word" or (c.strong if c.case == "title" else c.strong or not c.amid)
+            return (c.place == "line" and not c.leans and (c.strong or not c.runs_on)) or (c.place == "stop" and c.strong)
+        return c.place != "word" or c.strong or (c.case == "capitals" and not c.amid)
     if c.case == "capitals":
         return c.opens and not c.amid and (c.strong or c.place == "line")
     return c.case == "title" and c.place != "word" and c.strong and c.word
@@ -213,9 +218,25 @@ def _is_sure(c: _Candidate) -> bool:
 
 def _is_in_style(c: _Candidate) -> bool:
     """Whether a candidate is a heading once another of its dress is."""
-    if c.leans or c.ending == "alone" or c.ending == "bare" and (c.case == "small" or not c.opens):
+    if c.leans or c.ending == "alone" or (c.ending == "bare" and (c.case == "small" or not c.opens)):
         return False
     return c.strong or c.place != "word"
+
+
+def _with_those_that_fill_a_gap(candidates: list[_Candidate], taken: list[_Candidate]) -> list[_Candidate]:
+    """With the candidates that are the only sign of their section and stand where it belongs: "cough findings: The heart ..."."""
+    known = {c.start: c for c in taken}
+    names = {c.name for c in taken}
+    for c in candidates:
+        if c.start in known or c.name in names or c.leans or not c.strong or c.ending == "alone":
+            continue
+        if c.ending == "bare" and (c.case == "small" or c.amid or (c.case == "title" and c.place == "word" and not c.opens)):
+            continue
+        order = _ORDER.get(c.name, 0)
+        if all(_ORDER.get(k.name, 0) <= order if k.start < c.start else _ORDER.get(k.name, 0) >= order for k in known.values()):
+            known[c.start] = c
+            names.add(c.name)
+    return sorted(known.values())
 
 
 def _candidates(text: str) -> Iterator[_Candidate]:
@@ -236,10 +257,11 @@ def _candidate(text: str, match: re.Match[str], ending: re.Match[str]) -> Iterat
     """The candidate at a name of sections, unless it stands where no heading can."""
     start = match.start()
     line = max(text.rfind("\n", 0, start), text.rfind("\r", 0, start)) + 1
-    at_line = _LINE_OPENS.fullmatch(text, line, start) is not None
+    at_line = _LINE_OPENS.fullmatch(text, line, start)
     number, before = None, text[max(0, start - 24) : start]
     word_at = line if at_line else start
     if at_line:
+        number = int(at_line["n"]) if at_line["n"] else None
         start, before = line, text[max(0, line - 24) : line]
     elif numbered := _NUMBERED.search(before):
         number, start, before = int(numbered["n"]), start - len(before) + numbered.start(), before[: numbered.start()]
@@ -248,7 +270,7 @@ def _candidate(text: str, match: re.Match[str], ending: re.Match[str]) -> Iterat
         start, before = start - marks, before[: len(before) - marks]
     if not at_line and not before[-1:].isspace():
         return
-    blank = at_line and (not before.strip() or _BLANK_LINE.search(before[len(before.rstrip()) :]) is not None)
+    blank = at_line is not None and (not before.strip() or _BLANK_LINE.search(before[len(before.rstrip()) :]) is not None)
     before = before.rstrip()
     stopped = blank or not before or before[-1] in ".?!;:)]\"_" or before.endswith("XX")
     words = text[match.start() : match.end()]
@@ -265,7 +287,8 @@ def _candidate(text: str, match: re.Match[str], ending: re.Match[str]) -> Iterat
         case="capitals" if words.isupper() else "title" if words[0].isupper() else "small",
         ending="colon" if ending["colon"] is not None else "alone" if ending["alone"] is not None else "bare",
         number=number,
-        leans=not stopped and last is not None and (last[1].lower() in _LEANING or at_line),
+        leans=not stopped and last is not None and last[1].lower() in _LEANING,
+        runs_on=not stopped,
         opens=_NEXT_OPENS.match(text, end) is not None,
         word=_NEXT_IS_A_WORD.match(text, end) is not None,
         amid=_AMID_CAPITALS.match(text, end) is not None,
@@ -279,14 +302,12 @@ def _names(heading: str) -> tuple[list[SectionName], bool]:
 
 
 def _numbered_starts(headings: list[_Candidate]) -> list[int]:
-    """Where headings start: a number in running text is the heading's if it counts them, else it ends the sentence before it."""
+    """Where headings start: a number in a sentence is the heading's if it counts them, else it ends the sentence ("at level 7. Findings:")."""
     starts, last = [], 0
-    for heading in headings:
-        if heading.number is None or heading.number in (1, last + 1):
-            starts.append(heading.start)
-            last = heading.number or last
-        else:
-            starts.append(heading.word_at)
+    for place, heading in enumerate(headings, 1):
+        counts = heading.number is None or heading.place != "word" or heading.number in (1, place, last + 1)
+        starts.append(heading.start if counts else heading.word_at)
+        last = heading.number or last
     return starts
 
 
