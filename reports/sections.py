@@ -2,8 +2,8 @@
 
 A report may have its headings on lines of their own, in the running text ("FINDINGS: ... IMPRESSION: ..."), in capitals or not, numbered,
 in markdown, merged ("FINDINGS AND IMPRESSION:"), without a colon, or none. A word is a heading by where it stands, how it is written and what
-follows: "findings are stable" and "no prior study: ..." are running text. A way of writing headings that a report has shown at a sure place
-(the start of a line, after a full stop) is then believed within a sentence too, for indications often end without a full stop.
+follows: "findings are stable" and "no prior study: ..." are running text. In a report that has headings, a doubtful one is believed if
+it is the only sign of its section and stands where that belongs, for indications often end without a full stop.
 
 Headings that are none of ours ("LUNGS:", "LEFT KNEE:") stay in the section they stand in.
 """
@@ -26,7 +26,7 @@ _STRONG: dict[SectionName, str] = {
     "exam": rf"types? of {_EXAM}|{_EXAM} (?:type|name|title|description|performed|requested|date)|dates? of (?:{_EXAM}|service)",
     "indication": r"(?:clinical )?indications?(?: for (?:the |this )?(?:exam(?:ination)?|study|procedure))?"
     r"|clinical (?:histor(?:y|ies)|information|info|data|details?|statement|questions?|notes?|background|summary|context|presentation"
-    r"|scenario|problem|concerns?|diagnos[ie]s|symptoms|findings?|hx)"
+    r"|scenario|problem|concerns?|diagnos[ie]s|symptoms|hx)"
     r"|reasons? for (?:the |this )?(?:exam(?:ination)?|study|procedure|test|visit|referral|order|request|consult(?:ation)?|scan|imaging)"
     r"|(?:relevant|pertinent|brief|patient|patient's|medical|past medical)(?: clinical| medical)? (?:history|information)"
     r"|history of (?:the )?present illness|presenting (?:complaints?|symptoms?)|chief complaints?"
@@ -34,7 +34,7 @@ _STRONG: dict[SectionName, str] = {
     "technique": r"techniques?|(?:imaging|scan(?:ning)?|acquisition|examination|exam|ct|mri?) (?:techniques?|protocol|parameters)"
     r"|technical (?:factors?|information|details|parameters|description|quality)|number of views|radiation dose",
     "comparison": rf"(?:comparison|prior|previous|reference|correlative) (?:{_EXAM}|{_IMAGING}|dates?)"
-    rf"|comparisons?(?: (?:made )?(?:to|with))?|relevant (?:prior|previous)s?(?: (?:{_EXAM}|{_IMAGING}))?|compared (?:to|with)",
+    rf"|comparisons?(?: (?:made )?(?:to|with))?|relevant (?:prior|previous)s?(?: (?:{_EXAM}|{_IMAGING}))?",
     "findings": rf"(?:(?:{_IMAGING}|chest|thora(?:x|cic)|radiographic|radiological|diagnostic|reference|positive) )?findings?",
     "impression": r"(?:(?:final|preliminary|overall|diagnostic|general|radiological|radiographic|radiologist's|clinical) )?impressions?"
     r"|(?:final )?conclusions?|summary of findings|final (?:diagnosis|assessment|interpretation)",
@@ -50,7 +50,7 @@ _WEAK: dict[SectionName, str] = {  # words of running text too: believed at fewe
     "exam": rf"{_EXAM}",
     "indication": r"(?:clinical|histor(?:y|ies)|hx|reasons?)",
     "technique": r"(?:protocol|methods?|contrast|views?|projections?)",
-    "comparison": r"(?:priors?|compared?)",
+    "comparison": r"(?:priors?|compared (?:to|with))",
     "findings": r"(?:results?|observations?|description|narrative|report)",
     "impression": r"(?:opinion|summary|assessment|interpretation|imp)",
     "recommendation": r"(?:follow[- ]?up|advice|suggestions?)",
@@ -144,7 +144,7 @@ class _Candidate(NamedTuple):
     start: int  # number included
     word_at: int  # number excluded
     body: int
-    name: SectionName
+    names: tuple[SectionName, ...]
     strong: bool
     place: _Place
     case: _Case
@@ -155,6 +155,11 @@ class _Candidate(NamedTuple):
     opens: bool  # what follows begins like a sentence: a capital, a figure, a removed word
     word: bool  # ... and is a word in small letters after its capital
     amid: bool  # what follows is in capitals
+
+    @property
+    def name(self) -> SectionName:
+        """The section that the heading counts as."""
+        return next((name for name in _FIRST if name in self.names), self.names[0])
 
 
 def section_spans(text: str) -> tuple[SectionSpan, ...]:
@@ -192,10 +197,8 @@ def split_sections(report: str) -> Sections:
 def _headings(text: str) -> list[tuple[int, int, SectionName]]:
     """(start, start of the body, section) of each heading in order."""
     candidates = list(_candidates(text))
-    sure = [_is_sure(c) for c in candidates]
-    styles = {(c.case, c.ending) for c, yes in zip(candidates, sure, strict=True) if yes}
-    taken = [c for c, yes in zip(candidates, sure, strict=True) if yes or (c.case, c.ending) in styles and _is_in_style(c)]
-    if taken and len(taken) < len(candidates):
+    taken = [c for c in candidates if _is_sure(c)]
+    if 0 < len(taken) < len(candidates):
         taken = _with_those_that_fill_a_gap(candidates, taken)
     known = [(start, c.body, c.name) for start, c in zip(_numbered_starts(taken), taken, strict=True)]
     return _with_odd_lines(text, known) if ":" in text else known
@@ -205,38 +208,42 @@ def _is_sure(c: _Candidate) -> bool:
     """Whether a candidate is a heading whatever else the report holds."""
     if c.ending == "alone":
         return c.place == "line" and (c.case != "small" or not c.runs_on)
+    if c.ending == "colon" and c.case == "small":
+        return (c.place == "line" and not c.leans and (c.strong or not c.runs_on)) or (c.place == "stop" and c.strong)
+    if c.ending == "colon":
+        return c.place != "word" or (c.strong and not c.leans) or (c.case == "capitals" and not c.amid)
     if c.leans and c.place == "word":
         return False
-    if c.ending == "colon":
-        if c.case == "small":
-            return (c.place == "line" and not c.leans and (c.strong or not c.runs_on)) or (c.place == "stop" and c.strong)
-        return c.place != "word" or c.strong or (c.case == "capitals" and not c.amid)
     if c.case == "capitals":
         return c.opens and not c.amid and (c.strong or c.place == "line")
     return c.case == "title" and c.place != "word" and c.strong and c.word
 
 
-def _is_in_style(c: _Candidate) -> bool:
-    """Whether a candidate is a heading once another of its dress is."""
-    if c.leans or c.ending == "alone" or (c.ending == "bare" and (c.case == "small" or not c.opens)):
-        return False
-    return c.strong or c.place != "word"
+def _fits(c: _Candidate, styles: set[tuple[_Case, _Ending]]) -> bool:
+    """Whether a candidate can be a heading in a report that has others, in these styles, if it is the only sign of its section."""
+    styled = (c.case, c.ending) in styles
+    if c.ending == "colon":
+        if c.case == "small":
+            return c.strong and not c.leans
+        return c.strong or c.opens and not c.leans
+    if c.case == "capitals":
+        return c.strong and not c.leans and (styled or not c.amid)
+    return c.case == "title" and c.strong and not c.leans and (styled or c.opens or c.place != "word")
 
 
 def _with_those_that_fill_a_gap(candidates: list[_Candidate], taken: list[_Candidate]) -> list[_Candidate]:
     """With the candidates that are the only sign of their section and stand where it belongs: "cough findings: The heart ..."."""
+    styles = {(c.case, c.ending) for c in taken}
     known = {c.start: c for c in taken}
-    names = {c.name for c in taken}
+    names = {name for c in taken for name in c.names}
     for c in candidates:
-        if c.start in known or c.name in names or c.leans or not c.strong or c.ending == "alone":
-            continue
-        if c.ending == "bare" and (c.case == "small" or c.amid or (c.case == "title" and c.place == "word" and not c.opens)):
+        if c.start in known or names.intersection(c.names) or not _fits(c, styles):
             continue
         order = _ORDER.get(c.name, 0)
         if all(_ORDER.get(k.name, 0) <= order if k.start < c.start else _ORDER.get(k.name, 0) >= order for k in known.values()):
             known[c.start] = c
-            names.add(c.name)
-    return sorted(known.values())
+            names.update(c.names)
+    return [known[start] for start in sorted(known)]
 
 
 def _candidates(text: str) -> Iterator[_Candidate]:
@@ -248,9 +255,10 @@ def _candidates(text: str) -> Iterator[_Candidate]:
         if start and (small[start - 1].isalnum() or small[start - 1] in "'-/"):
             continue
         ending = _END.match(text, end)
-        if ending is None:
-            continue
-        yield from _candidate(text, match, ending)
+        if ending is not None and ending["bare"] is not None and match[0].startswith("comparison "):  # "COMPARISON CT of the chest"
+            ending = _END.match(text, start + len("comparison"))
+        if ending is not None:
+            yield from _candidate(text, match, ending)
 
 
 def _candidate(text: str, match: re.Match[str], ending: re.Match[str]) -> Iterator[_Candidate]:
@@ -273,7 +281,7 @@ def _candidate(text: str, match: re.Match[str], ending: re.Match[str]) -> Iterat
     blank = at_line is not None and (not before.strip() or _BLANK_LINE.search(before[len(before.rstrip()) :]) is not None)
     before = before.rstrip()
     stopped = blank or not before or before[-1] in ".?!;:)]\"_" or before.endswith("XX")
-    words = text[match.start() : match.end()]
+    words = text[match.start() : ending.start()]
     names, strong = _names(match[0])
     last = _LAST_WORD.search(before)
     end = ending.end()
@@ -281,7 +289,7 @@ def _candidate(text: str, match: re.Match[str], ending: re.Match[str]) -> Iterat
         start=start,
         word_at=word_at,
         body=end,
-        name=next((n for n in _FIRST if n in names), names[0]),
+        names=names,
         strong=strong,
         place="line" if at_line else "stop" if stopped else "word",
         case="capitals" if words.isupper() else "title" if words[0].isupper() else "small",
@@ -295,10 +303,10 @@ def _candidate(text: str, match: re.Match[str], ending: re.Match[str]) -> Iterat
     )
 
 
-def _names(heading: str) -> tuple[list[SectionName], bool]:
+def _names(heading: str) -> tuple[tuple[SectionName, ...], bool]:
     """The sections that a heading in small letters names, and whether one of the words is hardly ever running text."""
     places = [int(match.lastgroup[1:]) for match in _EACH.finditer(heading) if match.lastgroup]
-    return [_NAMED[place][0] for place in places], len(places) > 1 or places[0] < len(_STRONG)
+    return tuple(_NAMED[place][0] for place in places), len(places) > 1 or places[0] < len(_STRONG)
 
 
 def _numbered_starts(headings: list[_Candidate]) -> list[int]:
