@@ -29,13 +29,14 @@ _STRONG: dict[SectionName, str] = {
     r"|scenario|problem|concerns?|diagnos[ie]s|symptoms|hx)"
     r"|reasons? for (?:the |this )?(?:exam(?:ination)?|study|procedure|test|visit|referral|order|request|consult(?:ation)?|scan|imaging)"
     r"|(?:relevant|pertinent|brief|patient|patient's|medical|past medical)(?: clinical| medical)? (?:history|information)"
-    r"|history of (?:the )?present illness|presenting (?:complaints?|symptoms?)|chief complaints?"
+    r"|history (?:general|of (?:the )?present illness)|presenting (?:complaints?|symptoms?)|chief complaints?"
     r"|(?:provisional|admitting|admission|referring|referral|pre-?operative) diagnosis",
     "technique": r"techniques?|(?:imaging|scan(?:ning)?|acquisition|examination|exam|ct|mri?) (?:techniques?|protocol|parameters)"
     r"|technical (?:factors?|information|details|parameters|description|quality)|number of views|radiation dose",
-    "comparison": rf"(?:comparison|prior|previous|reference|correlative) (?:{_EXAM}|{_IMAGING}|dates?)"
+    "comparison": rf"(?:prior|previous) (?:(?:imaging )?procedures?(?: descriptions?)?|findings?)|(?:comparison|prior|previous|reference|correlative) (?:{_EXAM}|{_IMAGING}|dates?)"
     rf"|comparisons?(?: (?:made )?(?:to|with))?|relevant (?:prior|previous)s?(?: (?:{_EXAM}|{_IMAGING}))?",
-    "findings": rf"(?:(?:{_IMAGING}|chest|thora(?:x|cic)|radiographic|radiological|diagnostic|reference|positive) )?findings?",
+    "findings": rf"(?:(?:{_IMAGING}|chest|thora(?:x|cic)|radiographic|radiological|diagnostic|reference|positive|procedure) )?findings?"
+    r"|(?:radiology )?study observations?",
     "impression": r"(?:(?:final|preliminary|overall|diagnostic|general|radiological|radiographic|radiologist's|clinical) )?impressions?"
     r"|(?:final )?conclusions?|summary of findings|final (?:diagnosis|assessment|interpretation)",
     "recommendation": r"(?:(?:follow[- ]?up|management|further) )?recommendations?|recommended (?:follow[- ]?up|action|management)",
@@ -48,7 +49,7 @@ _STRONG: dict[SectionName, str] = {
 }
 _WEAK: dict[SectionName, str] = {  # words of running text too: believed at fewer places
     "exam": rf"{_EXAM}",
-    "indication": r"(?:clinical|histor(?:y|ies)|hx|reasons?)",
+    "indication": r"(?:clinical|request|histor(?:y|ies)|hx|reasons?)",
     "technique": r"(?:protocol|methods?|contrast|views?|projections?)",
     "comparison": r"(?:priors?|compared (?:to|with))",
     "findings": r"(?:results?|observations?|description|narrative|report)",
@@ -59,8 +60,23 @@ _WEAK: dict[SectionName, str] = {  # words of running text too: believed at fewe
 _NAMED: tuple[tuple[SectionName, str], ...] = (*_STRONG.items(), *_WEAK.items())
 _ANY = "|".join(pattern for _, pattern in _NAMED)
 _JOIN = r"(?:[ \t]*[/&+,][ \t]*(?:and[ \t]+)?|[ \t]+and[ \t]+)"
+_WORD = re.compile(r"[a-z]+")
+_OPENING_WORDS = frozenset(
+    "exam exams examination examinations study studies procedure procedures radiology type types date dates"
+    " clinical indication indications history histories hx reason reasons relevant pertinent brief patient past medical presenting chief"
+    " request provisional admitting admission referring referral pre preoperative"
+    " technique techniques imaging scan scanning acquisition ct cta mr mri technical number radiation protocol method methods contrast view"
+    " views projection projections comparison comparisons prior priors previous reference correlative compared"
+    " finding findings x xray xrays radiograph radiographs film films image images scans report reports chest thorax thoracic radiographic"
+    " radiological diagnostic positive result results observation observations description narrative"
+    " final preliminary overall general radiologist impression impressions conclusion conclusions summary opinion assessment interpretation imp"
+    " follow followup management further recommendation recommendations recommended advice suggestion suggestions"
+    " addendum addenda amended corrected notification notifications critical urgent unexpected communication electronically signed dictated"
+    " transcribed reported read reviewed interpreted approved verified attending reading interpreting ordering wet wetread".split()
+)
+"""Words that a heading can begin with: where they stand the names are tried, which is much faster than trying them everywhere."""
 _HEADING = re.compile(rf"(?:{_ANY})(?:\(s\))?(?![\w'-])(?:{_JOIN}(?:{_ANY})(?:\(s\))?(?![\w'-]))*")
-"""Names of sections in small letters, one or several joined. Tried on the text in small letters."""
+"""Names of sections in small letters, one or several joined; tried on the text in small letters."""
 _EACH = re.compile("|".join(f"(?P<n{i}>{pattern})(?:\\(s\\))?(?![\\w'-])" for i, (_, pattern) in enumerate(_NAMED)))
 _LINE_OPENS = re.compile(r"[ \t>#*_=•-]*(?:\(?(?:(?P<n>\d{1,2})|[ivxIVX]{1,4}|[A-Ha-h])[.)])?[ \t*_]*")
 _NUMBERED = re.compile(r"(?:(?<=\s)|(?<=\A))\(?(?P<n>\d{1,2})[.)][ \t]*[*_]*\Z")
@@ -70,6 +86,10 @@ _END = re.compile(
 _REMOVED = r"X{2,}|_{2,}|\[\*\*|<"
 _NEXT_OPENS = re.compile(rf"\s*(?:[A-Z0-9(]|{_REMOVED}|\[)")
 _NEXT_IS_A_WORD = re.compile(r"\s*(?:[A-Z][a-z]|[A-Z] [a-z]|\d)")
+_NEXT_FLOWS = re.compile(
+    r"\s*(?:is|are|was|were|be|has|have|had|may|might|can|could|should|would|suggest\w*|consistent|compatible|concerning|likely|which|that|not"
+    r"|of|in|on|to|at|as|by|or|and|with|from|for)\b"
+)
 _AMID_CAPITALS = re.compile(r"\s*(?:X{2,}[\s,.]+)*(?!XX)[A-Z][A-Z'-]+[\s,]+(?!XX)[A-Z][A-Z'-]+")
 _LAST_WORD = re.compile(r"([A-Za-z']+)\W*\Z")
 _LEANING = frozenset(
@@ -77,8 +97,15 @@ _LEANING = frozenset(
     " old significant acute additional prior previous above below main only more most are is was were be been see per on if".split()
 )
 """Words that the next one belongs to: what follows them is no heading."""
-_CAPITAL_LINE = re.compile(r"^[ \t]*(?P<words>[A-Z][A-Z0-9 ,()/&.'-]{3,60}?)[ \t]*:", re.MULTILINE)
-_VIEW = re.compile(r"\b(?:VIEWS?|PORTABLE|RADIOGRAPHS?|FILMS?|FRONTAL|LATERAL|X-?RAYS?|PA|AP)\b")
+_LABEL = re.compile(r"(?:^[ \t]*|[.?!][ \t]+)(?P<words>[A-Z][A-Za-z0-9 ,()/&'-]{3,60}?)[ \t]*:", re.MULTILINE)
+_LABEL_SAYS: tuple[tuple[SectionName, re.Pattern[str]], ...] = (
+    ("comparison", re.compile(r"\b(?:comparison|previous|prior)\b", re.IGNORECASE)),
+    ("indication", re.compile(r"\b(?:reasons?|indications?|history|clinical|presentation|request(?:ed)?|provided)\b", re.IGNORECASE)),
+    ("technique", re.compile(r"\b(?:techniques?|protocol)\b", re.IGNORECASE)),
+    ("findings", re.compile(r"\b(?:findings?|observations?)\b", re.IGNORECASE)),
+    ("impression", re.compile(r"\b(?:impressions?|conclusions?|summary)\b", re.IGNORECASE)),
+    ("findings", re.compile(r"\b(?:VIEWS?|PORTABLE|RADIOGRAPHS?|FILMS?|FRONTAL|LATERAL|X-?RAYS?|PA|AP)\b")),
+)
 _SPELLED: dict[str, SectionName] = {
     "findings": "findings",
     "impression": "impression",
@@ -152,6 +179,7 @@ class _Candidate(NamedTuple):
     number: int | None  # before it
     leans: bool  # on the word before it, in the same sentence
     runs_on: bool  # the line before it does not end a sentence
+    flows: bool  # what follows goes on with the sentence: "are stable"
     opens: bool  # what follows begins like a sentence: a capital, a figure, a removed word
     word: bool  # ... and is a word in small letters after its capital
     amid: bool  # what follows is in capitals
@@ -201,7 +229,7 @@ def _headings(text: str) -> list[tuple[int, int, SectionName]]:
     if 0 < len(taken) < len(candidates):
         taken = _with_those_that_fill_a_gap(candidates, taken)
     known = [(start, c.body, c.name) for start, c in zip(_numbered_starts(taken), taken, strict=True)]
-    return _with_odd_lines(text, known) if ":" in text else known
+    return _with_odd_labels(text, known) if ":" in text else known
 
 
 def _is_sure(c: _Candidate) -> bool:
@@ -222,6 +250,8 @@ def _is_sure(c: _Candidate) -> bool:
 def _fits(c: _Candidate, styles: set[tuple[_Case, _Ending]]) -> bool:
     """Whether a candidate can be a heading in a report that has others, in these styles, if it is the only sign of its section."""
     styled = (c.case, c.ending) in styles
+    if c.ending == "bare" and c.flows:
+        return False
     if c.ending == "colon":
         if c.case == "small":
             return c.strong and not c.leans
@@ -250,10 +280,15 @@ def _candidates(text: str) -> Iterator[_Candidate]:
     small = text.lower()
     if len(small) != len(text):  # a few letters have two small ones
         small = "".join(c.lower() if len(c.lower()) == 1 else c for c in text)
-    for match in _HEADING.finditer(small):
-        start, end = match.span()
-        if start and (small[start - 1].isalnum() or small[start - 1] in "'-/"):
+    reached = 0
+    for word in _WORD.finditer(small):
+        start = word.start()
+        if word[0] not in _OPENING_WORDS or start < reached or (start and (small[start - 1].isalnum() or small[start - 1] in "'-/")):
             continue
+        match = _HEADING.match(small, start)
+        if match is None:
+            continue
+        reached = end = match.end()
         ending = _END.match(text, end)
         if ending is not None and ending["bare"] is not None and match[0].startswith("comparison "):  # "COMPARISON CT of the chest"
             ending = _END.match(text, start + len("comparison"))
@@ -297,6 +332,7 @@ def _candidate(text: str, match: re.Match[str], ending: re.Match[str]) -> Iterat
         number=number,
         leans=not stopped and last is not None and last[1].lower() in _LEANING,
         runs_on=not stopped,
+        flows=_NEXT_FLOWS.match(text, end) is not None,
         opens=_NEXT_OPENS.match(text, end) is not None,
         word=_NEXT_IS_A_WORD.match(text, end) is not None,
         amid=_AMID_CAPITALS.match(text, end) is not None,
@@ -319,20 +355,28 @@ def _numbered_starts(headings: list[_Candidate]) -> list[int]:
     return starts
 
 
-def _with_odd_lines(text: str, known: list[tuple[int, int, SectionName]]) -> list[tuple[int, int, SectionName]]:
-    """With headings in capitals at the start of a line that are misspelt ("IMPRSSION:") or name the views ("PA AND LATERAL CHEST:").
+def _with_odd_labels(text: str, known: list[tuple[int, int, SectionName]]) -> list[tuple[int, int, SectionName]]:
+    """With labels before a colon, at the start of a line or a sentence, that are misspelt or hold a telling word in a name of their own.
 
-    Under the views stand the findings, unless findings or impression have begun.
+    "IMPRSSION:" in capitals is believed; "Reference findings:" or "PA AND LATERAL CHEST:", under which stand the findings, are if their
+    section has no other heading and they stand where it belongs.
     """
     taken = {start for start, *_ in known}
-    odd: list[tuple[int, int, SectionName]] = []
-    for match in _CAPITAL_LINE.finditer(text):
-        if match.start() in taken:
+    bodies = {body for _, body, _ in known}
+    found = list(known)
+    for match in _LABEL.finditer(text):
+        start = match.start("words") if match.start() < match.start("words") and text[match.start()] in ".?!" else match.start()
+        words = match["words"]
+        if start in taken or match.end() in bodies:
             continue
-        close = difflib.get_close_matches(match["words"].lower(), _SPELLED, n=1, cutoff=0.82) if match["words"].isalpha() else []
-        before = max((k for k in [*known, *odd] if k[0] < match.start()), default=None)
+        close = difflib.get_close_matches(words.lower(), _SPELLED, n=1, cutoff=0.82) if words.isalpha() and words.isupper() else []
         if close:
-            odd.append((match.start(), match.end(), _SPELLED[close[0]]))
-        elif _VIEW.search(match["words"]) and (before is None or before[2] not in _FIRST):
-            odd.append((match.start(), match.end(), "findings"))
-    return sorted([*known, *odd])
+            found.append((start, match.end(), _SPELLED[close[0]]))
+            continue
+        name = next((name for name, says in _LABEL_SAYS if says.search(words)), None)
+        if name is None or words.count(" ") > 7 or not (found or words.isupper()):
+            continue
+        order = _ORDER.get(name, 0)
+        if all(n != name and (_ORDER.get(n, 0) <= order if at < start else _ORDER.get(n, 0) >= order) for at, _, n in found):
+            found.append((start, match.end(), name))
+    return sorted(found)
