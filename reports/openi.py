@@ -84,7 +84,7 @@ def parse_openi(xml: bytes, name: str) -> OpeniReport:
 
 
 def read_openi(source: Path, on_error: Callable[[UnreadableReportError], None] | None = None) -> Iterator[OpeniReport]:
-    """The reports of an XML file, of a folder (its .xml files, sorted, subfolders too) or of a tar archive (in its order), as they are read.
+    """The reports of an XML file, a folder (its .xml files, sorted, subfolders too) or a tar archive (in its order), one after the other.
 
     Args:
         source: the file, folder or archive.
@@ -96,16 +96,22 @@ def read_openi(source: Path, on_error: Callable[[UnreadableReportError], None] |
     if not source.exists():
         raise FileNotFoundError(f"no Open-i reports at {source}: expected an XML file, a folder of them or the .tgz archive")
     for name, content in _contents(source):
-        try:
-            if isinstance(content, UnreadableReportError):
-                raise content
-            report = parse_openi(content, name)
-        except UnreadableReportError as error:
-            if on_error is None:
-                raise
-            on_error(error)
+        found = _parsed(content, name)
+        if isinstance(found, OpeniReport):
+            yield found
+        elif on_error is None:
+            raise found
         else:
-            yield report
+            on_error(found)
+
+
+def _parsed(content: bytes | UnreadableReportError, name: str) -> OpeniReport | UnreadableReportError:
+    if isinstance(content, UnreadableReportError):
+        return content
+    try:
+        return parse_openi(content, name)
+    except UnreadableReportError as error:
+        return error
 
 
 def _contents(source: Path) -> Iterator[tuple[str, bytes | UnreadableReportError]]:

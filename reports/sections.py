@@ -1,9 +1,9 @@
 """Sections of a radiology report: headings found, text between them assigned, nothing lost.
 
 A report may have its headings on lines of their own, in the running text ("FINDINGS: ... IMPRESSION: ..."), in capitals or not, numbered,
-in markdown, merged ("FINDINGS AND IMPRESSION:"), without a colon, or none. A word is a heading by where it stands, how it is written and what
-follows: "findings are stable" and "no prior study: ..." are running text. In a report that has headings, a doubtful one is believed if
-it is the only sign of its section and stands where that belongs, for indications often end without a full stop.
+in markdown, merged ("FINDINGS AND IMPRESSION:"), without a colon, or none. A word is a heading by where it stands, how it is written and
+what follows: "findings are stable" and "no prior study: ..." are running text. In a report that has headings, a doubtful one is believed
+if it is the only sign of its section and stands where that belongs, for indications often end without a full stop.
 
 Headings that are none of ours ("LUNGS:", "LEFT KNEE:") stay in the section they stand in.
 """
@@ -21,24 +21,28 @@ SectionName = Literal[
 ]
 
 _EXAM = r"(?:exam(?:ination)?s?|stud(?:y|ies)|procedures?)"
-_IMAGING = r"(?:ct|cta|mri?|x-?rays?|radiographs?|films?|images?|imaging|scans?|reports?)"
+_IMAGING = r"(?:ct|cta|cxrs?|mri?|x-?rays?|radiographs?|films?|images?|imaging|scans?|reports?)"
 _STRONG: dict[SectionName, str] = {
     "exam": rf"types? of {_EXAM}|{_EXAM} (?:type|name|title|description|performed|requested|date)|dates? of (?:{_EXAM}|service)",
-    "indication": r"(?:clinical )?indications?(?: for (?:the |this )?(?:exam(?:ination)?|study|procedure))?"
+    "indication": rf"(?:clinical )?indications?(?: for (?:the |this )?(?:{_EXAM}|{_IMAGING}))?"
     r"|clinical (?:histor(?:y|ies)|information|info|data|details?|statement|questions?|notes?|background|summary|context|presentation"
-    r"|scenario|problem|concerns?|diagnos[ie]s|symptoms|hx)"
-    r"|reasons? for (?:the |this )?(?:exam(?:ination)?|study|procedure|test|visit|referral|order|request|consult(?:ation)?|scan|imaging)"
+    r"|scenario|problem|concerns?|diagnos[ie]s|symptoms|reasons?|request|hx)|request details|signs and symptoms"
+    rf"|reasons? for (?:the |this )?(?:{_EXAM}|{_IMAGING}|test|visit|referral|order|request|consult(?:ation)?)"
     r"|(?:relevant|pertinent|brief|patient|patient's|medical|past medical)(?: clinical| medical)? (?:history|information)"
-    r"|history (?:general|of (?:the )?present illness)|presenting (?:complaints?|symptoms?)|chief complaints?"
-    r"|(?:provisional|admitting|admission|referring|referral|pre-?operative) diagnosis",
+    r"|(?:referral|request) information|history (?:general|of (?:the )?present illness)|presenting (?:complaints?|symptoms?|history)"
+    r"|chief complaints?|clinical impression"
+    r"|(?:provisional|working|ordering|admitting|admission|referring|referral|pre-?operative) diagnosis",
     "technique": r"techniques?|(?:imaging|scan(?:ning)?|acquisition|examination|exam|ct|mri?) (?:techniques?|protocol|parameters)"
     r"|technical (?:factors?|information|details|parameters|description|quality)|number of views|radiation dose",
-    "comparison": rf"(?:prior|previous) (?:(?:imaging )?procedures?(?: descriptions?)?|findings?)|(?:comparison|prior|previous|reference|correlative) (?:{_EXAM}|{_IMAGING}|dates?)"
-    rf"|comparisons?(?: (?:made )?(?:to|with))?|relevant (?:prior|previous)s?(?: (?:{_EXAM}|{_IMAGING}))?",
-    "findings": rf"(?:(?:{_IMAGING}|chest|thora(?:x|cic)|radiographic|radiological|diagnostic|reference|positive|procedure) )?findings?"
-    r"|(?:radiology )?study observations?",
-    "impression": r"(?:(?:final|preliminary|overall|diagnostic|general|radiological|radiographic|radiologist's|clinical) )?impressions?"
-    r"|(?:final )?conclusions?|summary of findings|final (?:diagnosis|assessment|interpretation)",
+    "comparison": r"(?:prior|previous) (?:(?:imaging )?procedures?(?: descriptions?)?|findings?)"
+    rf"|(?:comparison|prior|previous|reference|correlative) (?:{_EXAM}|{_IMAGING}|dates?)"
+    rf"|(?:prior|previous|old)(?: chest| relevant)? (?:{_EXAM}|{_IMAGING})|relevant (?:prior|previous)s?(?: (?:{_EXAM}|{_IMAGING}))?"
+    r"|comparisons?(?: (?:is |made )*(?:to|with))?",
+    "findings": rf"(?:(?:{_IMAGING}|chest|thora(?:x|cic)|radiographic|radiolog(?:ical|y)|reference|positive|procedure|detailed) )?findings?"
+    r"|(?:radiology )?study observations?|(?:report (?:text|body)|body of (?:the )?report)",
+    "impression": r"(?:(?:final|preliminary|overall|diagnostic|general|radiological|radiographic|radiologist's) )?impressions?"
+    r"|(?:final )?conclusions?|summary of findings|final (?:diagnosis|assessment|interpretation|read)"
+    r"|(?:radiolog(?:y|ical)|imaging) diagnos[ie]s|(?:impression|assessment) and plan",
     "recommendation": r"(?:(?:follow[- ]?up|management|further) )?recommendations?|recommended (?:follow[- ]?up|action|management)",
     "addendum": r"addend(?:um|a)(?: (?:report|to (?:the )?report|#? ?\d))?|(?:amended|corrected) report",
     "notification": r"notifications?|(?:critical|urgent|unexpected) (?:results?|findings?|values?)(?: (?:communication|notification))?"
@@ -52,7 +56,7 @@ _WEAK: dict[SectionName, str] = {  # words of running text too: believed at fewe
     "indication": r"(?:clinical|request|histor(?:y|ies)|hx|reasons?)",
     "technique": r"(?:protocol|methods?|contrast|views?|projections?)",
     "comparison": r"(?:priors?|compared (?:to|with))",
-    "findings": r"(?:results?|observations?|description|narrative|report)",
+    "findings": r"(?:results?|observations?|description|discussion|narrative|report)",
     "impression": r"(?:opinion|summary|assessment|interpretation|imp)",
     "recommendation": r"(?:follow[- ]?up|advice|suggestions?)",
     "notification": r"(?:communication|radiologist|attending)",
@@ -62,17 +66,21 @@ _ANY = "|".join(pattern for _, pattern in _NAMED)
 _JOIN = r"(?:[ \t]*[/&+,][ \t]*(?:and[ \t]+)?|[ \t]+and[ \t]+)"
 _WORD = re.compile(r"[a-z]+")
 _OPENING_WORDS = frozenset(
-    "exam exams examination examinations study studies procedure procedures radiology type types date dates"
-    " clinical indication indications history histories hx reason reasons relevant pertinent brief patient past medical presenting chief"
-    " request provisional admitting admission referring referral pre preoperative"
-    " technique techniques imaging scan scanning acquisition ct cta mr mri technical number radiation protocol method methods contrast view"
-    " views projection projections comparison comparisons prior priors previous reference correlative compared"
-    " finding findings x xray xrays radiograph radiographs film films image images scans report reports chest thorax thoracic radiographic"
-    " radiological diagnostic positive result results observation observations description narrative"
-    " final preliminary overall general radiologist impression impressions conclusion conclusions summary opinion assessment interpretation imp"
-    " follow followup management further recommendation recommendations recommended advice suggestion suggestions"
-    " addendum addenda amended corrected notification notifications critical urgent unexpected communication electronically signed dictated"
-    " transcribed reported read reviewed interpreted approved verified attending reading interpreting ordering wet wetread".split()
+    _WORD.findall(
+        """
+    acquisition addenda addendum admission admitting advice amended approved assessment attending body brief chest chief clinical
+    communication compared comparison comparisons conclusion conclusions contrast corrected correlative critical ct cta cxr cxrs
+    date dates description detailed diagnostic dictated discussion electronically exam examination examinations exams film films
+    final finding findings follow followup further general histories history hx image images imaging imp impression impressions
+    indication indications interpretation interpreted interpreting management medical method methods mr mri narrative notification
+    notifications number observation observations old opinion ordering overall past patient pertinent positive pre preliminary
+    preoperative presenting previous prior priors procedure procedures projection projections protocol provisional radiation
+    radiograph radiographic radiographs radiological radiologist radiology read reading reason reasons recommendation
+    recommendations recommended reference referral referring relevant report reported reports request result results reviewed scan
+    scanning scans signed signs studies study suggestion suggestions summary technical technique techniques thoracic thorax
+    transcribed type types unexpected urgent verified view views wet wetread working x xray xrays
+        """
+    )
 )
 """Words that a heading can begin with: where they stand the names are tried, which is much faster than trying them everywhere."""
 _HEADING = re.compile(rf"(?:{_ANY})(?:\(s\))?(?![\w'-])(?:{_JOIN}(?:{_ANY})(?:\(s\))?(?![\w'-]))*")
@@ -81,7 +89,8 @@ _EACH = re.compile("|".join(f"(?P<n{i}>{pattern})(?:\\(s\\))?(?![\\w'-])" for i,
 _LINE_OPENS = re.compile(r"[ \t>#*_=•-]*(?:\(?(?:(?P<n>\d{1,2})|[ivxIVX]{1,4}|[A-Ha-h])[.)])?[ \t*_]*")
 _NUMBERED = re.compile(r"(?:(?<=\s)|(?<=\A))\(?(?P<n>\d{1,2})[.)][ \t]*[*_]*\Z")
 _END = re.compile(
-    r"(?:[ \t]*\([^()\n]{1,40}\))?[ \t]*[*_]*[ \t]*(?:(?P<colon>:[*_]*|[ \t][-–—]+(?=[ \t]))|(?P<alone>(?=[ \t]*(?:[\r\n]|\Z)))|(?P<bare>(?=[ \t])|\.(?=[ \t])))"
+    r"(?:[ \t]*\([^()\n]{1,40}\))?[ \t]*[*_]*[ \t]*"
+    r"(?:(?P<colon>:[*_]*|[ \t][-–—]+(?=[ \t]))|(?P<alone>(?=[ \t]*(?:[\r\n]|\Z)))|(?P<bare>(?=[ \t])|\.(?=[ \t])))"
 )
 _REMOVED = r"X{2,}|_{2,}|\[\*\*|<"
 _NEXT_OPENS = re.compile(rf"\s*(?:[A-Z0-9(]|{_REMOVED}|\[)")
@@ -93,19 +102,31 @@ _NEXT_FLOWS = re.compile(
 _AMID_CAPITALS = re.compile(r"\s*(?:X{2,}[\s,.]+)*(?!XX)[A-Z][A-Z'-]+[\s,]+(?!XX)[A-Z][A-Z'-]+")
 _LAST_WORD = re.compile(r"([A-Za-z']+)\W*\Z")
 _LEANING = frozenset(
-    "no not the a an this these that those of with in on for from to by as at and or any his her its their our other following same such new"
-    " old significant acute additional prior previous above below main only more most are is was were be been see per on if".split()
+    _WORD.findall(
+        """
+    no not the a an this these that those of with in on for from to by as at and or any his her its their our other following same
+    such new old significant acute additional prior previous above below main only more most are is was were be been see per on if
+        """
+    )
 )
 """Words that the next one belongs to: what follows them is no heading."""
-_LABEL = re.compile(r"(?:^[ \t]*|[.?!][ \t]+)(?P<words>[A-Z][A-Za-z0-9 ,()/&'-]{3,60}?)[ \t]*:", re.MULTILINE)
+_LABEL = re.compile(r"(?:^[ \t]*|[.?!][ \t]+)(?P<words>[A-Z][A-Za-z0-9 ,()/&'-]{1,60}?)[ \t]*:", re.MULTILINE)
 _LABEL_SAYS: tuple[tuple[SectionName, re.Pattern[str]], ...] = (
-    ("comparison", re.compile(r"\b(?:comparison|previous|prior)\b", re.IGNORECASE)),
-    ("indication", re.compile(r"\b(?:reasons?|indications?|history|clinical|presentation|request(?:ed)?|provided)\b", re.IGNORECASE)),
+    ("comparison", re.compile(r"\b(?:comparisons?|previous|priors?)\b", re.IGNORECASE)),
+    (
+        "indication",
+        re.compile(
+            r"\b(?:reasons?|indications?|history|clinical|presentation|request(?:ed)?|provided|symptoms|diagnos[ie]s|dx)\b", re.IGNORECASE
+        ),
+    ),
     ("technique", re.compile(r"\b(?:techniques?|protocol)\b", re.IGNORECASE)),
     ("findings", re.compile(r"\b(?:findings?|observations?)\b", re.IGNORECASE)),
     ("impression", re.compile(r"\b(?:impressions?|conclusions?|summary)\b", re.IGNORECASE)),
+    ("impression", re.compile(r"\bdiagnos[ie]s\b", re.IGNORECASE)),
+    ("findings", re.compile(r"\bviews? of the chest\b", re.IGNORECASE)),
     ("findings", re.compile(r"\b(?:VIEWS?|PORTABLE|RADIOGRAPHS?|FILMS?|FRONTAL|LATERAL|X-?RAYS?|PA|AP)\b")),
 )
+_IS_A_SENTENCE = re.compile(r"\b(?:is|are|was|were|be|been|has|have|had|no|not|there|it|we|without)\b", re.IGNORECASE)
 _SPELLED: dict[str, SectionName] = {
     "findings": "findings",
     "impression": "impression",
@@ -117,6 +138,7 @@ _SPELLED: dict[str, SectionName] = {
     "recommendation": "recommendation",
     "recommendations": "recommendation",
 }
+_NEXT_NUMBER = re.compile(r"\n[ \t]*\(?(?:[2-9]|1\d)[.)]\s")
 _BLANK_LINE = re.compile(r"\n[ \t]*\r?\n")
 _SHORT: frozenset[SectionName] = frozenset({"exam", "indication", "technique", "comparison"})
 _FIRST: tuple[SectionName, ...] = ("findings", "impression")
@@ -194,7 +216,7 @@ def section_spans(text: str) -> tuple[SectionSpan, ...]:
     """Where each section of a report is.
 
     Indication, technique, comparison and exam end at a blank line: what follows without a heading is ``other`` (many reports put their
-    findings there).
+    findings there). A recommendation within an item of a list ends with the item.
     """
     found: list[SectionSpan] = []
     headings = _headings(text)
@@ -202,8 +224,11 @@ def section_spans(text: str) -> tuple[SectionSpan, ...]:
     for (start, body, name), (end, *_) in zip([(0, 0, "other"), *headings], [*headings, (len(text), len(text), "other")], strict=True):
         content = body + len(text[body:end]) - len(text[body:end].lstrip())
         blank = _BLANK_LINE.search(text, content, end) if name in _SHORT else None
+        item = _NEXT_NUMBER.search(text, body, end) if name == "recommendation" and found and start and text[start - 1] != "\n" else None
         if blank is not None:
             found += [SectionSpan(name, start, body, blank.start()), SectionSpan("other", blank.start(), blank.start(), end)]
+        elif item is not None:
+            found += [SectionSpan(name, start, body, item.start()), SectionSpan(found[-1].name, item.start(), item.start(), end)]
         elif start < end:
             found.append(SectionSpan(name, start, body, end))
     return tuple(found)
@@ -239,7 +264,7 @@ def _is_sure(c: _Candidate) -> bool:
     if c.ending == "colon" and c.case == "small":
         return (c.place == "line" and not c.leans and (c.strong or not c.runs_on)) or (c.place == "stop" and c.strong)
     if c.ending == "colon":
-        return c.place != "word" or (c.strong and not c.leans) or (c.case == "capitals" and not c.amid)
+        return c.place == "line" or (not c.leans and (c.strong or c.case == "capitals"))
     if c.leans and c.place == "word":
         return False
     if c.case == "capitals":
@@ -250,12 +275,12 @@ def _is_sure(c: _Candidate) -> bool:
 def _fits(c: _Candidate, styles: set[tuple[_Case, _Ending]]) -> bool:
     """Whether a candidate can be a heading in a report that has others, in these styles, if it is the only sign of its section."""
     styled = (c.case, c.ending) in styles
-    if c.ending == "bare" and c.flows:
+    if (c.ending == "bare" and c.flows) or (not c.strong and c.name in ("recommendation", "notification")):
         return False
     if c.ending == "colon":
         if c.case == "small":
             return c.strong and not c.leans
-        return c.strong or c.opens and not c.leans
+        return c.strong or c.place == "stop" or (c.opens and not c.leans)
     if c.case == "capitals":
         return c.strong and not c.leans and (styled or not c.amid)
     return c.case == "title" and c.strong and not c.leans and (styled or c.opens or c.place != "word")
@@ -269,8 +294,7 @@ def _with_those_that_fill_a_gap(candidates: list[_Candidate], taken: list[_Candi
     for c in candidates:
         if c.start in known or names.intersection(c.names) or not _fits(c, styles):
             continue
-        order = _ORDER.get(c.name, 0)
-        if all(_ORDER.get(k.name, 0) <= order if k.start < c.start else _ORDER.get(k.name, 0) >= order for k in known.values()):
+        if _is_free(c.name, c.start, [(k.start, k.body, k.name) for k in known.values()]):
             known[c.start] = c
             names.update(c.names)
     return [known[start] for start in sorted(known)]
@@ -315,7 +339,7 @@ def _candidate(text: str, match: re.Match[str], ending: re.Match[str]) -> Iterat
         return
     blank = at_line is not None and (not before.strip() or _BLANK_LINE.search(before[len(before.rstrip()) :]) is not None)
     before = before.rstrip()
-    stopped = blank or not before or before[-1] in ".?!;:)]\"_" or before.endswith("XX")
+    stopped = blank or not before or before[-1] in '.?!;:)]"_' or before.endswith("XX")
     words = text[match.start() : ending.start()]
     names, strong = _names(match[0])
     last = _LAST_WORD.search(before)
@@ -330,7 +354,7 @@ def _candidate(text: str, match: re.Match[str], ending: re.Match[str]) -> Iterat
         case="capitals" if words.isupper() else "title" if words[0].isupper() else "small",
         ending="colon" if ending["colon"] is not None else "alone" if ending["alone"] is not None else "bare",
         number=number,
-        leans=not stopped and last is not None and last[1].lower() in _LEANING,
+        leans=not stopped and last is not None and last[1].lower() in _LEANING and not (words.isupper() and last[1].islower()),
         runs_on=not stopped,
         flows=_NEXT_FLOWS.match(text, end) is not None,
         opens=_NEXT_OPENS.match(text, end) is not None,
@@ -346,7 +370,7 @@ def _names(heading: str) -> tuple[tuple[SectionName, ...], bool]:
 
 
 def _numbered_starts(headings: list[_Candidate]) -> list[int]:
-    """Where headings start: a number in a sentence is the heading's if it counts them, else it ends the sentence ("at level 7. Findings:")."""
+    """Where headings start: a number within a sentence is the heading's if it counts them, else the sentence's ("at level 7 Findings:")."""
     starts, last = [], 0
     for place, heading in enumerate(headings, 1):
         counts = heading.number is None or heading.place != "word" or heading.number in (1, place, last + 1)
@@ -373,10 +397,15 @@ def _with_odd_labels(text: str, known: list[tuple[int, int, SectionName]]) -> li
         if close:
             found.append((start, match.end(), _SPELLED[close[0]]))
             continue
-        name = next((name for name, says in _LABEL_SAYS if says.search(words)), None)
-        if name is None or words.count(" ") > 7 or not (found or words.isupper()):
+        if words.count(" ") > 7 or not (found or words.isupper()) or _IS_A_SENTENCE.search(words):
             continue
-        order = _ORDER.get(name, 0)
-        if all(n != name and (_ORDER.get(n, 0) <= order if at < start else _ORDER.get(n, 0) >= order) for at, _, n in found):
+        named = (name for name, says in _LABEL_SAYS if says.search(words))
+        if (name := next((name for name in named if _is_free(name, start, found)), None)) is not None:
             found.append((start, match.end(), name))
     return sorted(found)
+
+
+def _is_free(name: SectionName, start: int, found: list[tuple[int, int, SectionName]]) -> bool:
+    """Whether a section has no heading yet, and one at ``start`` would stand in the order of sections."""
+    order = _ORDER.get(name, 0)
+    return all(n != name and (_ORDER.get(n, 0) <= order if at < start else _ORDER.get(n, 0) >= order) for at, _, n in found)

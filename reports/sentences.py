@@ -28,7 +28,7 @@ _PARAGRAPH = re.compile(
 """A blank line, or a line break before an item of a list or a label ("LUNGS: ...")."""
 
 _ITEM = re.compile(r"""(?:(?<=\s)|(?<=[.?!)]))(?:["“”](?=\s+[A-Z0-9(])|[•·]+(?=\s*\w))|(?<=[.?!]\s)["“”](?=[A-Z0-9])""")
-"""A mark that opens an item within a line: a bullet, or a quotation mark that does not close anything ("... preserved. " Hiatal hernia")."""
+"""A mark that opens an item within a line: a bullet, or a quotation mark that closes nothing ("... preserved. " Hiatal hernia")."""
 
 _QUOTED_ITEM = re.compile(r"""(?<=\s)["“](?=[A-Z])|(?<=[\w,])["”](?=\s+[A-Z])""")
 """An opening or a closing mark that counts only in a text with such items: a word in quotation marks looks the same."""
@@ -37,7 +37,7 @@ _NUMBER = re.compile(r"(?P<opens>\A\s*|(?<=[.?!;:])\s+|(?<=\s))\(?(?P<n>\d{1,2})
 _SECOND = re.compile(r"\s\(?2[.)]\s*[A-Z]")
 _MARKER = re.compile(r"(?:\(?\d{1,2}(?:[.)]+,?\s+|[.)]+(?=[A-Z]))|[-*–]+\s+|[-–]+(?=[A-Za-z(])|[•·]+[?\s]*)+")
 _QUOTES = '"“”'
-_LETTERED = frozenset("hepatitis vitamin type grade group class stage segment level protein factor zone station".split())
+_LETTERED = frozenset({"hepatitis", "vitamin", "type", "grade", "group", "class", "stage", "segment", "level", "protein", "factor", "zone"})
 """Words that a single capital belongs to, so that it is no initial: "hepatitis C. The lungs ..."."""
 
 _BELONGS_TO_THE_LAST = re.compile(r"\W*\Z|\([^()]{0,40}\?\)\W*\Z")
@@ -112,7 +112,7 @@ def _items(text: str) -> set[int]:
     """Where items begin that a bullet or a quotation mark opens."""
     found = {m.start() for m in _ITEM.finditer(text)}
     if found or text[:1] in ('"', "“"):
-        found |= {m.end() if text[m.start() - 1].isalnum() or text[m.start() - 1] == "," else m.start() for m in _QUOTED_ITEM.finditer(text)}
+        found |= {m.start() if text[m.start() - 1].isspace() else m.end() for m in _QUOTED_ITEM.finditer(text)}
     return found
 
 
