@@ -86,12 +86,15 @@ _OPENING_WORDS = frozenset(
 _HEADING = re.compile(rf"(?:{_ANY})(?:\(s\))?(?![\w'-])(?:{_JOIN}(?:{_ANY})(?:\(s\))?(?![\w'-]))*")
 """Names of sections in small letters, one or several joined; tried on the text in small letters."""
 _EACH = re.compile("|".join(f"(?P<n{i}>{pattern})(?:\\(s\\))?(?![\\w'-])" for i, (_, pattern) in enumerate(_NAMED)))
-_LINE_OPENS = re.compile(r"[ \t>#*_=•-]*(?:\(?(?:(?P<n>\d{1,2})|[ivxIVX]{1,4}|[A-Ha-h])[.)])?[ \t*_]*")
-_NUMBERED = re.compile(r"(?:(?<=\s)|(?<=\A))\(?(?P<n>\d{1,2})[.)][ \t]*[*_]*\Z")
+_MARKS = r"(?:\*{1,3}|__?(?!_))?"
+_LINE_OPENS = re.compile(r"(?:[ \t>#*=•-]|__?(?!_))*(?:\(?(?:(?P<n>\d{1,2})|[ivxIVX]{1,4}|[A-Ha-h])[.)])?[ \t]*" + _MARKS)
+_NUMBERED = re.compile(r"(?:(?<=\s)|(?<=\A))\(?(?P<n>\d{1,2})[.)][ \t]*" + _MARKS + r"\Z")
 _END = re.compile(
-    r"(?:[ \t]*\([^()\n]{1,40}\))?[ \t]*[*_]*[ \t]*"
-    r"(?:(?P<colon>:[*_]*|[ \t][-–—]+(?=[ \t]))|(?P<alone>(?=[ \t]*(?:[\r\n]|\Z)))|(?P<bare>(?=[ \t])|\.(?=[ \t])))"
+    rf"(?:[ \t]*\([^()\n]{{1,40}}\))?{_MARKS}[ \t]*"
+    rf"(?:(?P<colon>:{_MARKS}|[ \t][-–—]+(?=[ \t]))|(?P<alone>(?=[ \t]*(?:[\r\n]|\Z)))|(?P<bare>(?=[ \t])|\.(?=[ \t])))"
 )
+_IN_TWO_DRESSES = re.compile(r"[a-z]+ [a-z ]*[A-Z]|[A-Z][a-z]+ (?:[A-Za-z][a-z]* )*[A-Z]{4}")
+"""The end of a sentence and the heading after it: "2 weeks prior FINDINGS:"."""
 _REMOVED = r"X{2,}|_{2,}|\[\*\*|<"
 _NEXT_OPENS = re.compile(rf"\s*(?:[A-Z0-9(]|{_REMOVED}|\[)")
 _NEXT_IS_A_WORD = re.compile(r"\s*(?:[A-Z][a-z]|[A-Z] [a-z]|\d)")
@@ -104,12 +107,18 @@ _LAST_WORD = re.compile(r"([A-Za-z']+)\W*\Z")
 _LEANING = frozenset(
     _WORD.findall(
         """
-    no not the a an this these that those of with in on for from to by as at and or any his her its their our other following same
-    such new old significant acute additional prior previous above below main only more most are is was were be been see per on if
+    no not the a an this these that those of with in on for from to by as at and or any his her its their our other are is was were be been
+    see per if
         """
     )
 )
 """Words that the next one belongs to: what follows them is no heading."""
+_LEANING_SMALL = _LEANING | frozenset(
+    _WORD.findall(
+        "following same such new old significant acute additional prior previous above below main only more most further clinical"
+    )
+)
+"""Such words before one in small letters."""
 _LABEL = re.compile(r"(?:^[ \t]*|[.?!][ \t]+)(?P<words>[A-Z][A-Za-z0-9 ,()/&'-]{1,60}?)[ \t]*:", re.MULTILINE)
 _LABEL_SAYS: tuple[tuple[SectionName, re.Pattern[str]], ...] = (
     ("comparison", re.compile(r"\b(?:comparisons?|previous|priors?)\b", re.IGNORECASE)),
@@ -278,12 +287,12 @@ def _fits(c: _Candidate, styles: set[tuple[_Case, _Ending]]) -> bool:
     if (c.ending == "bare" and c.flows) or (not c.strong and c.name in ("recommendation", "notification")):
         return False
     if c.ending == "colon":
-        if c.case == "small":
-            return c.strong and not c.leans
-        return c.strong or c.place == "stop" or (c.opens and not c.leans)
+        return c.strong and c.place == "line" if c.leans else c.strong or c.case != "small"
+    if not c.strong:
+        return c.place == "line" and c.case != "small" and c.opens and (styled or not c.runs_on)
     if c.case == "capitals":
-        return c.strong and not c.leans and (styled or not c.amid)
-    return c.case == "title" and c.strong and not c.leans and (styled or c.opens or c.place != "word")
+        return not c.leans and (styled or not c.amid)
+    return c.case == "title" and not c.leans and (styled or c.opens or c.place != "word")
 
 
 def _with_those_that_fill_a_gap(candidates: list[_Candidate], taken: list[_Candidate]) -> list[_Candidate]:
@@ -310,13 +319,14 @@ def _candidates(text: str) -> Iterator[_Candidate]:
         if word[0] not in _OPENING_WORDS or start < reached or (start and (small[start - 1].isalnum() or small[start - 1] in "'-/")):
             continue
         match = _HEADING.match(small, start)
-        if match is None:
+        if match is None or _IN_TWO_DRESSES.match(text, start, match.end()):
             continue
-        reached = end = match.end()
+        end = match.end()
         ending = _END.match(text, end)
         if ending is not None and ending["bare"] is not None and match[0].startswith("comparison "):  # "COMPARISON CT of the chest"
             ending = _END.match(text, start + len("comparison"))
         if ending is not None:
+            reached = end if ending["bare"] is None or text[start].isupper() else word.end()
             yield from _candidate(text, match, ending)
 
 
@@ -333,7 +343,7 @@ def _candidate(text: str, match: re.Match[str], ending: re.Match[str]) -> Iterat
     elif numbered := _NUMBERED.search(before):
         number, start, before = int(numbered["n"]), start - len(before) + numbered.start(), before[: numbered.start()]
     else:
-        marks = len(before) - len(before.rstrip("*_"))
+        marks = len(before) - len(re.sub(r"(?:\*{1,3}|(?<!_)__?)\Z", "", before))
         start, before = start - marks, before[: len(before) - marks]
     if not at_line and not before[-1:].isspace():
         return
@@ -354,13 +364,20 @@ def _candidate(text: str, match: re.Match[str], ending: re.Match[str]) -> Iterat
         case="capitals" if words.isupper() else "title" if words[0].isupper() else "small",
         ending="colon" if ending["colon"] is not None else "alone" if ending["alone"] is not None else "bare",
         number=number,
-        leans=not stopped and last is not None and last[1].lower() in _LEANING and not (words.isupper() and last[1].islower()),
+        leans=not stopped and last is not None and _leans(last[1], words),
         runs_on=not stopped,
         flows=_NEXT_FLOWS.match(text, end) is not None,
         opens=_NEXT_OPENS.match(text, end) is not None,
         word=_NEXT_IS_A_WORD.match(text, end) is not None,
         amid=_AMID_CAPITALS.match(text, end) is not None,
     )
+
+
+def _leans(before: str, words: str) -> bool:
+    """Whether words belong to the one before; those in capitals only if that is in capitals too."""
+    if words[0].islower():
+        return before.lower() in _LEANING_SMALL
+    return before.lower() in _LEANING and not (words.isupper() and before.islower())
 
 
 def _names(heading: str) -> tuple[tuple[SectionName, ...], bool]:
