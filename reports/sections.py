@@ -83,9 +83,9 @@ _OPENING_WORDS = frozenset(
     )
 )
 """Words that a heading can begin with: where they stand the names are tried, which is much faster than trying them everywhere."""
-_HEADING = re.compile(rf"(?:{_ANY})(?:\(s\))?(?![\w'-])(?:{_JOIN}(?:{_ANY})(?:\(s\))?(?![\w'-]))*")
+_HEADING = re.compile(rf"(?:{_ANY})(?:\(s\))?(?![^\W_]|['-])(?:{_JOIN}(?:{_ANY})(?:\(s\))?(?![^\W_]|['-]))*")
 """Names of sections in small letters, one or several joined; tried on the text in small letters."""
-_EACH = re.compile("|".join(f"(?P<n{i}>{pattern})(?:\\(s\\))?(?![\\w'-])" for i, (_, pattern) in enumerate(_NAMED)))
+_EACH = re.compile("|".join(f"(?P<n{i}>{pattern})(?:\\(s\\))?(?![^\\W_]|['-])" for i, (_, pattern) in enumerate(_NAMED)))
 _MARKS = r"(?:\*{1,3}|__?(?!_))?"
 _LINE_OPENS = re.compile(r"(?:[ \t>#*=•-]|__?(?!_))*(?:\(?(?:(?P<n>\d{1,2})|[ivxIVX]{1,4}|[A-Ha-h])[.)])?[ \t]*" + _MARKS)
 _NUMBERED = re.compile(r"(?:(?<=\s)|(?<=\A))\(?(?P<n>\d{1,2})[.)][ \t]*" + _MARKS + r"\Z")
@@ -269,7 +269,7 @@ def _headings(text: str) -> list[tuple[int, int, SectionName]]:
 def _is_sure(c: _Candidate) -> bool:
     """Whether a candidate is a heading whatever else the report holds."""
     if c.ending == "alone":
-        return c.place == "line" and (c.case != "small" or not c.runs_on)
+        return c.place == "line" and not c.flows and (c.case != "small" or not c.runs_on)
     if c.ending == "colon" and c.case == "small":
         return (c.place == "line" and not c.leans and (c.strong or not c.runs_on)) or (c.place == "stop" and c.strong)
     if c.ending == "colon":
