@@ -19,7 +19,7 @@ _KIND = (
 )
 PLACEHOLDER = re.compile(
     r"\[\*\*.{0,200}?\*\*\]"
-    r"|\*\*[A-Z][A-Z-]{1,20}(?:\[[^\[\]\n]{0,40}\]|\b(?!\*))"
+    r"|\*\*[A-Z][A-Z-]{1,20}\[[^\[\]\n]{0,40}\]|\*\*(?:NAME|PLACE|INSTITUTION|DATE|AGE|PHONE|ID-NUM|ROOM|ZIP-CODE|DEVICE-ID)\b(?![:*])"
     r"|_{2,}"
     r"|\b[Xx]{3,}\b"
     rf"|<(?:{_KIND}|[A-Z]{{2,20}})(?:[ _-]?[A-Z0-9]{{1,10}}){{0,2}}>"
@@ -34,8 +34,8 @@ _GOES_ON = (
     r"|projecting|appear\w*|seen|noted|unchanged|stable|normal|intact|unremarkable|clear|demonstrate\w*|show\w*|remain\w*|consistent|compatible"
 )
 _DOUBTFUL = re.compile(
-    r"(?:\A\W*|[,;:]\s+|\b(?:is|are|was|were|be|been|has|have|shows?|showed|demonstrates?|reveals?|sees?|seen|identified|noted|and|or|but"
-    r"|with|without|also|again|now|represents?|suggests?|suggesting|represent)\s+)"
+    r"(?:\A\W*|[,;:]\s+|\b(?:is|are|was|were|be|been|has|have|shows?|showed|demonstrates?|reveals?|seen|identified|noted|and|with|also|again|now"
+    r"|represents?|representing|suggests?|suggesting)\s+)"
     rf"(?:{re.escape(REMOVED)}\s+)+(?!(?:{_GOES_ON})\b)(?=[a-z])"
 )
 

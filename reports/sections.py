@@ -292,7 +292,7 @@ def _fits(c: _Candidate, styles: set[tuple[_Case, _Ending]]) -> bool:
         return c.place == "line" and c.case != "small" and c.opens and (styled or not c.runs_on)
     if c.case == "capitals":
         return not c.leans and (styled or not c.amid)
-    return c.case == "title" and not c.leans and (styled or c.opens or c.place != "word")
+    return c.case == "title" and not c.leans and (c.opens or ((styled or c.place != "word") and _ORDER.get(c.name, 0) < 3))
 
 
 def _with_those_that_fill_a_gap(candidates: list[_Candidate], taken: list[_Candidate]) -> list[_Candidate]:
