@@ -83,7 +83,7 @@ _OPENING_WORDS = frozenset(
     )
 )
 """Words that a heading can begin with: where they stand the names are tried, which is much faster than trying them everywhere."""
-_HEADING = re.compile(rf"(?:{_ANY})(?:\(s\))?(?![^\W_]|['-])(?:{_JOIN}(?:{_ANY})(?:\(s\))?(?![^\W_]|['-]))*")
+_HEADING = re.compile(rf"(?:{_ANY})(?:\(s\))?(?![^\W_]|['-])(?:{_JOIN}(?:{_ANY})(?:\(s\))?(?![^\W_]|['-])){{0,4}}")
 """Names of sections in small letters, one or several joined; tried on the text in small letters."""
 _EACH = re.compile("|".join(f"(?P<n{i}>{pattern})(?:\\(s\\))?(?![^\\W_]|['-])" for i, (_, pattern) in enumerate(_NAMED)))
 _MARKS = r"(?:\*{1,3}|__?(?!_))?"

@@ -137,7 +137,7 @@ def _ends_sentence(text: str, match: re.Match[str]) -> bool:
     if match["tight"]:
         return True
     begin = match.start()
-    while begin > 0 and (text[begin - 1].isalpha() or text[begin - 1] == "."):
+    while begin > max(0, match.start() - 40) and (text[begin - 1].isalpha() or text[begin - 1] == "."):
         begin -= 1
     before = text[begin : match.start()].lstrip(".").lower()
     following = _NOT_SPACE.search(text, match.end())
@@ -155,7 +155,7 @@ def _is_initial(text: str, start: int, end: int) -> bool:
     """A single capital such as that of "J. Smith", and not of "hepatitis C"."""
     if end - start != 1 or not text[start].isupper():
         return False
-    before = text[:start].split()[-1:]
+    before = text[max(0, start - 40) : start].split()[-1:]
     return not before or before[0].lower() not in _LETTERED
 
 

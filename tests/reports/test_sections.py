@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reports.sections import Sections, section_spans, split_sections
+from reports.sentences import split_sentences
 
 CXR = """                                 FINAL REPORT
  EXAMINATION:  CHEST (PORTABLE AP)
@@ -249,3 +250,13 @@ def test_spans_tile_any_text(text: str) -> None:
     assert all(s.start <= s.body <= s.end for s in spans)
     for span in spans:
         assert text[span.body : span.end].strip() in getattr(split_sections(text), span.name)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    "piece", ["Clinical and ", "FINDINGS: x ", "A. ", '. "A', "1. ", "XXXX ", "(", "**", "___", "[**", "\nPrior x: y", "\n"]
+)
+def test_time_grows_with_the_length_of_a_hostile_text(piece: str) -> None:
+    text = piece * (60_000 // len(piece))
+    assert split_sections(text) is not None
+    split_sentences(text)
