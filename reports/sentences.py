@@ -110,6 +110,8 @@ def _split_paragraph(text: str) -> list[tuple[int, int]]:
 
 def _items(text: str) -> set[int]:
     """Where items begin that a bullet or a quotation mark opens."""
+    if not any(mark in text for mark in _QUOTES + "•·"):
+        return set()
     found = {m.start() for m in _ITEM.finditer(text)}
     if found or text[:1] in ('"', "“"):
         found |= {m.start() if text[m.start() - 1].isspace() else m.end() for m in _QUOTED_ITEM.finditer(text)}
