@@ -153,6 +153,7 @@ _SHORT: frozenset[SectionName] = frozenset({"exam", "indication", "technique", "
 _FIRST: tuple[SectionName, ...] = ("findings", "impression")
 _ORDER: dict[SectionName, int] = {"findings": 1, "impression": 2, "recommendation": 3, "notification": 3}
 """Where a section stands in a report; the others come first."""
+_ANYWHERE: frozenset[SectionName] = frozenset({"addendum", "other"})
 
 _Place = Literal["line", "stop", "word"]
 _Case = Literal["capitals", "title", "small"]
@@ -425,4 +426,6 @@ def _with_odd_labels(text: str, known: list[tuple[int, int, SectionName]]) -> li
 def _is_free(name: SectionName, start: int, found: list[tuple[int, int, SectionName]]) -> bool:
     """Whether a section has no heading yet, and one at ``start`` would stand in the order of sections."""
     order = _ORDER.get(name, 0)
-    return all(n != name and (_ORDER.get(n, 0) <= order if at < start else _ORDER.get(n, 0) >= order) for at, _, n in found)
+    return all(
+        n != name and (n in _ANYWHERE or (_ORDER.get(n, 0) <= order if at < start else _ORDER.get(n, 0) >= order)) for at, _, n in found
+    )

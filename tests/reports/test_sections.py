@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import string
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 from reports.sections import Sections, section_spans, split_sections
 from reports.sentences import split_sentences
 
+DATA = Path(__file__).resolve().parents[2] / "../shared/data"
 CXR = """                                 FINAL REPORT
  EXAMINATION:  CHEST (PORTABLE AP)
 
@@ -160,6 +163,7 @@ def test_an_addendum_is_apart_from_what_it_corrects() -> None:
     got = split_sections(text)
     assert got.addendum == "The nodule is on the left.\n\nDr. ___ was told."
     assert got.body == "Nodule on the right.\n\nNodule."
+    assert split_sections("INDICATION: cough findings: The heart is large. ADDENDUM: None.").findings == "The heart is large."
 
 
 @pytest.mark.parametrize(
@@ -250,6 +254,16 @@ def test_spans_tile_any_text(text: str) -> None:
     assert all(s.start <= s.body <= s.end for s in spans)
     for span in spans:
         assert text[span.body : span.end].strip() in getattr(split_sections(text), span.name)
+
+
+def test_real_reports_without_headings_stay_whole() -> None:
+    table = DATA / "reports/ct_reports_labelled.csv"
+    if not table.is_file():
+        pytest.skip("the CT reports are not on this machine")
+    with table.open(encoding="utf-8", newline="") as stream:
+        texts = [row["report_text"] for row in csv.DictReader(stream)]
+    split = [text for text in texts if len(section_spans(text)) > 1]
+    assert len(texts) == 800 and len(split) <= 3  # two have a conclusion under its heading
 
 
 @pytest.mark.timeout(60)
