@@ -75,8 +75,7 @@ class Assertions:
         """What is said of a finding whose words are at ``positions``, by the strongest cue that rules it.
 
         Not stated outweighs absent, and absent outweighs uncertain: "no suspicious opacity" is a denial. (Denials that leave a doubt,
-        "cannot be excluded", are cues of their own.) A cue between the words of the finding, and none of them, rules it too: "the heart is not
-        enlarged".
+        "cannot be excluded", are cues of their own.) A cue between the words of the finding rules it too: "the heart is not enlarged".
         """
         first, last, own = positions[0], positions[-1], set(positions)
         kinds: set[str] = {rule.kind for rule in self._rules if rule.start <= first and last < rule.end}
