@@ -16,7 +16,7 @@ from __future__ import annotations
 import abc
 import bisect
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -87,11 +87,13 @@ _STREET = (
     r"(?:Street|Avenue|Road|Boulevard|Lane|Drive|Court|Terrace|Circle|Parkway|Highway|Square|Place|Way|Plaza|Trail|Turnpike|Crescent"
     r"|STREET|AVENUE|ROAD|BOULEVARD|LANE|DRIVE|(?:St|Ave?|Rd|Blvd|Ln|Dr|Ct|Pkwy|Hwy|Ter|Cir|Pl|Sq)\b\.?)"
 )
-_STATE = r"(?:A[KLRZ]|C[AOT]|D[CE]|FL|GA|HI|I[ADLN]|K[SY]|LA|M[ADEINOST]|N[CDEHJMVY]|O[HKR]|PA|RI|S[CD]|T[NX]|UT|V[AT]|W[AIVY])"
+_STATE = (
+    r"(?:A[KLRSZ]|C[AOT]|D[CE]|F[LM]|G[AU]|HI|I[ADLN]|K[SY]|LA|M[ADEHINOPST]|N[CDEHJMVY]|O[HKR]|P[ARW]|RI|S[CD]|T[NX]|UT|V[AIT]|W[AIVY])"
+)
 _ADDRESSES = (
     rf"(?<![\w.,/-])\d{{1,5}}[A-Z]?[ ]+(?:(?:[NSEW]\.?|North|South|East|West)[ ]+)?"
     rf"(?:(?P<word>[A-Z][\w'’-]+)[ ]+){{1,3}}{_STREET}(?![\w'’-])",
-    rf"\b[A-Z][A-Za-z.'’ -]{{1,40}},?[ ]+{_STATE}[ ]+\d{{5}}(?:-\d{{4}})?\b",
+    rf"\b(?:[A-Z][A-Za-z'’-]*\.?[ ]+){{0,3}}[A-Z][A-Za-z'’-]+,?[ ]+{_STATE}[ ]+\d{{5}}(?:-\d{{4}})?\b",
     r"(?<![\w.,/-])\d{1,5}[ ]+(?:[A-Z][\w'’-]+[ ]+){1,3}(?:Apt|Apartment|Suite|Ste|Unit)\b\.?[ ]*\#?\d+[A-Z]?\b",
     r"(?i:\bp\.?[ ]?o\.?[ ]+box[ ]+\d+)|\b(?:APO|FPO|DPO)[ ]+A[AEP][ ]+\d{5}\b",
     r"(?i:\b(?:zip(?:[ ]code)?|postal[ ]code|postcode)[ :]+)(?P<hit>[A-Z0-9]{3,5}(?:[ -][A-Z0-9]{3,4})?)\b",
@@ -120,7 +122,7 @@ _IPS = (
 )
 
 _WORD = r"(?!X{2,})(?:[A-Z]['’][A-Z][a-z]+|(?:Mc|Mac|De|La|Le|Di|Van)?[A-Z][a-z]+(?:[-'’][A-Z][a-z]+)*)(?![\w'’-])"
-_CAPITALS = r"(?!X{2,})[A-Z]{2,}(?:[-'’][A-Z]+)*(?![\w'’-])"
+_CAPITALS = r"(?!X{2,})(?:[A-Z]['’])?[A-Z]{2,}(?:[-'’][A-Z]+)*(?![\w'’-])"
 _INITIAL = r"[A-Z](?:\.|\b)"
 _PARTICLE = r"(?:(?:van|von|der|den|de|da|del|della|di|la|le|al|el|bin|ibn|dos)[ ]+)*"
 _FULL = rf"(?:(?:{_INITIAL}[ ]*)+{_PARTICLE}{_WORD}|{_WORD}(?:,?[ ]+(?:{_INITIAL}[ ]+)?{_PARTICLE}{_WORD}){{0,2}})"
@@ -157,6 +159,7 @@ _MARKED_NAMES = (
 )
 _GIVEN_NAMES = (rf"\b(?P<given>[A-Z][a-z]+)[ ]+(?:{_INITIAL}[ ]*)?(?P<sur>{_PARTICLE}{_WORD})",)
 _GIVEN_LAST = (rf"\b(?P<sur>{_WORD}),[ ]*(?P<given>[A-Z][a-z]+)\b",)
+_NAME_PART = re.compile(r"[\w'’-]{2,}")
 _FOLLOWING = re.compile(r"(?:['’]s?)?[ -]+(?:[A-Z]\b[ ]*)?([A-Za-z]+)")
 
 # (kind, what a text must have for any of the patterns to be tried, the patterns), the surest kinds first
@@ -208,7 +211,6 @@ class IdentifierRules(IdentifierSource):
         lists = _load_words(WORDS if words is None else words)
         self._given, self._not_names, self._heads = (lists[name] for name in ("given_names", "not_names", "eponym_heads"))
         self._rules = [(kind, re.compile(needs), [re.compile(pattern) for pattern in patterns]) for kind, needs, patterns in _RULES]
-        self._check: Mapping[str, Callable[[str, re.Match[str]], bool]] = {"address": self._is_address, "name": self._is_name}
 
     def identifiers(self, text: str) -> tuple[Identifier, ...]:
         """Likely identifiers by place; where two overlap, the kind that is told more surely."""
@@ -220,12 +222,18 @@ class IdentifierRules(IdentifierSource):
         for kind, needs, patterns in self._rules:
             if needs.search(text) is None:
                 continue
-            check = self._check.get(kind)
             for match in (match for pattern in patterns for match in pattern.finditer(text)):
-                if check is None or check(text, match):
-                    yield _found(kind, match)
+                if (span := self._span(kind, text, match)) is not None:
+                    yield Identifier(kind, *span)
 
-    def _is_address(self, text: str, match: re.Match[str]) -> bool:
+    def _span(self, kind: IdentifierKind, text: str, match: re.Match[str]) -> tuple[int, int] | None:
+        """Where the identifier of a match is; None if it only looks like one."""
+        span = match.span("hit") if "hit" in match.re.groupindex else match.span()
+        if kind == "name":
+            return self._name(text, match, *span)
+        return span if kind != "address" or self._is_address(match) else None
+
+    def _is_address(self, match: re.Match[str]) -> bool:
         """Whether a street has a name of its own, and a hospital more than its kind ("Outside Hospital")."""
         words = match.groupdict()
         if (place := words.get("place")) is not None:
@@ -233,15 +241,17 @@ class IdentifierRules(IdentifierSource):
             return any(word not in _ANY_HOSPITAL for word in own)
         return (word := words.get("word")) is None or word.casefold() not in self._not_names
 
-    def _is_name(self, text: str, match: re.Match[str]) -> bool:
-        start, end = match.span("hit") if "hit" in match.re.groupindex else match.span()
-        words = [word.casefold() for word in re.findall(r"[\w'’-]{2,}", text[start:end])]
-        if not words or words[0] in self._not_names or self._is_eponym(text, end):
-            return False
-        if "given" not in match.re.groupindex:
-            return True
-        surname = match["sur"].split()[-1].casefold()
-        return match["given"].casefold() in self._given and not {surname, surname.partition("-")[0]} & (self._not_names | self._heads)
+    def _name(self, text: str, match: re.Match[str], start: int, end: int) -> tuple[int, int] | None:
+        """The name up to a word that is none: "Mary Smith No" ends before "No"."""
+        words = list(_NAME_PART.finditer(text, start, end))
+        other = next((n for n, word in enumerate(words) if word[0].casefold() in self._not_names), len(words))
+        if other == 0 or (other == len(words) and self._is_eponym(text, end)):
+            return None
+        if "given" in match.re.groupindex:
+            surname = match["sur"].split()[-1].casefold()
+            if match["given"].casefold() not in self._given or {surname, surname.partition("-")[0]} & (self._not_names | self._heads):
+                return None
+        return start, words[other - 1].end() if other < len(words) else end
 
     def _is_eponym(self, text: str, end: int) -> bool:
         """Whether a sign, disease or device follows: "Charcot Marie Tooth disease", "Swan Ganz catheter"."""
@@ -308,11 +318,6 @@ def _load_words(path: Path) -> dict[str, frozenset[str]]:
     if not isinstance(values, dict) or not all(isinstance(values.get(name), str) for name in wanted):
         raise ValueError(f"words {path}: expected texts {', '.join(wanted)}, words parted by spaces")
     return {name: frozenset(values[name].casefold().split()) for name in wanted}
-
-
-def _found(kind: IdentifierKind, match: re.Match[str]) -> Identifier:
-    start, end = match.span("hit") if "hit" in match.re.groupindex else match.span()
-    return Identifier(kind, start, end)
 
 
 def _without_overlap(found: Iterable[Identifier]) -> tuple[Identifier, ...]:

@@ -132,7 +132,7 @@ def join_texts(columns: Sequence[str], texts: Sequence[str]) -> str:
 @cache
 def section_of(column: str) -> SectionName | None:
     """The section that a column of this name holds; None if the name is no heading."""
-    words = re.findall(r"[A-Za-z][a-z]*|[A-Z]+", re.sub(r"([a-z])([A-Z])", r"\1_\2", column))
+    words = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", column)
     for heading in (" ".join(words), " ".join(words[:-1])):  # the last may be a language
         sections = split_sections(f"{heading.title()}:\nx") if heading else None
         for name in get_args(SectionName):

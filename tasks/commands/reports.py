@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -422,7 +423,7 @@ def work_on(
 
     reports = 0
     with opened(source, out) as (table, rows, rejections), ExitStack() as stack:
-        file: IO[str] = click.get_text_stream("stdout", encoding="utf-8") if out is None else stack.enter_context(whole_file(out))
+        file: IO[str] = sys.stdout if out is None else stack.enter_context(whole_file(out))
         take = write(file, table)
         items = ((row.id, join_texts(table.text_columns, row.texts)) for row in rows)
         for id_, result in in_order(work, items, source.workers):
@@ -474,8 +475,8 @@ def csv_writer(file: IO[str], out: Path) -> Any:
 
 
 def json_line(value: Any) -> str:
-    """Strict JSON and a line break."""
-    return f"{json.dumps(value, allow_nan=False, ensure_ascii=False)}\n"
+    """Strict JSON, in ASCII whatever the terminal takes, and a line break."""
+    return f"{json.dumps(value, allow_nan=False)}\n"
 
 
 def file_sha256(path: Path) -> str:
