@@ -1,8 +1,8 @@
 """Whether what a sentence names is present, absent, uncertain or not stated: cues and how far they rule.
 
 After NegEx ("A Simple Algorithm for Identifying Negated Findings and Diseases", Chapman et al. 2001) and ConText (Harkema et al. 2009),
-with two departures for radiology. A list may end: in "no effusion, small nodule" the second noun is no longer denied, in "no effusion, nodule or
-mass" it is. And a cue that looks back ("was not observed") looks no further than the verb before it.
+with two departures for radiology. A list may end: in "no effusion, small nodule" the second noun is no longer denied, in "no effusion,
+nodule or mass" it is. And a cue that looks back ("was not observed") looks no further than the verb before it.
 
 A sentence is N words; positions are indices into them.
 """
@@ -19,8 +19,10 @@ from reports.facts.phrases import Match, longest
 
 Stated = State | Literal["unstated"]
 
+_BETWEEN_TWO = frozenset({"versus", "vs"})
+"""Words that put the nearest noun in doubt, not those that it stands beside: "low volumes with atelectasis versus scar"."""
+
 _STRENGTH: tuple[Stated, ...] = ("unstated", "absent", "uncertain")
-_LIST = frozenset({"or", "nor", "and", "/"})
 
 
 @dataclass(frozen=True)
@@ -60,23 +62,24 @@ class Assertions:
                 end = min((stop for stop in stops if stop > cue.last), default=len(forms))
                 if kind == "absent":
                     end = _end_of_list(forms, cue.last, end, named, affirming, describing)
-                self._rules.append(_Rule(kind, cue.last + 1, end))
+                self._rules.append(_Rule(kind, cue.first + 1, end))  # "no visible" may share a word with what it denies
             else:
                 start = max((stop + 1 for stop in stops if stop < cue.first), default=0)
+                if forms[cue.first] in _BETWEEN_TWO:
+                    start = max([start, *(i + 1 for i in range(cue.first) if forms[i] in ("with", ","))])
                 start = max([start, *(other.last + 1 for other in affirming if other.last < cue.first)])
                 self._rules.append(_Rule(kind, start, cue.first))
-        self._within = [cue for cue in kept if cue.value.kind == "absent"]
+        self._within = [(cue.value.kind, cue.positions) for cue in kept if cue.value.kind in ("absent", "uncertain")]
 
     def of(self, positions: tuple[int, ...]) -> Stated:
         """What is said of a finding whose words are at ``positions``, by the strongest cue that rules it.
 
         Not stated outweighs absent, and absent outweighs uncertain: "no suspicious opacity" is a denial. (Denials that leave a doubt,
-        "cannot be excluded", are cues of their own.) A negation between the words of the finding rules it too: "the heart is not enlarged".
+        "cannot be excluded", are cues of their own.) A cue between the words of the finding rules it too: "the heart is not enlarged".
         """
         first, last = positions[0], positions[-1]
-        kinds = {rule.kind for rule in self._rules if rule.start <= first and last < rule.end}
-        if any(first < cue.first and cue.last < last for cue in self._within):
-            kinds.add("absent")
+        kinds: set[str] = {rule.kind for rule in self._rules if rule.start <= first and last < rule.end}
+        kinds.update(kind for kind, inside in self._within if any(first < position < last for position in inside))
         return next((kind for kind in _STRENGTH if kind in kinds), "present")
 
 
@@ -102,13 +105,19 @@ def _end_of_list(
     """Where what a negation denies ends: at ``end``, or, once a finding has been denied, at a comma or "and" where something new begins."""
     first_named = min((positions[-1] for positions in named if positions[0] > after), default=end)
     for i in range(first_named + 1, end):
-        new = i + 1 < end and i + 1 in describing
-        if forms[i] == ",":
-            listed = any(form in _LIST for form in forms[i + 1 : end])
-            if not listed and (new or any(i < cue.first < end for cue in affirming)):
+        new = _begins_new(forms, i + 1, end, describing)
+        if forms[i] in (",", "-"):
+            if new and not any(form in ("or", "nor", "/") for form in forms[i + 1 : end]):
                 return i
         elif (forms[i] == "and" and new) or (
             any(cue.first == i for cue in affirming) and any(form in (",", "and") for form in forms[i:end])
         ):
             return i
     return end
+
+
+def _begins_new(forms: Sequence[str], at: int, end: int, describing: frozenset[int]) -> bool:
+    """Whether an article, or a word that tells size, side or change, opens what follows."""
+    if at < end and forms[at] == "and":
+        at += 1
+    return at < end and (forms[at] in ("a", "an") or at in describing)
