@@ -40,6 +40,7 @@ _FORMATS = "a .csv, .tsv or .jsonl table (.gz too), a .parquet table, a .txt fil
 _MANIFEST = {"study_id", "patient_id", "modality", "path"}
 USUAL = (("findings", "impression"), ("report",), ("report_text",), ("text",))
 """Groups of columns that tables have their reports in."""
+_WHOLE = {"report", "text", "note", "body"}
 _SHORT: tuple[SectionName, ...] = ("exam", "indication", "technique", "comparison")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -131,14 +132,15 @@ def join_texts(columns: Sequence[str], texts: Sequence[str]) -> str:
 
 @cache
 def section_of(column: str) -> SectionName | None:
-    """The section that a column of this name holds; None if the name is no heading."""
+    """The section that a column of this name holds; None if the name is no heading, or that of a whole report."""
     words = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", column)
-    for heading in (" ".join(words), " ".join(words[:-1])):  # the last may be a language
-        sections = split_sections(f"{heading.title()}:\nx") if heading else None
-        for name in get_args(SectionName):
-            if name != "other" and getattr(sections, name, "") == "x":
-                return cast(SectionName, name)
-    return None
+    if len(words) > 1 and len(words[-1]) == 2:  # a language
+        words.pop()
+    if not words or words[0].casefold() in _WHOLE:
+        return None
+    sections = split_sections(f"{' '.join(words).title()}:\nx")
+    held = (name for name in get_args(SectionName) if name != "other" and getattr(sections, name, "") == "x")
+    return cast("SectionName | None", next(held, None))
 
 
 @contextmanager

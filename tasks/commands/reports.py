@@ -392,7 +392,8 @@ def watched(table: ReportTable, what: str) -> Iterator[Iterator[Row]]:
                 yield row
                 if number % UPDATE == 0:
                     bar.update(task, completed=table.position(), rows=number)
-            bar.update(task, completed=table.size or 0, total=table.size or 0, rows=number)
+            size = table.size or max(number, 1)
+            bar.update(task, completed=size, total=size, rows=number)
 
         yield rows()
 
@@ -577,5 +578,5 @@ def check_table(record: dict[str, Any]) -> Table:
     )
     for kind, found in record["kinds"].items():
         cells = (str(record["columns"][name].get(kind, 0)) for name in names)
-        table.add_row(kind.replace("_", " "), str(found["found"]), str(found["reports"]), *cells)
+        table.add_row("age > 89" if kind == "age_over_89" else kind, str(found["found"]), str(found["reports"]), *cells)
     return table
