@@ -249,6 +249,8 @@ def _csv(source: Path, wanted: _Wanted, stack: ExitStack, delimiter: str, gzippe
             raise ReportTableError(f"{source}: row 1: {_csv_fault(error)}") from None
     if any(map(_not_text, header)):
         raise ReportTableError(f"{source}: row 1 {_not_text(' '.join(header))}")
+    if len(header) == 1 and (mark := next((mark for mark in ";\t|," if mark in header[0]), None)) is not None:
+        raise ReportTableError(f"{source}: one column, which {mark!r} seems to part; expected {delimiter!r} between columns")
     id_column, columns = wanted.columns(header)
     at, texts_at = header.index(id_column), [header.index(column) for column in columns]
     if wanted.every_column:

@@ -53,9 +53,7 @@ PROMPTS = "Prompt pairs, if not those for phantoms: a file, or chest_xray, chest
 
 def prompts_option(command: F) -> F:
     """``--prompts``."""
-    return click.option("--prompts", type=click.Path(path_type=Path), metavar="YAML|SET", help=PROMPTS)(
-        command
-    )
+    return click.option("--prompts", type=click.Path(path_type=Path), metavar="YAML|SET", help=PROMPTS)(command)
 
 
 def json_option(command: F) -> F:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 R = TypeVar("R")
-REJECTED_CSV = "rejected.csv"
+REJECTED_CSV, LISTING = "rejected.csv", ("place", "reason")
 UPDATE = 32  # rows between two looks at the progress bar
 
 
@@ -137,7 +137,6 @@ def parse(ctx: click.Context, out: Path | None, rows: str, **source: Any) -> Non
 def facts(ctx: click.Context, out: Path | None, lexicon: Path | None, no_text: bool, **source: Any) -> None:
     """Find what each sentence states: finding, state, side, place, severity, size, change.
 
-    \b
     A line is {"id", "sentences": [{"text", "start", "end", "section", "compares", "facts": [{"finding", "state", "side", "location",
     "severity", "size_mm", "kind", "change", "start", "end"}]}]}, offsets in characters of the report. FILE.provenance.json says with which
     version and lexicon.
@@ -308,14 +307,14 @@ class Rejections:
             from tasks.report_tables import whole_file
 
             self._writer = csv.writer(self.stack.enter_context(whole_file(self.file)), lineterminator="\n")
-            self._writer.writerow(("place", "reason"))
+            self._writer.writerow(LISTING)
         self._writer.writerow((row.place, row.reason))
 
     def tell(self, source: Path) -> None:
         """Say on standard error how many there were, and the first of them; an older list goes if there were none."""
         if not self.count:
-            if self.file is not None:
-                self.file.unlink(missing_ok=True)
+            if self.file is not None and is_listing(self.file):
+                self.file.unlink()
             return
         click.echo(f"{self.count} rejected (rows of {source})" + ("" if self.file is None else f", listed in {self.file}") + ":", err=True)
         for line in self.shown:
@@ -342,6 +341,15 @@ def opened(source: Source, out: Path | None) -> Iterator[tuple[ReportTable, Iter
         rows = readable(stack.enter_context(watched(table, source.source.name)), rejections)
         yield table, rows if source.every_row or not table.is_manifest else once(rows), rejections
     rejections.tell(source.source)
+
+
+def is_listing(path: Path) -> bool:
+    """Whether a file is a list of rejected rows that an earlier run wrote."""
+    try:
+        with path.open("rb") as file:
+            return file.readline(100).strip() == ",".join(LISTING).encode()
+    except OSError:
+        return False
 
 
 def manifest_names(path: Path) -> Any:
@@ -460,8 +468,13 @@ def check_out(out: Path | None, source: Path, suffixes: Sequence[str]) -> None:
     if not out.name.lower().removesuffix(".gz").endswith(tuple(suffixes)):
         raise click.UsageError(f"--out {out}: expected a name that ends in {' or '.join(suffixes)}, with or without .gz")
     check_out_file(out, "--out")
-    if out.name == REJECTED_CSV or (out.exists() and source.exists() and out.samefile(source)):
-        raise click.UsageError(f"--out {out}: is {'where rejected rows are listed' if out.name == REJECTED_CSV else 'the source itself'}")
+    listing = out.with_name(REJECTED_CSV)
+    if out.name == REJECTED_CSV or (listing.exists() and source.exists() and listing.samefile(source)):
+        raise click.UsageError(
+            f"--out {out}: rejected rows are listed in {listing}; choose another {'name' if out == listing else 'folder'}"
+        )
+    if out.exists() and source.exists() and out.samefile(source):
+        raise click.UsageError(f"--out {out}: is the source itself")
 
 
 def is_csv(out: Path) -> bool:

@@ -353,6 +353,12 @@ def test_bad_rows_are_listed_counted_and_cost_only_themselves(tmp_path: Path) ->
     assert not (tmp_path / "out" / "rejected.csv").exists()
 
 
+def test_a_file_that_happens_to_be_named_rejected_stays(table: Path, tmp_path: Path) -> None:
+    (tmp_path / "rejected.csv").write_text("id,why\na,b\n")
+    assert medvl("facts", table, "--out", tmp_path / "f.jsonl").exit_code == 0
+    assert (tmp_path / "rejected.csv").read_text() == "id,why\na,b\n"
+
+
 def test_bad_lines_of_jsonl(tmp_path: Path) -> None:
     source = tmp_path / "in.jsonl"
     source.write_bytes(
@@ -386,6 +392,7 @@ def test_a_cell_as_large_as_a_book_is_read_and_an_endless_one_is_not(tmp_path: P
         ("in.csv", b"id,body\na,b\n", "say which with --text-column"),
         ("in.csv", b"id,text,text\na,b,c\n", "2 times"),
         ("in.csv", b"id,t\xf6xt\na,b\n", "not UTF-8"),
+        ("in.csv", b"id;text\na;b\n", "';' seems to part"),
         ("in.parquet", b"PAR1 not", "not a readable Parquet file"),
         ("in.jsonl", b"", "no lines"),
         ("in.jsonl", b"[]\n", "expected an object"),
@@ -417,6 +424,7 @@ def test_a_missing_column_is_guessed_and_no_cell_is_quoted(tmp_path: Path) -> No
         (["facts", "{table}", "--out", "{tmp}/f.csv"], "expected a name that ends in .jsonl"),
         (["labels", "{table}", "--label-set", "chexpert_14", "--out", "{table}"], "is the source itself"),
         (["labels", "{table}", "--label-set", "chexpert_14", "--out", "{tmp}/rejected.csv"], "rejected rows are listed"),
+        (["parse", "{rejected}", "--out", "{tmp}/p.jsonl"], "choose another folder"),
         (["labels", "{table}", "--label-set", "chexpert_14"], "Missing option"),
         (["parse", "/nowhere.csv"], "no such file or folder"),
         (["parse", "{table}", "--columns", "/nowhere.yaml"], "no such file"),
@@ -426,7 +434,10 @@ def test_a_missing_column_is_guessed_and_no_cell_is_quoted(tmp_path: Path) -> No
 )
 def test_usage_errors(args: list[str], said: str, table: Path, tmp_path: Path) -> None:
     before = table.read_bytes()
-    done = medvl(*(arg.format(table=table, tmp=tmp_path) for arg in args))
+    rejected = tmp_path / "rejected.csv"
+    rejected.write_bytes(before)
+    done = medvl(*(arg.format(table=table, tmp=tmp_path, rejected=rejected) for arg in args))
+    assert rejected.read_bytes() == before
     assert done.exit_code == 2 and said in " ".join(done.output.split()) and table.read_bytes() == before
 
 
