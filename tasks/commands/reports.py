@@ -161,7 +161,7 @@ def facts(ctx: click.Context, out: Path | None, lexicon: Path | None, no_text: b
 @reports.command()
 @source_options
 @lexicon_option
-@click.option("--label-set", required=True, metavar="NAME", help="ct_rate_18, chexpert_14, chestxray_14, padchest or merlin_30.")
+@click.option("--label-set", required=True, metavar="NAME", help="ct_rate_18, chexpert_14 or another; a wrong name shows all.")
 @out_option("FILE", required=True, otherwise="; .csv or .tsv, also .gz")
 @click.pass_context
 def labels(ctx: click.Context, out: Path, label_set: str, lexicon: Path | None, **source: Any) -> None:
