@@ -54,7 +54,7 @@ class LexiconFacts(FactSource):
         words = words_of(raw, start)
         attributes = longest(self.lexicon.attributes.find(words.forms))
         statements = self._statements(raw, start, words, attributes)
-        compares = any(m.value.compares for m in attributes)
+        compares = any(m.value.compares for m in attributes) or any(s.change for s in statements)
         return StatedSentence(" ".join(split_sentences(raw)), start, end, section, statements, compares)
 
     def _statements(self, raw: str, offset: int, words: Words, attributes: Sequence[Match[Attribute]]) -> tuple[Statement, ...]:
