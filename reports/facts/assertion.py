@@ -75,11 +75,13 @@ class Assertions:
         """What is said of a finding whose words are at ``positions``, by the strongest cue that rules it.
 
         Not stated outweighs absent, and absent outweighs uncertain: "no suspicious opacity" is a denial. (Denials that leave a doubt,
-        "cannot be excluded", are cues of their own.) A cue between the words of the finding rules it too: "the heart is not enlarged".
+        "cannot be excluded", are cues of their own.) A cue between the words of the finding, and none of them, rules it too: "the heart is not
+        enlarged".
         """
-        first, last = positions[0], positions[-1]
+        first, last, own = positions[0], positions[-1], set(positions)
         kinds: set[str] = {rule.kind for rule in self._rules if rule.start <= first and last < rule.end}
-        kinds.update(kind for kind, inside in self._within if any(first < position < last for position in inside))
+        between = [kind for kind, cue in self._within if own.isdisjoint(cue) and any(first < position < last for position in cue)]
+        kinds.update(between)
         return next((kind for kind in _STRENGTH if kind in kinds), "present")
 
 
