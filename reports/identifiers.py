@@ -21,13 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from reports.placeholders import PLACEHOLDER
+
 IdentifierKind = Literal["name", "date", "id", "phone", "email", "address", "age_over_89", "url", "ip"]
 KINDS: tuple[IdentifierKind, ...] = get_args(IdentifierKind)
 
 WORDS = Path(__file__).with_name("identifiers.yaml")
-
-_PLACEHOLDER = re.compile(r"\[\*\*.{0,200}?\*\*\]|<[A-Za-z_ ]{1,40}>|\[[A-Z_ ]{3,40}\]", re.DOTALL)
-"""Marks of what was removed; they may hold a made-up date or name ("[**2101-10-20**]")."""
 
 _MONTH = (
     r"(?:(?i:january|february|march|april|june|july|august|september|october|november|december)|May|MAY"
@@ -214,7 +213,7 @@ class IdentifierRules(IdentifierSource):
 
     def identifiers(self, text: str) -> tuple[Identifier, ...]:
         """Likely identifiers by place; where two overlap, the kind that is told more surely."""
-        text = _PLACEHOLDER.sub(lambda match: " " * len(match[0]), text)
+        text = PLACEHOLDER.sub(lambda match: "_" * len(match[0]), text)  # it may hold a made-up date: [**2101-10-20**]
         return _without_overlap(self._candidates(text))
 
     def _candidates(self, text: str) -> Iterator[Identifier]:

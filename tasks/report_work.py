@@ -256,11 +256,11 @@ def is_pseudonym_column(column: str) -> bool:
 
 def _count(source: IdentifierSource, column: str, text: str) -> Counter[IdentifierKind]:
     from reports.identifiers import column_kind
-    from reports.sentences import has_content
+    from reports.placeholders import PLACEHOLDER
 
     kind = column_kind(column)
     if kind is not None:
-        filled = has_content(text) or any(c.isdigit() for c in text)
+        filled = any(c.isalnum() for c in PLACEHOLDER.sub("", text))
         return Counter([kind] if filled else [])
     found = Counter(one.kind for one in source.identifiers(text))
     if is_pseudonym_column(column):
