@@ -259,6 +259,9 @@ def carried_files(tokenizer: Any, configuration: Any | None, **settings: Any) ->
         configuration: of transformers; None: the tokenizer alone.
         settings: to put into config.json in the place of what the configuration says.
     """
+    if tokenizer.is_fast:  # what the last call asked for is no part of it
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.no_padding()
     with tempfile.TemporaryDirectory() as name:
         if configuration is not None:
             configuration.save_pretrained(name)

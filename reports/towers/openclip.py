@@ -395,7 +395,7 @@ class _Native(_OpenClipTrunk):
         ids = torch.tensor([p.inputs["input_ids"] for p in pieces], device=self.device)
         x, mask = self.text._embeds(ids)
         hidden = self.text.ln_final(self.text.transformer(x, attn_mask=mask))
-        ends = ids == self.end
+        ends = ids == (-1 if self.end is None else self.end)
         last = torch.where(ends.any(1), ends.int().argmax(1), ids.shape[1] - 1)
         return hidden.float(), torch.arange(ids.shape[1], device=ids.device) <= last[:, None]
 
