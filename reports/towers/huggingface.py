@@ -57,7 +57,7 @@ class HuggingFaceReportEncoder(TrunkReportEncoder):
         pooling: use what the trunk was trained with. "mean" over the tokens that are not padding; the first ("cls") or "last" token; "eos",
             the end token, which is appended where the tokenizer does not do so; "weighted_mean", later tokens weighing more; "attention",
             a query that is learned here (a frozen trunk's tokens are computed anew for each batch then, unless ``keep_tokens``).
-        max_tokens: longer texts are cut; None is ``stretch_to`` where that is given, else 128. Never more than the model takes.
+        max_tokens: longer texts are cut; never more than the model takes. With ``stretch_to`` that is where they are cut.
         hidden_dim: width of the head's hidden layer (Linear, GELU, LayerNorm, Dropout, Linear); None makes the head one Linear.
         dropout: of the head.
         standardise: give every dimension of the trunk's embeddings mean 0 and variance 1 before the head, in training over the texts of the
@@ -71,7 +71,8 @@ class HuggingFaceReportEncoder(TrunkReportEncoder):
             weights come when a state dict is loaded.
         tokens: "words" or "pieces" gives ``TextFeatures.tokens``, see :meth:`spans`; needs a fast tokenizer.
         keep_tokens: keep a frozen trunk's vectors of tokens in memory too (4 L H bytes a text).
-        stretch_to: positions to draw the model's learned ones apart to, for longer texts (Long-CLIP); None leaves them.
+        stretch_to: positions to draw the model's learned ones apart to, for longer texts (Long-CLIP); None leaves them. Without training
+            afterwards a vector of a text beyond ``keep_positions`` changes, and not always for the better: measure it.
         keep_positions: the first ones, which stay as they are.
         lora: adapters to train in the frozen trunk.
         precision: of the weights of a frozen trunk; bfloat16 halves the memory of a language model. Vectors are float32 all the same.
@@ -89,7 +90,7 @@ class HuggingFaceReportEncoder(TrunkReportEncoder):
         embed_dim: int | None,
         frozen: bool = True,
         pooling: Pooling = "mean",
-        max_tokens: int | None = None,
+        max_tokens: int = _MAX_TOKENS,
         hidden_dim: int | None = 512,
         dropout: float = 0.0,
         revision: str | None = None,
@@ -109,7 +110,7 @@ class HuggingFaceReportEncoder(TrunkReportEncoder):
     ) -> None:
         if pooling not in POOLINGS:
             raise ValueError(f"pooling is one of {', '.join(POOLINGS)}, got {pooling!r}")
-        if max_tokens is not None and max_tokens < 1:
+        if max_tokens < 1:
             raise ValueError(f"max_tokens must be positive, got {max_tokens}")
         if precision not in ("float32", "bfloat16") or (precision == "bfloat16" and not frozen):
             raise ValueError(f"precision is float32, or bfloat16 for a frozen trunk (training would lose small steps), got {precision!r}")
@@ -120,7 +121,7 @@ class HuggingFaceReportEncoder(TrunkReportEncoder):
         folder = model_folder(model, revision, local_files_only, frozen or initial_weights)
         options = _Options(
             pooling=pooling,
-            max_tokens=max_tokens or stretch_to or _MAX_TOKENS,
+            max_tokens=max_tokens if stretch_to is None else stretch_to,
             stretch_to=stretch_to,
             keep_positions=keep_positions,
             precision=precision,
@@ -168,7 +169,7 @@ class MiniLmReportEncoder(HuggingFaceReportEncoder):
         self,
         embed_dim: int | None,
         frozen: bool = True,
-        max_tokens: int | None = None,
+        max_tokens: int = _MAX_TOKENS,
         hidden_dim: int | None = 512,
         dropout: float = 0.0,
         cache_dir: Path | None = None,

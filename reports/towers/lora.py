@@ -14,6 +14,10 @@ MARK = ".lora_"
 """In the name of every weight that peft adds."""
 
 
+LARGEST_RANK = 1024
+"""Beyond it an adapter is no smaller than the layer."""
+
+
 class Lora(Configurable):
     """What is added to a trunk: W x becomes W x + alpha / rank * B A x in each of the named layers, A random, B 0 at the start.
 
@@ -23,12 +27,12 @@ class Lora(Configurable):
         dropout: of x before A.
         targets: ends of the names of the linear layers, such as ``["q_proj", "v_proj"]``; None takes every linear layer.
     Raises:
-        ValueError: a rank below 1, or a dropout outside [0, 1).
+        ValueError: a rank outside 1 to 1024, or a dropout outside [0, 1).
     """
 
     def __init__(self, rank: int = 16, alpha: int | None = None, dropout: float = 0.0, targets: Sequence[str] | None = None) -> None:
-        if rank < 1 or not 0 <= dropout < 1:
-            raise ValueError(f"lora: rank is at least 1 and dropout in [0, 1), got {rank} and {dropout}")
+        if not 1 <= rank <= LARGEST_RANK or not 0 <= dropout < 1:
+            raise ValueError(f"lora: rank is 1 to {LARGEST_RANK} and dropout in [0, 1), got {rank} and {dropout}")
         self.rank, self.alpha, self.dropout = rank, 2 * rank if alpha is None else alpha, dropout
         self.targets = None if targets is None else list(targets)
 

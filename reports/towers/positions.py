@@ -15,6 +15,10 @@ _TABLES = ("position_embeddings", "position_embedding", "embed_positions", "wpe"
 """What the table is called in BERT and its kin, in CLIP, in OPT and in GPT-2."""
 
 
+LARGEST_STRETCH = 32
+"""Times as many positions; a configuration that asks for more than this is a mistake, and memory."""
+
+
 def stretch(table: Tensor, count: int, keep: int) -> Tensor:
     """(N, W): the first ``keep`` rows of ``table`` as they are, bit for bit, and the others drawn apart to fill the rest.
 
@@ -26,7 +30,7 @@ def stretch(table: Tensor, count: int, keep: int) -> Tensor:
         count: N, at least P.
         keep: positions that are used most and so learned best; 20 in the paper.
     Raises:
-        ValueError: fewer positions than there are, or fewer than two to draw apart.
+        ValueError: fewer positions than there are, far more, or fewer than two to draw apart.
     Source: "Long-CLIP: Unlocking the Long-Text Capability of CLIP", arXiv:2403.15378, section 3.1, where f is 4 (N = 4 P - 3 keep); here
     it is what N asks for.
     """
@@ -35,6 +39,8 @@ def stretch(table: Tensor, count: int, keep: int) -> Tensor:
         raise ValueError(f"stretch_to {count} is less than the {known} positions that the model has; give at least as many, or None")
     if not 0 <= keep <= known - 2:
         raise ValueError(f"keep_positions {keep} leaves none of {known} positions to draw apart; give 0 to {known - 2}")
+    if count > LARGEST_STRETCH * known:
+        raise ValueError(f"stretch_to {count} is more than {LARGEST_STRETCH} times the {known} positions that the model has")
     if count == known:
         return table.clone()
     place = torch.arange(count - keep, dtype=torch.float64) * ((known - keep) / (count - keep)) + keep

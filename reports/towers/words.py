@@ -26,7 +26,7 @@ def word_spans(text: str) -> tuple[Span, ...]:
 
 def overlapping(spans: Sequence[Span], start: int, end: int) -> tuple[int, ...]:
     """Indices of the spans that share a character with [start, end): where the vectors of a phrase are among the tokens of its text."""
-    return tuple(i for i, (first, last) in enumerate(spans) if first < end and start < last)
+    return tuple(i for i, (first, last) in enumerate(spans) if start < end and first < end and start < last)
 
 
 def origins(text: str, cleaned: str) -> list[int]:
@@ -94,4 +94,4 @@ def merge(hidden: Tensor, groups: Sequence[Sequence[Group]]) -> tuple[Tensor, Te
     sums = hidden.new_zeros(len(groups) * count, hidden.shape[-1]).index_add(0, words, hidden[texts, tokens])
     sizes = torch.bincount(words, minlength=len(groups) * count)
     merged = sums / sizes.clamp_min(1)[:, None].to(hidden.dtype)
-    return merged.view(len(groups), count, -1), (sizes > 0).view(len(groups), count)
+    return merged.view(len(groups), count, hidden.shape[-1]), (sizes > 0).view(len(groups), count)

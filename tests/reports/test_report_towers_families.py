@@ -240,6 +240,8 @@ def test_an_empty_text_and_a_long_one_are_taken(models, name):
     out = tower(TextBatch(("", TEXTS[0], "no effusion " * 300)))
     assert torch.isfinite(out.pooled).all() and torch.isfinite(out.tokens).all()
     assert not out.token_valid[0].any() and out.token_valid[1].sum() == 4
+    none = tower(TextBatch(()))
+    assert none.pooled.shape == (0, 4) and none.tokens.shape == (0, 1, 4) and tower.spans(()) == ()
 
 
 def joined(tower: HuggingFaceReportEncoder) -> DualEncoder:
@@ -516,7 +518,8 @@ def test_positions_without_a_table_need_no_stretching(models, name):
 
 
 @pytest.mark.parametrize(
-    ("count", "keep", "said"), [(20, 5, "less than the 24 positions"), (60, 23, "leaves none of 24"), (60, -1, "leaves none")]
+    ("count", "keep", "said"),
+    [(20, 5, "less than the 24 positions"), (60, 23, "leaves none of 24"), (60, -1, "leaves none"), (1000, 5, "more than 32 times")],
 )
 def test_a_table_is_not_stretched_to_less(models, count, keep, said):
     with pytest.raises(ValueError, match=said):
@@ -614,7 +617,7 @@ def test_gradient_checkpointing_changes_no_gradient(models):
 def test_lora_goes_with_a_frozen_trunk_and_needs_peft(models, monkeypatch):
     with pytest.raises(ValueError, match="leave out frozen=False"):
         HuggingFaceReportEncoder(str(models["qwen"][0]), 4, frozen=False, lora=Lora())
-    with pytest.raises(ValueError, match="rank is at least 1"):
+    with pytest.raises(ValueError, match="rank is 1 to 1024"):
         Lora(rank=0)
     monkeypatch.setitem(__import__("sys").modules, "peft", None)
     with pytest.raises(ImportError, match=r"medvl\[lora\]"):
