@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
 import json
 import tempfile
 from collections.abc import Sequence
@@ -340,6 +341,7 @@ class _Trunk(TextTrunk):
         self.padding = next((i for i in (self.tokenizer.pad_token_id, self.end) if i is not None), 0)
         if getattr(self.encoder.config, "use_cache", False):
             self.encoder.config.use_cache = False  # of keys and values, for generation
+        self.takes = frozenset(inspect.signature(self.encoder.forward).parameters)
         if lora is not None:
             self.encoder = lora.into(self.encoder)
             if self.projection is not None:
@@ -384,6 +386,7 @@ class _Trunk(TextTrunk):
         inputs = {
             name: pad_sequence([torch.tensor(p.inputs[name]) for p in pieces], batch_first=True, padding_value=padding.get(name, 0))
             for name in pieces[0].inputs
+            if name in self.takes  # some tokenizers give types of tokens to models that know none
         }
         inputs = {name: value.to(self.device) for name, value in inputs.items()}
         if self.model_type in _GLOBAL_ATTENTION:

@@ -451,8 +451,10 @@ def _check_trunk(module: TrunkReportEncoder, state: dict[str, Any], prefix: str,
 def _with_base(module: TrunkReportEncoder, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """Before loading a tower with LoRA: its trunk is made now if it was not before, and what the file leaves out is taken from it."""
     if module.trunk is None:
+        device = module.device
         module._make_trunk()
-    assert module.trunk is not None
+        assert module.trunk is not None
+        module.trunk.to(device)
     own = module.trunk.state_dict(prefix=f"{prefix}trunk.", keep_vars=True)
     state.update({name: value for name, value in own.items() if MARK not in name})
 

@@ -24,6 +24,7 @@ from reports.towers import overlapping
 
 TEXTS = ("No pleural effusion.", "The heart is enlarged, 1.5 cm more than before; lungs clear", "x")
 CORPUS = [*TEXTS, "small left pleural effusion of 12,5 mm", "the lungs are clear and the heart is normal", "no pneumothorax"] * 20
+INPUTS = ["input_ids", "attention_mask"]
 ENDS = {"bos": "<s>", "eos": "</s>", "pad": "<pad>", "unk": "<unk>"}
 
 
@@ -40,7 +41,9 @@ def byte_level(folder: Path, size: int = 300, end: bool = False, **special: str)
     if end:
         sep, cls = ((name, tokenizer.token_to_id(name)) for name in ("</s>", "<s>"))
         tokenizer.post_processor = processors.RobertaProcessing(sep, cls)
-    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **{f"{name}_token": value for name, value in special.items()})
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, model_input_names=INPUTS, **{f"{name}_token": value for name, value in special.items()}
+    )
     made.save_pretrained(folder)
     return made
 
@@ -56,7 +59,9 @@ def sentence_piece(folder: Path, end: bool = False) -> Any:
     tokenizer.train_from_iterator(CORPUS, trainers.UnigramTrainer(vocab_size=90, special_tokens=list(ENDS.values()), unk_token="<unk>"))
     if end:
         tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", tokenizer.token_to_id("</s>"))])
-    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **{f"{name}_token": value for name, value in ENDS.items()})
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, model_input_names=INPUTS, **{f"{name}_token": value for name, value in ENDS.items()}
+    )
     made.save_pretrained(folder)
     return made
 
@@ -295,6 +300,19 @@ def test_padding_on_the_left_is_no_different(models, tmp_path):
     assert torch.equal(left(TextBatch(TEXTS)).pooled, right(TextBatch(TEXTS)).pooled)
 
 
+@pytest.mark.parametrize("name", ["clip", "t5", "bert"])
+def test_types_of_tokens_go_to_models_that_know_them(models, name, tmp_path):
+    """A tokenizer of the general class names them for models that have none."""
+    folder = tmp_path / "types"
+    shutil.copytree(models[name][0], folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    settings["model_input_names"] = ["input_ids", "token_type_ids", "attention_mask"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    typed, plain = (HuggingFaceReportEncoder(str(f), None) for f in (folder, models[name][0]))
+    assert "token_type_ids" in typed.cached.trunk.tokenize(TEXTS)[0].inputs
+    assert torch.equal(typed(TextBatch(TEXTS)).pooled, plain(TextBatch(TEXTS)).pooled)
+
+
 def test_weights_that_lack_a_layer_are_refused(models, tmp_path):
     folder = tmp_path / "lacking"
     shutil.copytree(models["bert"][0], folder)
@@ -415,7 +433,7 @@ def test_no_tokens_no_spans_and_a_slow_tokenizer_none_either(models, tmp_path):
     (tmp_path / "slow/merges.txt").write_text("#version\n")
     (tmp_path / "slow/tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "CTRLTokenizer", "unk_token": "<unk>"}))
     with pytest.raises(ValueError, match=r"a CTRLTokenizer does not keep.*tokenizer.json"):
-        HuggingFaceReportEncoder(str(tmp_path / "slow"), 4, tokens="words")(TextBatch(TEXTS))
+        HuggingFaceReportEncoder(str(tmp_path / "slow"), 4, tokens="words").spans(TEXTS)
     with pytest.raises(ValueError, match="tokens is 'pieces', 'words' or None"):
         HuggingFaceReportEncoder(str(models["bert"][0]), 4, tokens="letters")
 
@@ -622,3 +640,26 @@ def test_lora_goes_with_a_frozen_trunk_and_needs_peft(models, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "peft", None)
     with pytest.raises(ImportError, match=r"medvl\[lora\]"):
         HuggingFaceReportEncoder(str(models["qwen"][0]), 4, lora=Lora())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("name", FAMILIES)
+def test_cuda_gives_what_the_cpu_gives(models, name):
+    folder = str(models[name][0])
+    cpu, cuda = (HuggingFaceReportEncoder(folder, None, pooling="last", tokens="words") for _ in range(2))
+    here, there = cpu(TextBatch(TEXTS)), cuda.cuda()(TextBatch(TEXTS))
+    assert there.pooled.is_cuda and there.tokens.is_cuda and cuda.spans(TEXTS) == cpu.spans(TEXTS)
+    torch.testing.assert_close(there.pooled.cpu(), here.pooled, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(there.tokens.cpu(), here.tokens, atol=1e-3, rtol=1e-3)
+    assert torch.equal(there.token_valid.cpu(), here.token_valid)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_lora_learns_on_cuda_under_autocast(models):
+    tower = lora_tower(models["qwen"][0], precision="bfloat16", tokens="words").train().cuda()
+    with torch.autocast("cuda", torch.bfloat16):
+        out = tower(TextBatch(TEXTS))
+        (out.pooled.float().square().sum() + out.tokens.float().square().sum()).backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in tower.parameters() if p.requires_grad)
