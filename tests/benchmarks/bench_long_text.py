@@ -11,7 +11,9 @@ Few halves are longer than 512, so the comparison is made three ways:
     limit P   the tower as if it had its first P positions only (P = 128: those it was fine-tuned with; 256: half of its own). Cut: the
               first P pieces are read. Stretched: the P positions are drawn apart to 512 and 512 pieces are read. Its own 512 positions
               are shown beside, as what a stretching could at best come to.
-    512       the tower as it is, cut at 512, against its 512 positions drawn apart to 1024.
+    512       the tower as it is, cut at 512, against its 512 positions drawn apart to 1024. "same text" is the control: the positions
+              are drawn apart, but no more than 512 pieces are read, so that what differs from "cut" is the positions alone. Gains are
+              also given apart for reports whose halves both fit in 512, where nothing is cut, and for the others.
     tail      as 512, but the sentences that begin beyond piece 512 ask for the whole report that they are of. What is asked for is not
               in a cut text at all, so this measures how much of a tail its report's vector holds, not how alike two halves are.
 
@@ -22,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -41,15 +44,15 @@ METRICS: dict[str, Callable[[NDArray[np.int64]], NDArray[np.float64]]] = {
 }
 
 
-def minilm(positions: int, count: int, keep: int) -> Any:
-    """The MiniLM tower without a head, with its first ``positions`` drawn apart to ``count``."""
+def minilm(positions: int, count: int, keep: int, read: int | None = None) -> Any:
+    """The MiniLM tower without a head, with its first ``positions`` drawn apart to ``count``; it reads ``read`` pieces, or as many."""
     from reports import MiniLmReportEncoder
     from reports.towers.positions import stretched
 
     tower = MiniLmReportEncoder(None, max_tokens=count)
     trunk = tower.cached.trunk  # type: ignore[union-attr]
     trunk.encoder = stretched(_first(trunk.encoder, positions), count, keep).eval()
-    trunk.max_tokens = count
+    trunk.max_tokens = read or count
     return tower
 
 
@@ -134,6 +137,9 @@ def main() -> None:
     longer = minilm(OWN, 1024, keep)
     halves: dict[str, dict[str, dict[str, NDArray[np.float64]]]] = {"512": {}, "tail": {}}
     halves["512"] = {"cut": measure(own, first, second, True), "stretched": measure(longer, first, second, True)}
+    halves["512"]["same text"] = measure(minilm(OWN, 1024, keep, read=OWN), first, second, True)
+    sizes = [[len(ids) for ids in longer.cached.trunk.tokenizer(texts)["input_ids"]] for texts in (first, second)]
+    fits = np.max(sizes, axis=0) <= OWN
     asked, held = [tails[i] for i in with_tail], [whole[i] for i in with_tail]
     halves["tail"] = {"cut": measure(own, asked, held, False), "stretched": measure(longer, asked, held, False)}
     for limit in (128, 256):
@@ -147,11 +153,17 @@ def main() -> None:
     for name, rows in halves.items():
         for kind, values in rows.items():
             table.add_row(f"{name}, {kind}", str(len(values["MRR"])), *(f"{values[m].mean():.3f}" for m in METRICS))
-        gains = {m: rows["stretched"][m] - rows["cut"][m] for m in METRICS}
-        shown = {m: (float(gain.mean()), *interval(gain)) for m, gain in gains.items()}
-        table.add_row(f"{name}, gain", "", *("{:+.3f} ({:+.3f} to {:+.3f})".format(*shown[m]) for m in METRICS))
-        results[name] = {kind: {m: float(values[m].mean()) for m in METRICS} for kind, values in rows.items()} | {"gain": shown}
-    Console(width=140).print(table)
+        results[name] = {kind: {m: float(values[m].mean()) for m in METRICS} for kind, values in rows.items()}
+        parts = {"": np.ones(len(rows["cut"]["MRR"]), dtype=bool)}
+        if name == "512":
+            parts |= {", halves that fit": fits, ", others": ~fits}
+        for kind, (part, chosen) in itertools.product([k for k in rows if k in ("stretched", "same text")], parts.items()):
+            gains = {m: (rows[kind][m] - rows["cut"][m])[chosen] for m in METRICS}
+            shown = {m: (float(gain.mean()), *interval(gain)) for m, gain in gains.items()}
+            cells = ("{:+.3f} ({:+.3f} to {:+.3f})".format(*shown[m]) for m in METRICS)
+            table.add_row(f"{name}, {kind} - cut{part}", str(int(chosen.sum())), *cells)
+            results[name][f"{kind} - cut{part}"] = {"reports": int(chosen.sum()), **shown}
+    Console(width=150).print(table)
     if options.out is not None:
         options.out.write_text(json.dumps(results, indent=2) + "\n")
 
