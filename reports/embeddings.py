@@ -5,7 +5,7 @@ writer left half done is undone by whoever opens the file next. Every entry has 
 file gives an absent entry or an error, not a wrong vector. A key must be a hash of all that the vector depends on: the text, the model's
 weights, pooling, where the text is cut.
 
-A connection is opened for each transaction and closed after it (0.5 ms). So an object may be used by several threads, be sent to a spawned
+A connection is opened for each transaction and closed after it (0.2 ms). So an object may be used by several threads, be sent to a spawned
 process, and be used on both sides of a fork; only at the moment of a fork no other thread may be in it. The journal is a rollback journal,
 not a write-ahead log (WAL): a log needs memory that all processes share, which a network file system does not give, and a folder that is
 written to even by who only reads. Several computers may use one folder if its file system keeps POSIX locks (NFS 4, or NFS 3 with its lock
@@ -110,7 +110,7 @@ class EmbeddingStore:
         return found
 
     def add(self, keys: Sequence[bytes], vectors: NDArray[np.float32]) -> None:
-        """Store vectors; on the disk, power loss included, when it returns.
+        """Store vectors; when it returns they are flushed to the disk (SQLite's synchronous = FULL).
 
         A key that is there keeps its vector, unless that is damaged. Of equal keys the first counts. After an error a part of the entries
         may be stored, each of them whole.
@@ -250,7 +250,7 @@ def _explained(error: sqlite3.Error | UnicodeDecodeError, file: Path, timeout_s:
         )
     if "full" in text:
         return OSError(errno.ENOSPC, f"{where}: {text}; what was stored before is kept. Make room, or name a folder on another disk")
-    if "readonly" in text:
+    if "readonly" in text or ("unable to open" in text and not os.access(file.parent, os.W_OK)):
         return PermissionError(
             errno.EACCES,
             f"{where}: may only be read; name a folder that can be written to. If this came on reading, a writer was killed: "

@@ -1,0 +1,128 @@
+"""Whether what a sentence names is present, absent, uncertain or not stated: cues and how far they rule.
+
+After NegEx ("A Simple Algorithm for Identifying Negated Findings and Diseases", Chapman et al. 2001) and ConText (Harkema et al. 2009),
+with two departures for radiology. A list may end: in "no effusion, small nodule" the second noun is no longer denied, in "no effusion,
+nodule or mass" it is. And a cue that looks back ("was not observed") looks no further than the verb before it.
+
+A sentence is N words; positions are indices into them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from medvl.types import State
+from reports.facts.lexicon import Cue
+from reports.facts.phrases import Match, longest
+
+Stated = State | Literal["unstated"]
+
+_BETWEEN_TWO = frozenset({"versus", "vs"})
+"""Words that put the nearest noun in doubt, not those that it stands beside: "low volumes with atelectasis versus scar"."""
+
+_PLAIN = frozenset({"present", "noted", "unchanged", "stable"})
+"""Verbs that affirm even after a denial: "no effusion, calcifications are present"; "no mass, nodule was detected" denies both."""
+
+_STRENGTH: tuple[Stated, ...] = ("unstated", "absent", "uncertain")
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """A cue with the positions that it rules: ``start`` <= position < ``end``."""
+
+    kind: Stated
+    start: int
+    end: int
+
+
+class Assertions:
+    """The cues of one sentence, to be asked about each finding named in it.
+
+    Args:
+        forms: the words.
+        cues: every cue found in them.
+        named: for each finding named, the positions of its words; a cue wholly inside one is none ("non-calcified nodule").
+        describing: positions of words that tell size, side or change: in a list they begin something new.
+    """
+
+    def __init__(
+        self, forms: Sequence[str], cues: Sequence[Match[Cue]], named: Sequence[tuple[int, ...]], describing: frozenset[int]
+    ) -> None:
+        inside = [set(positions) for positions in named]
+        outside = [cue for cue in longest(cues) if not any(set(cue.positions) <= words for words in inside)]
+        kept = _apart([cue for cue in outside if cue.value.kind != "affirms"])
+        taken = {position for cue in kept for position in cue.positions}
+        affirming = [cue for cue in outside if cue.value.kind == "affirms" and taken.isdisjoint(cue.positions)]
+        stops = [cue.first for cue in kept if cue.value.kind == "stop"]
+        self._rules: list[_Rule] = []
+        for cue in kept:
+            kind, direction = cue.value.kind, cue.value.direction
+            if kind not in ("absent", "uncertain", "unstated"):
+                continue
+            if direction == "before":
+                end = min((stop for stop in stops if stop > cue.last), default=len(forms))
+                if kind == "absent":
+                    end = _end_of_list(forms, cue.last, end, named, affirming, describing)
+                self._rules.append(_Rule(kind, cue.first + 1, end))  # "no visible" may share a word with what it denies
+            else:
+                start = max((stop + 1 for stop in stops if stop < cue.first), default=0)
+                if forms[cue.first] in _BETWEEN_TWO:
+                    start = max([start, *(i + 1 for i in range(cue.first) if forms[i] in ("with", ","))])
+                start = max([start, *(other.last + 1 for other in affirming if other.last < cue.first)])
+                self._rules.append(_Rule(kind, start, cue.first))
+        self._within = [(cue.value.kind, cue.positions) for cue in kept if cue.value.kind in ("absent", "uncertain")]
+
+    def of(self, positions: tuple[int, ...]) -> Stated:
+        """What is said of a finding whose words are at ``positions``, by the strongest cue that rules it.
+
+        Not stated outweighs absent, and absent outweighs uncertain: "no suspicious opacity" is a denial. (Denials that leave a doubt,
+        "cannot be excluded", are cues of their own.) A cue between the words of the finding rules it too: "the heart is not enlarged".
+        """
+        first, last, own = positions[0], positions[-1], set(positions)
+        kinds: set[str] = {rule.kind for rule in self._rules if rule.start <= first and last < rule.end}
+        between = [kind for kind, cue in self._within if own.isdisjoint(cue) and any(first < position < last for position in cue)]
+        kinds.update(between)
+        return next((kind for kind in _STRENGTH if kind in kinds), "present")
+
+
+def _apart(cues: Sequence[Match[Cue]]) -> list[Match[Cue]]:
+    """Cues that share no word: of two that do, the longer, or the first of equal length; those of the very same words all stay."""
+    taken: dict[int, tuple[int, ...]] = {}
+    kept = []
+    for cue in sorted(cues, key=lambda c: (-len(c.positions), c.first)):
+        if all(taken.get(position, cue.positions) == cue.positions for position in cue.positions):
+            taken.update(dict.fromkeys(cue.positions, cue.positions))
+            kept.append(cue)
+    return sorted(kept, key=lambda c: c.first)
+
+
+def _end_of_list(
+    forms: Sequence[str],
+    after: int,
+    end: int,
+    named: Sequence[tuple[int, ...]],
+    affirming: Sequence[Match[Cue]],
+    describing: frozenset[int],
+) -> int:
+    """Where what a negation denies ends: at ``end``, or, once a finding has been denied, at a comma or "and" where something new begins."""
+    first_named = min((positions[-1] for positions in named if positions[-1] > after), default=end)
+    for i in range(first_named + 1, end):
+        new = _begins_new(forms, i + 1, end, describing)
+        if forms[i] in (",", "-"):
+            affirmed = any(i < cue.first < end and forms[cue.last] in _PLAIN for cue in affirming)
+            if (new or affirmed) and not any(form in ("or", "nor", "/") for form in forms[i + 1 : end]):
+                return i
+        elif (forms[i] == "and" and new) or (
+            any(cue.first == i for cue in affirming) and any(form in (",", "and") for form in forms[i:end])
+        ):
+            return i
+    return end
+
+
+def _begins_new(forms: Sequence[str], at: int, end: int, describing: frozenset[int]) -> bool:
+    """Whether an article, or a word that tells size, side or change, opens what follows."""
+    while at < end and forms[at] in ("and", "with"):
+        at += 1
+    return at < end and (forms[at] in ("a", "an") or at in describing)
