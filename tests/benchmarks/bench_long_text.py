@@ -10,7 +10,7 @@ Few halves are longer than 512, so the comparison is made three ways:
 
     limit P   the tower as if it had its first P positions only (P = 128: those it was fine-tuned with; 256: half of its own). Cut: the
               first P pieces are read. Stretched: the P positions are drawn apart to 512 and 512 pieces are read. Its own 512 positions
-              are shown beside, as what a stretching could at best come to.
+              are shown beside: they read as much as the stretched ones.
     512       the tower as it is, cut at 512, against its 512 positions drawn apart to 1024. "same text" is the control: the positions
               are drawn apart, but no more than 512 pieces are read, so that what differs from "cut" is the positions alone. Gains are
               also given apart for reports whose halves both fit in 512, where nothing is cut, and for the others.
@@ -18,7 +18,8 @@ Few halves are longer than 512, so the comparison is made three ways:
               in a cut text at all, so this measures how much of a tail its report's vector holds, not how alike two halves are.
 
 Read "512, stretched - cut" with its control: where that was measured, most of the gain was there with the same text read, so it is what
-other positions do to a model that was fine-tuned with 128, not what the longer text adds. "limit 128" has no such control.
+other positions do to a model that was fine-tuned with 128, not what the longer text adds. "limit 256" is
+open to the same doubt: there the stretched positions come out above its own 512, which read the same text.
 
 Intervals: 95 %, of the paired difference, over reports drawn with replacement 2,000 times (both directions of a report together; what is
 searched stays the same). Reports of one patient cannot be told apart from others.
