@@ -131,7 +131,11 @@ class TextBatch:
 
 @dataclass(frozen=True)
 class TextFeatures:
-    """What a report tower returns. ``pooled`` is not normalised."""
+    """What a report tower returns. ``pooled`` and ``tokens`` are not normalised.
+
+    A token is a word or a piece of one, as the tower was made, in the space of ``pooled``; special tokens are none. Which characters of
+    the text each one is, the tower says: ``spans(texts)`` of :class:`reports.towers.trunk.TrunkReportEncoder`.
+    """
 
     pooled: Tensor  # (M, D)
     tokens: Tensor | None = None  # (M, L, D); None if the tower keeps none

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from reports.towers import HuggingFaceReportEncoder as HuggingFaceReportEncoder
+    from reports.towers import Lora as Lora
     from reports.towers import MiniLmReportEncoder as MiniLmReportEncoder
+    from reports.towers import OpenClipReportEncoder as OpenClipReportEncoder
 
-_LAZY = {"HuggingFaceReportEncoder": "reports.towers", "MiniLmReportEncoder": "reports.towers"}
-__all__ = ["HuggingFaceReportEncoder", "MiniLmReportEncoder"]
+__all__ = ["HuggingFaceReportEncoder", "Lora", "MiniLmReportEncoder", "OpenClipReportEncoder"]
+_LAZY = dict.fromkeys(__all__, "reports.towers")
 
 
 def __getattr__(name: str) -> Any:

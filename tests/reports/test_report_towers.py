@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import reports.towers
 from medvl.types import TextBatch
 from reports import HuggingFaceReportEncoder, MiniLmReportEncoder
 
@@ -164,21 +166,61 @@ def test_embeddings_on_disk_are_used_again_and_hold_no_text(tiny: Path, tmp_path
     seen: list[tuple[int, int]] = []
     first.precompute([*TEXTS, *TEXTS], progress=lambda done, total: seen.append((done, total)))
     assert seen == [(2, 5), (4, 5), (5, 5)]
-    (file,) = (tmp_path / "cache").iterdir()
-    assert b"pleural" not in file.read_bytes()
+    files = [file for file in (tmp_path / "cache").rglob("*") if file.is_file()]
+    assert files and not any(b"pleural" in file.read_bytes() for file in files)
     again = HuggingFaceReportEncoder(str(tiny), 8, cache_dir=tmp_path / "cache")
-    assert again.cached is not None and len(again.cached.rows) == 5
+    plain = HuggingFaceReportEncoder(str(tiny), 8, batch_size=2)
     assert torch.equal(again.trunk_embeddings(TEXTS), first.trunk_embeddings(TEXTS))
+    assert torch.equal(again.trunk_embeddings(TEXTS), plain.trunk_embeddings(TEXTS))
     again.precompute(TEXTS, progress=lambda done, total: pytest.fail("embedded again"))
-    assert again.cached._trunk is None  # not loaded: nothing was missing
+    assert again.cached is not None and again.cached._trunk is None  # not loaded: nothing was missing
     late = HuggingFaceReportEncoder(str(tiny), 8)
     late.trunk_embeddings(["heart", TEXTS[1]])
     late.use_cache(tmp_path / "cache")
-    assert late.cached is not None and len(late.cached.rows) == len(late.cached.table) == 6
     torch.testing.assert_close(late.trunk_embeddings(["heart", *TEXTS])[1:], first.trunk_embeddings(TEXTS), atol=1e-6, rtol=0)
-    save_file({"keys": torch.zeros(3, 32, dtype=torch.uint8), "embeddings": torch.zeros(2, 16)}, file)
-    with pytest.raises(ValueError, match="delete it"):
-        HuggingFaceReportEncoder(str(tiny), 8, cache_dir=tmp_path / "cache")
+    late.precompute(["heart"])  # known before there was a folder: written now
+    once_more = HuggingFaceReportEncoder(str(tiny), 8, cache_dir=tmp_path / "cache")
+    assert torch.equal(once_more.trunk_embeddings(["heart"]), late.trunk_embeddings(["heart"]))
+    assert once_more.cached is not None and once_more.cached._trunk is None
+
+
+def test_what_an_embedding_depends_on_is_in_its_key(tiny: Path, tmp_path: Path) -> None:
+    """Each change of model, tokenizer or option computes anew in the same folder, and gives what it gives without the folder."""
+    cache = tmp_path / "cache"
+    HuggingFaceReportEncoder(str(tiny), None, cache_dir=cache).precompute(TEXTS)
+    other = tmp_path / "other"
+    shutil.copytree(tiny, other)
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["heart"], vocabulary["pleural"] = vocabulary["pleural"], vocabulary["heart"]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    text = ("heart enlarged",)
+    changes = [{"pooling": "cls"}, {"pooling": "weighted_mean"}, {"max_tokens": 3}, {"stretch_to": 40}, {"precision": "bfloat16"}]
+    for model, options in [(tiny, {}), *((tiny, change) for change in changes), (other, {})]:
+        cached = HuggingFaceReportEncoder(str(model), None, cache_dir=cache, **options)  # type: ignore[arg-type]
+        cached.precompute(text)
+        stored = HuggingFaceReportEncoder(str(model), None, cache_dir=cache, **options).trunk_embeddings(text)  # type: ignore[arg-type]
+        assert torch.equal(stored, HuggingFaceReportEncoder(str(model), None, **options).trunk_embeddings(text))  # type: ignore[arg-type]
+    rows = sqlite3.connect(next(cache.rglob("*.sqlite3"))).execute("SELECT count(*) FROM embeddings").fetchone()
+    assert rows == (len(TEXTS) + len(changes) + 2,)
+
+
+def test_towers_of_different_width_share_a_cache_folder(tiny: Path, tmp_path: Path) -> None:
+    for tower in (
+        MiniLmReportEncoder(4, cache_dir=tmp_path / "cache"),
+        HuggingFaceReportEncoder(str(tiny), 4, cache_dir=tmp_path / "cache"),
+    ):
+        tower.precompute(TEXTS[:2])
+        assert tower.trunk_embeddings(TEXTS[:2]).shape == (2, tower.width)
+
+
+def test_a_cache_that_may_only_be_read_is_read(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    HuggingFaceReportEncoder(str(tiny), 8, cache_dir=tmp_path).precompute(TEXTS[:1])
+    monkeypatch.setattr("reports.embeddings.EmbeddingStore.writable", False)
+    monkeypatch.setattr("reports.embeddings.EmbeddingStore.add", lambda *_: pytest.fail("written"))
+    tower = HuggingFaceReportEncoder(str(tiny), 8, cache_dir=tmp_path)
+    tower.precompute(TEXTS)
+    assert tower.trunk_embeddings(TEXTS).shape == (5, 16)
 
 
 def test_a_longer_text_than_the_trunk_takes_is_cut(tiny: Path) -> None:
@@ -244,7 +286,7 @@ def test_a_frozen_tower_carries_no_files_and_opens_no_cache_when_made_again(tiny
     tower = HuggingFaceReportEncoder(str(tiny), 8, cache_dir=tmp_path / "cache")
     assert tower.files() == {}
     again = HuggingFaceReportEncoder.rebuild(tower.spec()["init_args"], tmp_path / "none")
-    assert again.cached is not None and again.cached.file is None
+    assert again.cached is not None and again.cached.store is None
     assert again.spec() == tower.spec()
 
 
@@ -307,7 +349,8 @@ def test_wrong_arguments_are_refused(tiny: Path, name: str, value: object) -> No
 
 def test_a_tower_can_be_made_again_from_its_spec(tiny: Path) -> None:
     spec = HuggingFaceReportEncoder(str(tiny), 8, dropout=0.1).spec()
-    assert spec["class_path"] == "reports.towers.HuggingFaceReportEncoder"
+    assert spec["class_path"] == "reports.towers.huggingface.HuggingFaceReportEncoder"
+    assert reports.towers.HuggingFaceReportEncoder is reports.HuggingFaceReportEncoder is HuggingFaceReportEncoder  # older runs
     assert HuggingFaceReportEncoder(**spec["init_args"]).embed_dim == 8
     assert MiniLmReportEncoder(embed_dim=4).spec()["init_args"]["embed_dim"] == 4
 

@@ -1,0 +1,97 @@
+"""Words of a text as character spans, and the vectors of word pieces merged to those of words.
+
+Offsets are characters (Python string indices) of the text that was given, end exclusive. Words do not depend on a tokenizer: a run of
+letters and digits, a number with its decimals, or one other sign. Shapes: M texts, L tokens, W width.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+Span = tuple[int, int]
+Group = tuple[int, ...]
+
+_WORD = re.compile(r"\d+(?:[.,]\d+)+|\w+|[^\w\s]")
+
+
+def word_spans(text: str) -> tuple[Span, ...]:
+    """(start, end) of every word in order: "Nodule, 1.5 cm." has Nodule / , / 1.5 / cm / . as its five words."""
+    return tuple(match.span() for match in _WORD.finditer(text))
+
+
+def overlapping(spans: Sequence[Span], start: int, end: int) -> tuple[int, ...]:
+    """Indices of the spans that share a character with [start, end): where the vectors of a phrase are among the tokens of its text."""
+    return tuple(i for i, (first, last) in enumerate(spans) if start < end and first < end and start < last)
+
+
+def origins(text: str, cleaned: str) -> list[int]:
+    """For every character of ``cleaned`` the index in ``text`` that it came from, never falling; ``len(text)`` at the end is one more.
+
+    Runs of white space made one, and small letters for capitals, are followed exactly. What else a cleaning did (entities, accents) is
+    found as the longest parts in common; a character of no such part gets the place of the one before it.
+    """
+    kept = [i for i, c in enumerate(text) if not c.isspace() or (i > 0 and not text[i - 1].isspace())]
+    while kept and text[kept[-1]].isspace():
+        kept.pop()
+    if len(kept) == len(cleaned) and all(_same(text[i], c) for i, c in zip(kept, cleaned, strict=True)):
+        return [*kept, len(text)]
+    places = [-1] * len(cleaned)
+    for block in difflib.SequenceMatcher(None, text.lower(), cleaned.lower(), autojunk=False).get_matching_blocks():
+        for k in range(block.size):
+            if block.a + k < len(text) and block.b + k < len(cleaned):  # small letters may be more characters than the capital
+                places[block.b + k] = block.a + k
+    last = 0
+    for i, place in enumerate(places):
+        last = places[i] = max(last, place)
+    return [*places, len(text)]
+
+
+def _same(original: str, cleaned: str) -> bool:
+    return original == cleaned or original.lower() == cleaned or (original.isspace() and cleaned == " ")
+
+
+def pieces_of_words(pieces: Sequence[Span], words: Sequence[Span]) -> tuple[tuple[Span, ...], tuple[Group, ...]]:
+    """The words that a tokenizer's pieces reach, and for each the indices of the pieces that share a character with it.
+
+    A piece may reach several words (")."). Words that were cut away with the end of a text have no piece and are left out.
+
+    Args:
+        pieces: spans in order, empty ones for special tokens.
+        words: spans in order that do not overlap.
+    """
+    found: list[list[int]] = [[] for _ in words]
+    first = 0
+    for index, (start, end) in enumerate(pieces):
+        if start >= end:
+            continue
+        while first < len(words) and words[first][1] <= start:
+            first += 1
+        for word in range(first, len(words)):
+            if words[word][0] >= end:
+                break
+            found[word].append(index)
+    reached = [i for i, group in enumerate(found) if group]
+    return tuple(words[i] for i in reached), tuple(tuple(found[i]) for i in reached)
+
+
+def merge(hidden: Tensor, groups: Sequence[Sequence[Group]]) -> tuple[Tensor, Tensor]:
+    """The mean of each group of tokens, (M, N, W), and (M, N) bool, False on padding; N is the largest number of groups, at least 1.
+
+    Args:
+        hidden: (M, L, W).
+        groups: for each text, for each of its words, the indices of its tokens.
+    """
+    count = max([1, *map(len, groups)])
+    places = [
+        (text, token, text * count + word) for text, words in enumerate(groups) for word, group in enumerate(words) for token in group
+    ]
+    texts, tokens, words = torch.tensor(places, dtype=torch.long, device=hidden.device).reshape(-1, 3).T
+    sums = hidden.new_zeros(len(groups) * count, hidden.shape[-1]).index_add(0, words, hidden[texts, tokens])
+    sizes = torch.bincount(words, minlength=len(groups) * count)
+    merged = sums / sizes.clamp_min(1)[:, None].to(hidden.dtype)
+    return merged.view(len(groups), count, hidden.shape[-1]), (sizes > 0).view(len(groups), count)
