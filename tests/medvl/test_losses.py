@@ -112,7 +112,7 @@ def test_a_row_or_column_without_a_positive_is_refused():
     with pytest.raises(ValueError, match="both positive and ignored"):
         info_nce_of_logits(logits, torch.eye(3, dtype=torch.bool), torch.eye(3, dtype=torch.bool))
     with pytest.raises(ValueError, match="positives must be bool"):
-        info_nce_of_logits(logits, torch.eye(3))
+        info_nce_of_logits(logits, torch.eye(3, dtype=torch.int64))
 
 
 def test_huge_logits_stay_finite_in_bfloat16():
