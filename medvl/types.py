@@ -346,6 +346,19 @@ class TextPairs:
     null_texts: Tensor | None = None  # (M,) bool, texts without visual content, to be aligned with the null target
 
 
+def equal_text_pairs(studies: Sequence[PairStudy]) -> TextPairs:
+    """The different texts of a batch in their order; each is a positive of every study that it was drawn for."""
+    texts: dict[str, SourcedText] = {}
+    for study in studies:
+        for one in study.texts:
+            texts.setdefault(one.text, one)
+    column = {text: j for j, text in enumerate(texts)}
+    positives = torch.zeros(len(studies), len(texts), dtype=torch.bool)
+    for i, study in enumerate(studies):
+        positives[i, [column[one.text] for one in study.texts]] = True
+    return TextPairs(tuple(texts.values()), positives)
+
+
 class PairBuilder(Configurable, abc.ABC):
     """Base of what decides which texts of a batch are positives, negatives or neither; without one, a study's own and equal texts."""
 

@@ -27,9 +27,9 @@ from medvl.types import (
     SourcedText,
     StudyWords,
     TextBatch,
-    TextPairs,
     TextSource,
     UnreadableImageError,
+    equal_text_pairs,
 )
 
 Views = Literal["image", "study"]
@@ -264,19 +264,6 @@ class Collate:
 
     def _can_mirror(self, text: str) -> bool:
         return self.pairs is not None and self.pairs.mirrored(text) is not None
-
-
-def equal_text_pairs(studies: Sequence[PairStudy]) -> TextPairs:
-    """The different texts of a batch in their order; each is a positive of every study that it was drawn for."""
-    texts: dict[str, SourcedText] = {}
-    for study in studies:
-        for one in study.texts:
-            texts.setdefault(one.text, one)
-    column = {text: j for j, text in enumerate(texts)}
-    positives = torch.zeros(len(studies), len(texts), dtype=torch.bool)
-    for i, study in enumerate(studies):
-        positives[i, [column[one.text] for one in study.texts]] = True
-    return TextPairs(tuple(texts.values()), positives)
 
 
 def drawn(texts: Sequence[SourcedText], count: int, rng: np.random.Generator) -> tuple[SourcedText, ...]:

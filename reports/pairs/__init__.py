@@ -1,0 +1,7 @@
+"""Pair building: which texts of a batch are true of which study, false of it, or neither; and the texts to train on beside sentences."""
+
+from reports.pairs.builder import ReportPairs
+from reports.pairs.negatives import HardNegatives
+from reports.pairs.soft import SoftTargets
+
+__all__ = ["HardNegatives", "ReportPairs", "SoftTargets"]

@@ -1,0 +1,241 @@
+"""Which texts of a batch are true of which study: the pair builder that a recipe names.
+
+What the sentences say is read once, before training, and kept by text. A batch then costs look-ups: of each finding that a sentence
+claims, and of what each study says of it.
+
+Shapes: B studies, M different texts of the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from medvl.types import PairBuilder, PairStudy, SourcedText, StudyWords, TextPairs, equal_text_pairs
+from reports.facts import LexiconFacts
+from reports.facts.ontology import load_ontology
+from reports.facts.statements import FactSource, Statement
+from reports.pairs.laterality import swap_left_and_right
+from reports.pairs.negatives import HardNegatives, Negative, hard_negatives
+from reports.pairs.null import has_no_visual_content
+from reports.pairs.soft import SoftTargets, label_similarity, text_similarity
+from reports.pairs.truth import FALSE, TRUE, UNKNOWN, Claim, Strictness, TruthTable, claim_of, swap_sides
+from reports.sentences import report_sentences, split_sentences
+
+Across = Literal["text", "findings"]
+Unknown = Literal["negative", "ignore_related", "ignore"]
+Null = Literal["keep", "drop", "ignore", "target"]
+
+
+class ReportPairs(PairBuilder):
+    """Positives, soft positives, unknown pairs, hard negatives and texts without visual content, from what reports say.
+
+    A study's own texts are its positives whatever else is said. Of the others:
+
+    Args:
+        across: ``text``: equal texts alone are positives; ``findings``: a text is a positive of every study whose facts entail it.
+        strictness: how much of a finding has to agree: ``finding`` its state, ``side`` also that, ``location`` also place and kind,
+            ``all`` also degree and size.
+        unknown: what becomes of a pair of which the facts tell nothing: a ``negative``; ``ignore_related`` leaves it out of the loss if the
+            study speaks of a finding of the text (it is uncertain, or elsewhere); ``ignore`` leaves out also what the study is silent on.
+        unmentioned: ``absent`` takes findings that a report does not mention to be absent.
+        null: texts without visual content (:mod:`reports.pairs.null`): ``keep`` trains on them; ``drop`` never draws them; ``ignore`` draws
+            them and leaves them out of the loss; ``target`` aligns them with a learned null image (``null_target`` of the module), so that
+            they keep away from every image. Leaving out is the plain choice; the target also teaches the text tower what is no finding.
+        soft: weights of pairs that are no positives; None: such pairs have none.
+        negatives: hard negatives of every training batch; None: none.
+        facts: finds what a text states; None takes :class:`reports.facts.LexiconFacts`.
+        lexicon: folder of the lexicon whose ontology is used; None takes the one that comes with the package.
+    Raises:
+        ValueError: a word that is none of these.
+    """
+
+    def __init__(
+        self,
+        across: Across = "findings",
+        strictness: Strictness = "location",
+        unknown: Unknown = "negative",
+        unmentioned: Literal["unknown", "absent"] = "unknown",
+        null: Null = "keep",
+        soft: SoftTargets | None = None,
+        negatives: HardNegatives | None = None,
+        facts: FactSource | None = None,
+        lexicon: Path | None = None,
+    ) -> None:
+        for name, value, known in (("across", across, Across), ("unknown", unknown, Unknown), ("null", null, Null)):
+            if value not in get_args(known):
+                raise ValueError(f"{name} is {value!r}, expected one of {', '.join(get_args(known))}")
+        self.across, self.unknown, self.null, self.soft, self.negatives = across, unknown, null, soft, negatives
+        self.facts = LexiconFacts(lexicon) if facts is None else facts
+        self.ontology = load_ontology(lexicon)
+        self.table = TruthTable(self.ontology, strictness, unmentioned)
+        self.exact = TruthTable(self.ontology, "all", unmentioned)  # for texts that must not be true by accident
+        self._statements: dict[str, tuple[Statement, ...]] = {}
+        self._null: dict[str, bool] = {}
+        self._claims: dict[int, tuple[Claim, ...]] = {}
+        self._profiles: dict[tuple[int, bool], tuple[NDArray[np.int32], NDArray[np.int32]]] = {}
+        self._negatives: dict[tuple[int, bool, str], tuple[Negative, ...]] = {}
+
+    def prepare(self, studies: Sequence[tuple[tuple[int, ...], tuple[StudyWords, ...], tuple[SourcedText, ...]]]) -> None:
+        """Read every sentence of every report, and every text that may be drawn, once."""
+        texts: dict[str, None] = {}
+        for rows, words, sourced in studies:
+            said = [s for one in words for s in report_sentences(one.report, one.findings, one.impression)]
+            drawn = [one.text for one in sourced]
+            claims = tuple(dict.fromkeys(claim for text in (*said, *drawn) for claim in self.claims(text)))
+            self._claims.update(dict.fromkeys(rows, claims))
+            texts.update(dict.fromkeys(drawn))
+        if self.soft is not None:
+            self.soft.prepare(list(texts))
+
+    def statements(self, text: str) -> tuple[Statement, ...]:
+        """What a text states; read once."""
+        if text not in self._statements:
+            self._statements[text] = tuple(self.facts.facts(text))
+        return self._statements[text]
+
+    def claims(self, text: str) -> tuple[Claim, ...]:
+        """What a text claims, each once."""
+        return tuple(dict.fromkeys(map(claim_of, self.statements(text))))
+
+    def is_null(self, text: str) -> bool:
+        """Whether no sentence of a text has visual content."""
+        if text not in self._null:
+            self._null[text] = not self.statements(text) and all(map(has_no_visual_content, split_sentences(text)))
+        return self._null[text]
+
+    def keeps(self, text: str) -> bool:
+        """Whether a text may be drawn."""
+        return self.null != "drop" or not self.is_null(text)
+
+    def mirrored(self, text: str) -> str | None:
+        """The text with left and right exchanged, see :func:`reports.pairs.laterality.swap_left_and_right`."""
+        return swap_left_and_right(text)
+
+    def pairs(self, studies: Sequence[PairStudy], rng: np.random.Generator | None = None) -> TextPairs:
+        """Pair a batch; without ``rng`` there are no hard negatives."""
+        studies = [self._written(study) for study in studies]
+        made = equal_text_pairs(studies)
+        own, texts = made.positives, list(made.texts)
+        false = [] if rng is None else self._false_texts(studies, {one.text for one in texts}, rng)
+        real, m = len(texts), len(texts) + len(false)
+        values, silent = self._truth(studies, [one.text for one in texts], [negative for _, negative in false])
+        for j, (whose, _) in enumerate(false):
+            values[whose, real + j] = FALSE
+        truth, quiet = torch.from_numpy(values), torch.from_numpy(silent)
+        own = torch.cat([own, torch.zeros(len(studies), len(false), dtype=torch.bool)], dim=1)
+        truth[own] = TRUE
+        is_false = torch.arange(m) >= real
+        is_null = torch.tensor([self.null != "keep" and self.is_null(one.text) for one in texts] + [False] * len(false))
+
+        positives = (truth == TRUE) if self.across == "findings" else own
+        ignore = self._ignored(truth, quiet) | (is_false & (truth != FALSE) & ~positives)
+        weights = positives
+        if self.soft is not None:
+            vetoed = (truth == FALSE) | ignore | is_false | is_null
+            weights = self.soft.weights(positives, self._similarity(studies, texts, own, len(false)), vetoed)
+        if self.null == "ignore":
+            weights, ignore = torch.where(is_null, 0, weights).to(weights.dtype), ignore | is_null
+            ignore |= ~(weights > 0).any(1, keepdim=True)
+        return TextPairs(
+            (*texts, *(SourcedText(negative.text, f"hard negative: {negative.rule}") for _, negative in false)),
+            weights,
+            ignore if bool(ignore.any()) else None,
+            is_false if false else None,
+            is_null if self.null == "target" else None,
+        )
+
+    def _written(self, study: PairStudy) -> PairStudy:
+        """The study with the texts of its flipped images."""
+        if not study.mirrored:
+            return study
+        swapped = [(one, self.mirrored(one.text)) for one in study.texts]
+        return replace(study, texts=tuple(replace(one, text=text) for one, text in swapped if text is not None))
+
+    def _said(self, study: PairStudy) -> tuple[Claim, ...]:
+        claims = self._claims.get(study.row)
+        if claims is None:  # not told of before: its drawn texts are all there is
+            return tuple(dict.fromkeys(claim for one in study.texts for claim in self.claims(one.text)))
+        return swap_sides(claims) if study.mirrored else claims
+
+    def _profile(self, study: PairStudy) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+        key = (study.row, study.mirrored)
+        if study.row not in self._claims:
+            said = self._said(study)
+            return self.table.profile(said), self.exact.profile(said)
+        if key not in self._profiles:
+            said = self._said(study)
+            self._profiles[key] = self.table.profile(said), self.exact.profile(said)
+        return self._profiles[key]
+
+    def _truth(
+        self, studies: Sequence[PairStudy], texts: Sequence[str], false: Sequence[Negative]
+    ) -> tuple[NDArray[np.int8], NDArray[np.bool_]]:
+        """(B, M) truth and silence; of hard negatives with every detail compared."""
+        profiles, exact = (np.stack(part) for part in zip(*map(self._profile, studies), strict=True))
+        values, silent = self.table.of([self.claims(text) for text in texts], profiles)
+        if not false:
+            return values, silent
+        theirs, quiet = self.exact.of([negative.claims for negative in false], exact)
+        theirs = theirs * np.array([-1 if negative.negated else 1 for negative in false], dtype=np.int8)
+        return np.concatenate([values, theirs], axis=1), np.concatenate([silent, quiet], axis=1)
+
+    def _ignored(self, truth: Tensor, quiet: Tensor) -> Tensor:
+        if self.unknown == "negative":
+            return torch.zeros_like(quiet)
+        unknown = truth == UNKNOWN
+        return unknown if self.unknown == "ignore" else unknown & ~quiet
+
+    def _similarity(self, studies: Sequence[PairStudy], texts: Sequence[SourcedText], own: Tensor, false: int) -> Tensor:
+        """(B, M) cosines; of hard negatives, which get no weight, -1."""
+        assert self.soft is not None
+        if self.soft.likeness == "text":
+            found = text_similarity(self.soft.embeddings([one.text for one in texts]), own[:, : len(texts)])
+        else:
+            claims = [self.claims(one.text) for one in texts]
+            found = label_similarity([self._said(study) for study in studies], claims, self.ontology.findings)
+        return torch.cat([found, torch.full((len(studies), false), -1.0)], dim=1)
+
+    def _false_texts(self, studies: Sequence[PairStudy], taken: set[str], rng: np.random.Generator) -> list[tuple[list[int], Negative]]:
+        """Hard negatives of the batch, each once, with the studies that they were made for."""
+        found: dict[str, tuple[list[int], Negative]] = {}
+        if self.negatives is None:
+            return []
+        for i, study in enumerate(studies):
+            candidates = [n for one in study.texts for n in self.hard_negatives(one.text, study) if n.text not in taken]
+            for negative in self.negatives.draw(list(dict.fromkeys(candidates)), rng):
+                found.setdefault(negative.text, ([], negative))[0].append(i)
+        return list(found.values())
+
+    def hard_negatives(self, text: str, study: PairStudy) -> tuple[Negative, ...]:
+        """Every hard negative of one text of a study; worked out once."""
+        assert self.negatives is not None
+        key = (study.row, study.mirrored, text)
+        if key not in self._negatives:
+            if len(split_sentences(text)) == 1:
+                rules, words = self.negatives.rules, self.negatives.words
+                made = hard_negatives(text, self.statements(text), self._said(study), self.ontology, rules, words)
+            else:
+                made = ()
+            self._negatives[key] = tuple(n for n in made if not self.negatives.verify or self._reads_as_meant(n))
+        return self._negatives[key]
+
+    def _reads_as_meant(self, negative: Negative) -> bool:
+        """Whether the fact source reads in the text what the rule meant to write."""
+        read = set(self.claims(negative.text))
+        if negative.negated:
+            return not _agree(negative.claims, read)
+        return _agree(negative.claims, read)
+
+
+def _agree(meant: Iterable[Claim], read: Iterable[Claim]) -> bool:
+    """Whether every claim that is meant was read, in finding, state, side and degree."""
+    known = {(c.finding, c.state, c.side, c.severity) for c in read}
+    return all((c.finding, c.state, c.side, c.severity) in known for c in meant)
