@@ -26,7 +26,7 @@ from reports.pairs.laterality import swap_left_and_right
 from reports.pairs.negatives import HardNegatives, Negative, hard_negatives
 from reports.pairs.null import has_no_visual_content
 from reports.pairs.soft import SoftTargets, label_similarity, text_similarity
-from reports.pairs.truth import FALSE, TRUE, UNKNOWN, Claim, Strictness, TruthTable, claim_of, swap_sides
+from reports.pairs.truth import FALSE, TRUE, UNKNOWN, Claim, Strictness, TruthTable, claim_of, swap_sides, with_disputes
 from reports.sentences import report_sentences, split_sentences
 
 Across = Literal["text", "findings"]
@@ -89,7 +89,7 @@ class ReportPairs(PairBuilder):
         for rows, words, sourced in studies:
             said = [s for one in words for s in report_sentences(one.report, one.findings, one.impression)]
             drawn = [one.text for one in sourced]
-            claims = tuple(dict.fromkeys(claim for text in (*said, *drawn) for claim in self.claims(text)))
+            claims = with_disputes([claim for text in (*said, *drawn) for claim in self.claims(text)], self.ontology)
             self._claims.update(dict.fromkeys(rows, claims))
             texts.update(dict.fromkeys(drawn))
         if self.soft is not None:
@@ -162,7 +162,7 @@ class ReportPairs(PairBuilder):
     def _said(self, study: PairStudy) -> tuple[Claim, ...]:
         claims = self._claims.get(study.row)
         if claims is None:  # not told of before: its drawn texts are all there is
-            return tuple(dict.fromkeys(claim for one in study.texts for claim in self.claims(one.text)))
+            return with_disputes([claim for one in study.texts for claim in self.claims(one.text)], self.ontology)
         return swap_sides(claims) if study.mirrored else claims
 
     def _profile(self, study: PairStudy) -> tuple[NDArray[np.int32], NDArray[np.int32]]:

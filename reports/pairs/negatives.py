@@ -158,7 +158,7 @@ def hard_negatives(
     Args:
         text: one sentence that is true of the study.
         statements: of the sentence, spans within ``text``.
-        study: everything that the study's report states.
+        study: everything that the study's report states, see :func:`reports.pairs.truth.with_disputes`.
         ontology: which finding is a kind of which.
         rules: which to use.
         words: see :func:`load_words`.

@@ -44,6 +44,7 @@ class Claim:
     size_mm: float | None = None
     kind: str | None = None
     change: Change | None = None
+    disputed: bool = False  # a denial of what the same study states: it is no reason to call anything false
 
 
 def claim_of(statement: Statement) -> Claim:
@@ -68,6 +69,18 @@ def at_strictness(claim: Claim, strictness: Strictness) -> Claim:
     )
 
 
+def with_disputes(claims: Sequence[Claim], ontology: Ontology) -> tuple[Claim, ...]:
+    """The claims of one study, each once, its denials marked that something else it states is within."""
+    stated = [claim for claim in claims if claim.state != "absent"]
+
+    def disputed(denial: Claim) -> bool:
+        below, _ = _family(denial.finding, ontology)
+        return any(claim.finding in below and _denies(denial, claim) for claim in stated)
+
+    marked = (replace(claim, disputed=True) if claim.state == "absent" and disputed(claim) else claim for claim in claims)
+    return tuple(dict.fromkeys(marked))
+
+
 def truth(claim: Claim, facts: Sequence[Claim], ontology: Ontology, *, exhaustive: bool = True) -> int:
     """TRUE, FALSE or UNKNOWN: what a study of which ``facts`` are stated makes of a claim.
 
@@ -88,12 +101,12 @@ def _evidence(claim: Claim, kinds: Sequence[Claim], groups: Sequence[Claim], exh
     """Whether any fact makes the claim true, and whether any makes it false."""
     present = [f for f in kinds if f.state == "present"]
     unsure = [f for f in kinds if f.state == "uncertain"]
-    denied = any(_denies(f, claim) for f in groups if f.state == "absent")
+    denied = [f for f in groups if f.state == "absent" and _denies(f, claim)]
     if claim.state == "absent":
-        return denied, any(_implies(f, replace(claim, change=None)) for f in present)
+        return bool(denied), any(_implies(f, replace(claim, change=None)) for f in present)
     stated = present if claim.state == "present" else unsure
     for_it = _implied(claim, stated)
-    against = denied
+    against = any(not f.disputed for f in denied)
     if claim.state == "present" and exhaustive and present:
         against = against or all(_conflict(f, claim) for f in _without_summaries([*present, *unsure]))
     return for_it, against
