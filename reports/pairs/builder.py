@@ -37,7 +37,7 @@ Null = Literal["keep", "drop", "ignore", "target"]
 class ReportPairs(PairBuilder):
     """Positives, soft positives, unknown pairs, hard negatives and texts without visual content, from what reports say.
 
-    A study's own texts are its positives whatever else is said. Of the others:
+    A study's own texts, those that were not drawn for it too, are its positives whatever else is said. Of the others:
 
     Args:
         across: ``text``: equal texts alone are positives; ``findings``: a text is a positive of every study whose facts entail it.
@@ -80,6 +80,7 @@ class ReportPairs(PairBuilder):
         self._statements: dict[str, tuple[Statement, ...]] = {}
         self._null: dict[str, bool] = {}
         self._claims: dict[int, tuple[Claim, ...]] = {}
+        self._own: dict[int, frozenset[str]] = {}
         self._profiles: dict[tuple[int, bool], tuple[NDArray[np.int32], NDArray[np.int32]]] = {}
         self._negatives: dict[tuple[int, bool, str], tuple[Negative, ...]] = {}
 
@@ -91,6 +92,7 @@ class ReportPairs(PairBuilder):
             drawn = [one.text for one in sourced]
             claims = with_disputes([claim for text in (*said, *drawn) for claim in self.claims(text)], self.ontology)
             self._claims.update(dict.fromkeys(rows, claims))
+            self._own.update(dict.fromkeys(rows, frozenset(drawn)))
             texts.update(dict.fromkeys(drawn))
         if self.soft is not None:
             self.soft.prepare(list(texts))
@@ -123,7 +125,7 @@ class ReportPairs(PairBuilder):
         """Pair a batch; without ``rng`` there are no hard negatives."""
         studies = [self._written(study) for study in studies]
         made = equal_text_pairs(studies)
-        own, texts = made.positives, list(made.texts)
+        own, texts = made.positives | self._undrawn(studies, made.texts), list(made.texts)
         false = [] if rng is None else self._false_texts(studies, {one.text for one in texts}, rng)
         real, m = len(texts), len(texts) + len(false)
         values, silent = self._truth(studies, [one.text for one in texts], [negative for _, negative in false])
@@ -158,6 +160,14 @@ class ReportPairs(PairBuilder):
             return study
         swapped = [(one, self.mirrored(one.text)) for one in study.texts]
         return replace(study, texts=tuple(replace(one, text=text) for one, text in swapped if text is not None))
+
+    def _undrawn(self, studies: Sequence[PairStudy], texts: Sequence[SourcedText]) -> Tensor:
+        """(B, M) bool, the texts of the batch that might have been drawn for a study as well."""
+        plain = [one.text for one in texts]
+        swapped = [self.mirrored(text) for text in plain] if any(study.mirrored for study in studies) else plain
+        none: frozenset[str] = frozenset()
+        own = [(self._own.get(study.row, none), swapped if study.mirrored else plain) for study in studies]
+        return torch.tensor([[text in mine for text in written] for mine, written in own])
 
     def _said(self, study: PairStudy) -> tuple[Claim, ...]:
         claims = self._claims.get(study.row)
