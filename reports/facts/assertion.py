@@ -1,8 +1,8 @@
 """Whether what a sentence names is present, absent, uncertain or not stated: cues and how far they rule.
 
-After NegEx ("A Simple Algorithm for Identifying Negated Findings and Diseases", Chapman et al. 2001) and ConText (Harkema et al. 2009), with
-two departures for radiology. A list may end: in "no effusion, small nodule" the second noun is no longer denied, in "no effusion, nodule or
-mass" it is. And a cue that looks back ("was not observed") looks no further than the verb before it.
+After NegEx ("A Simple Algorithm for Identifying Negated Findings and Diseases", Chapman et al. 2001) and ConText (Harkema et al. 2009),
+with two departures for radiology. A list may end: in "no effusion, small nodule" the second noun is no longer denied, in "no effusion,
+nodule or mass" it is. And a cue that looks back ("was not observed") looks no further than the verb before it.
 
 A sentence is N words; positions are indices into them.
 """
@@ -19,17 +19,19 @@ from reports.facts.phrases import Match, longest
 
 Stated = State | Literal["unstated"]
 
-_LIST = frozenset({"or", "nor", "and", "/"})
+_BETWEEN_TWO = frozenset({"versus", "vs"})
+"""Words that put the nearest noun in doubt, not those that it stands beside: "low volumes with atelectasis versus scar"."""
+
+_STRENGTH: tuple[Stated, ...] = ("unstated", "absent", "uncertain")
 
 
 @dataclass(frozen=True)
 class _Rule:
-    """A cue with the positions that it rules: ``start`` <= position < ``end``; ``near`` is its own end that faces them."""
+    """A cue with the positions that it rules: ``start`` <= position < ``end``."""
 
     kind: Stated
     start: int
     end: int
-    near: int
 
 
 class Assertions:
@@ -46,35 +48,39 @@ class Assertions:
         self, forms: Sequence[str], cues: Sequence[Match[Cue]], named: Sequence[tuple[int, ...]], describing: frozenset[int]
     ) -> None:
         inside = [set(positions) for positions in named]
-        kept = [cue for cue in _apart(longest(cues)) if not any(set(cue.positions) <= words for words in inside)]
-        self._stops = [cue.first for cue in kept if cue.value.kind == "stop"]
-        affirming = [cue for cue in kept if cue.value.kind == "affirms"]
+        outside = [cue for cue in longest(cues) if not any(set(cue.positions) <= words for words in inside)]
+        kept = _apart([cue for cue in outside if cue.value.kind != "affirms"])
+        taken = {position for cue in kept for position in cue.positions}
+        affirming = [cue for cue in outside if cue.value.kind == "affirms" and taken.isdisjoint(cue.positions)]
+        stops = [cue.first for cue in kept if cue.value.kind == "stop"]
         self._rules: list[_Rule] = []
         for cue in kept:
             kind, direction = cue.value.kind, cue.value.direction
             if kind not in ("absent", "uncertain", "unstated"):
                 continue
             if direction == "before":
-                end = min((stop for stop in self._stops if stop > cue.last), default=len(forms))
+                end = min((stop for stop in stops if stop > cue.last), default=len(forms))
                 if kind == "absent":
-                    end = _end_of_list(forms, cue.last, end, affirming, describing)
-                self._rules.append(_Rule(kind, cue.last + 1, end, cue.last))
+                    end = _end_of_list(forms, cue.last, end, named, affirming, describing)
+                self._rules.append(_Rule(kind, cue.last + 1, end))
             else:
-                start = max((stop + 1 for stop in self._stops if stop < cue.first), default=0)
+                start = max((stop + 1 for stop in stops if stop < cue.first), default=0)
+                if forms[cue.first] in _BETWEEN_TWO:
+                    start = max([start, *(i + 1 for i in range(cue.first) if forms[i] == "with")])
                 start = max([start, *(other.last + 1 for other in affirming if other.last < cue.first)])
-                self._rules.append(_Rule(kind, start, cue.first, cue.first))
+                self._rules.append(_Rule(kind, start, cue.first))
+        self._within = [(cue.value.kind, cue.positions) for cue in kept if cue.value.kind in ("absent", "uncertain")]
 
     def of(self, positions: tuple[int, ...]) -> Stated:
-        """What is said of a finding whose words are at ``positions``: of the cues that rule it, the nearest of the strongest kind.
+        """What is said of a finding whose words are at ``positions``, by the strongest cue that rules it.
 
-        Not stated outweighs uncertain; of absent and uncertain the nearer one wins ("no definite", "no possible").
+        Not stated outweighs absent, and absent outweighs uncertain: "no suspicious opacity" is a denial. (Denials that leave a doubt,
+        "cannot be excluded", are cues of their own.) A cue between the words of the finding rules it too: "the heart is not enlarged".
         """
         first, last = positions[0], positions[-1]
-        ruling = [r for r in self._rules if (r.start <= first and last < r.end) or first < r.near < last]
-        if any(r.kind == "unstated" for r in ruling):
-            return "unstated"
-        nearest = min(ruling, key=lambda r: min(abs(r.near - first), abs(r.near - last)), default=None)
-        return "present" if nearest is None else nearest.kind
+        kinds: set[str] = {rule.kind for rule in self._rules if rule.start <= first and last < rule.end}
+        kinds.update(kind for kind, inside in self._within if any(first < position < last for position in inside))
+        return next((kind for kind in _STRENGTH if kind in kinds), "present")
 
 
 def _apart(cues: Sequence[Match[Cue]]) -> list[Match[Cue]]:
@@ -88,16 +94,30 @@ def _apart(cues: Sequence[Match[Cue]]) -> list[Match[Cue]]:
     return sorted(kept, key=lambda c: c.first)
 
 
-def _end_of_list(forms: Sequence[str], after: int, end: int, affirming: Sequence[Match[Cue]], describing: frozenset[int]) -> int:
-    """Where what a negation denies ends: at ``end``, or at a comma or "and" after which something new begins."""
-    for i in range(after + 2, end):
-        if forms[i] == ",":
-            listed = any(form in _LIST for form in forms[i + 1 : end])
-            affirmed = any(i < cue.first < end for cue in affirming)
-            if not listed and (affirmed or i + 1 in describing):
+def _end_of_list(
+    forms: Sequence[str],
+    after: int,
+    end: int,
+    named: Sequence[tuple[int, ...]],
+    affirming: Sequence[Match[Cue]],
+    describing: frozenset[int],
+) -> int:
+    """Where what a negation denies ends: at ``end``, or, once a finding has been denied, at a comma or "and" where something new begins."""
+    first_named = min((positions[-1] for positions in named if positions[0] > after), default=end)
+    for i in range(first_named + 1, end):
+        new = _begins_new(forms, i + 1, end, describing)
+        if forms[i] in (",", "-"):
+            if new and not any(form in ("or", "nor", "/") for form in forms[i + 1 : end]):
                 return i
-        elif forms[i] == "and" and i + 1 in describing and i + 1 < end:
-            return i
-        elif any(cue.first == i for cue in affirming) and any(form in (",", "and") for form in forms[i:end]):
+        elif (forms[i] == "and" and new) or (
+            any(cue.first == i for cue in affirming) and any(form in (",", "and") for form in forms[i:end])
+        ):
             return i
     return end
+
+
+def _begins_new(forms: Sequence[str], at: int, end: int, describing: frozenset[int]) -> bool:
+    """Whether an article, or a word that tells size, side or change, opens what follows."""
+    if at < end and forms[at] == "and":
+        at += 1
+    return at < end and (forms[at] in ("a", "an") or at in describing)

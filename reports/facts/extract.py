@@ -15,7 +15,7 @@ from medvl.types import Fact, Side, State
 from reports.facts.assertion import Assertions, Stated
 from reports.facts.lexicon import Attribute, Naming, load_lexicon
 from reports.facts.phrases import Match, Words, longest, words_of
-from reports.facts.statements import FactSource, StatedSentence, Statement
+from reports.facts.statements import Change, FactSource, StatedSentence, Statement
 from reports.sections import SectionName, section_spans
 from reports.sentences import sentence_spans, split_sentences
 
@@ -23,8 +23,8 @@ _SIZE = re.compile(
     r"(?<![\w.])(?P<first>\d+(?:[.,]\d+)?)(?P<more>(?:\s*(?:mm|cm)?\s*(?:x|×|by|-|to|and)\s*\d+(?:[.,]\d+)?){0,2})\s*-?(?P<unit>mm|cm|millimet|centimet)",
     re.IGNORECASE,
 )
-_CLAUSE_ENDS = frozenset({";", ".", ":", ",", "but", "however", "although"})
-_JOINTS = frozenset({",", "and", "or", "with", "without", "/", "(", ")"})
+_CLAUSE_ENDS = frozenset({";", ".", "but", "however", "although"})
+_JOINTS = frozenset({",", "-", "and", "or", "with", "without", "/", "(", ")"})
 T = TypeVar("T")
 _NUMBER = re.compile(r"\d+(?:[.,]\d+)?")
 
@@ -62,7 +62,9 @@ class LexiconFacts(FactSource):
         if not namings:
             return ()
         describing = frozenset(m.first for m in attributes if m.value.place is None and m.value.kind is None)
-        assertions = Assertions(words.forms, self.lexicon.cues.find(words.forms), [m.positions for m in namings], describing)
+        assertions = Assertions(
+            words.forms, self.lexicon.cues.find(words.forms), [m.positions for m in namings if m.value.use != "denies"], describing
+        )
         sizes = _sizes(raw, offset)
         found = []
         for naming, region in zip(namings, _regions(namings, words.forms), strict=True):
@@ -73,7 +75,7 @@ class LexiconFacts(FactSource):
             near = [m for m in attributes if region[0] <= m.first and m.last < region[1]]
             size = max((mm for position, mm in sizes if words.starts[region[0]] <= position < words.ends[region[1] - 1]), default=None)
             span = (words.starts[naming.first], words.ends[naming.last])
-            change = _nearest(near, naming, lambda a: a.change)
+            change: Change | None = _nearest(near, naming, lambda a: a.change)
             found += [Statement(self._fact(f, state, naming, near, size), *span, change=change) for f in naming.value.findings]
         return tuple(found)
 
@@ -82,22 +84,25 @@ class LexiconFacts(FactSource):
             finding,
             state,
             side=_side(near),
-            location=_place(near) or self.lexicon.locations[finding] or None,
+            location=self.lexicon.locations[finding]
+            if finding in self.lexicon.fixed
+            else _place(near) or self.lexicon.locations[finding] or None,
             severity=_nearest(near, naming, lambda a: a.severity),
             size_mm=size_mm,
             kind=_nearest(near, naming, lambda a: a.kind),
         )
 
     def _namings(self, forms: Sequence[str]) -> list[Match[Naming]]:
-        found = self.lexicon.namings.find(forms)
+        found = self.lexicon.namings.find(forms) + self.lexicon.denials.find(forms)
         if not found:
             return []
-        kept = [m for m in longest(found) if m.value.use == "denies" or not self._excluded(m, forms)]
-        seen: dict[tuple[tuple[str, ...], int], Match[Naming]] = {}
-        for match in kept:  # of one finding at overlapping places the first reading
-            key = (match.value.findings, match.last)
-            seen.setdefault(key, match)
-        return sorted(seen.values(), key=lambda m: m.positions)
+        kept: list[Match[Naming]] = []
+        for match in sorted(longest(found), key=lambda m: -len(m.positions)):
+            words = set(match.positions)
+            said = any(m.value.findings == match.value.findings and not words.isdisjoint(m.positions) for m in kept)
+            if not said and (match.value.use == "denies" or not self._excluded(match, forms)):
+                kept.append(match)
+        return sorted(kept, key=lambda m: m.positions)
 
     def _excluded(self, match: Match[Naming], forms: Sequence[str]) -> bool:
         index = self.lexicon.unless.get(match.value.findings[0])
@@ -129,7 +134,7 @@ def _clause(forms: Sequence[str], match: Match[Naming]) -> tuple[int, int]:
 
 
 def _regions(namings: Sequence[Match[Naming]], forms: Sequence[str]) -> list[tuple[int, int]]:
-    """For each naming the positions whose attributes are its own: up to strong stops, and between two namings up to where the second begins.
+    """For each naming the positions whose attributes are its own: up to strong stops, and up to where the next naming begins.
 
     The second begins at the last comma, "and", "or" or "with" between them; without one, after the first, so that an adjective goes to the
     noun behind it.

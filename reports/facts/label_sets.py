@@ -24,8 +24,8 @@ _STRENGTH = {"present": 1, "uncertain": -1, "absent": 0}
 class LabelSet:
     """Labels with the findings that each stands for.
 
-    ``covers`` holds for each label the findings that make it 1 (or -1, if only uncertain), their kinds among them, and ``denied_by`` those
-    whose absence makes it 0: the same, and what they are kinds of where the file says so. ``no_finding`` is a label that is 1 if no other
+    ``covers`` holds for each label the findings that make it 1 (or -1, if only uncertain), kinds among them, and ``denied_by`` those whose
+    absence makes it 0: what it stands for, and all that these are kinds of. ``no_finding`` is a label that is 1 if no other
     label but those in ``beside`` is 1 or -1; None if the set has none.
     """
 
@@ -76,7 +76,7 @@ def load_label_set(name: str) -> LabelSet:
         raise ValueError(f"no label set {name!r}; known are {', '.join(_content())}")
     entry, ontology = _content()[name], load_lexicon().ontology
     labels: dict[str, list[str]] = entry["labels"]
-    if unknown := sorted({f for findings in labels.values() for f in findings} - set(ontology.findings)):
+    if unknown := sorted({f.removeprefix("=") for findings in labels.values() for f in findings} - set(ontology.findings)):
         raise ValueError(f"label set {name}: unknown findings {', '.join(unknown)}")
     return LabelSet(
         name,
@@ -96,9 +96,13 @@ def _content() -> dict[str, Any]:
 
 
 def _with_kinds(findings: Iterable[str], ontology: Ontology) -> frozenset[str]:
-    return frozenset(name for finding in findings for name in (finding, *ontology.descendants(finding)))
+    found: set[str] = set()
+    for finding in findings:
+        found.update([finding[1:]] if finding.startswith("=") else [finding, *ontology.descendants(finding)])
+    return frozenset(found)
 
 
 def _denying(findings: Iterable[str], ontology: Ontology) -> frozenset[str]:
     """Whose absence denies the label: what it stands for itself, and all that these are kinds of."""
-    return frozenset(name for finding in findings for name in (finding, *ontology.ancestors(finding)))
+    own = [finding.removeprefix("=") for finding in findings]
+    return frozenset(name for finding in own for name in (finding, *ontology.ancestors(finding)))

@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +26,7 @@ Use = Literal["names", "denies", "leaves open"]
 CueKind = Literal["absent", "uncertain", "unstated", "neither", "stop", "affirms"]
 Direction = Literal["before", "after", ""]
 
-_FINDING_KEYS = {"parents", "names", "uncertain", "unless", "location", "kinds"}
+_FINDING_KEYS = {"parents", "names", "uncertain", "unless", "location", "fixed", "kinds"}
 _SIDES: tuple[Side, ...] = ("left", "right", "bilateral")
 _SEVERITIES: tuple[Severity, ...] = ("mild", "moderate", "severe")
 
@@ -67,10 +67,12 @@ class Lexicon:
     sha256: str
     ontology: Ontology
     namings: PhraseIndex[Naming]
+    denials: PhraseIndex[Naming]
     cues: PhraseIndex[Cue]
     attributes: PhraseIndex[Attribute]
     unless: Mapping[str, PhraseIndex[str]] = field(repr=False)
     locations: Mapping[str, str] = field(repr=False)  # finding -> where it is if the sentence does not say
+    fixed: frozenset[str] = field(repr=False)  # findings that can be nowhere else
 
 
 @cache
@@ -87,7 +89,8 @@ def load_lexicon(folder: Path | None = None) -> Lexicon:
     findings, cues, anatomy = (contents[name] for name in FILES)
     with_names = faults.mapping("findings.yaml", findings, "findings")
     ontology = faults.attempt("findings.yaml", lambda: _ontology(with_names))
-    namings = faults.index("findings.yaml", _namings(findings, with_names, faults), ("no", "not", "without"))
+    namings = faults.index("findings.yaml", _namings(with_names))
+    denials = faults.index("findings.yaml", _denials(findings, with_names, faults), ("no", "not", "without"))
     cue_index = faults.index("cues.yaml", _cues(cues))
     attributes = faults.index("anatomy.yaml or cues.yaml", _attributes(anatomy, cues, with_names))
     unless = {
@@ -102,10 +105,12 @@ def load_lexicon(folder: Path | None = None) -> Lexicon:
         sha256=hashlib.sha256(json.dumps(list(contents.values()), sort_keys=True).encode()).hexdigest(),
         ontology=ontology,
         namings=namings,
+        denials=denials,
         cues=cue_index,
         attributes=attributes,
         unless=unless,
-        locations={name: _location(name, with_names) for name in with_names},
+        locations={name: str(_inherited(name, "location", with_names) or "") for name in with_names},
+        fixed=frozenset(name for name in with_names if _inherited(name, "fixed", with_names)),
     )
 
 
@@ -149,7 +154,7 @@ class _Faults:
 
     def index(self, file: str, phrases: Iterable[tuple[str, Any]], gap_stops: Iterable[str] = ()) -> PhraseIndex[Any]:
         given: list[tuple[str, Any]] = self.attempt(file, lambda: list(phrases)) or []
-        good = [(phrase, value) for phrase, value in given if self.attempt(file, lambda phrase=phrase: parse_phrase(phrase))]
+        good = [(phrase, value) for phrase, value in given if self.attempt(file, partial(parse_phrase, phrase))]
         return PhraseIndex(good, gap_stops)
 
     def raise_if_any(self) -> None:
@@ -161,10 +166,13 @@ def _ontology(findings: Mapping[str, Mapping[str, Any]]) -> Ontology:
     return Ontology({name: tuple(entry.get("parents", ())) for name, entry in findings.items()})
 
 
-def _namings(content: Mapping[str, Any], findings: Mapping[str, Mapping[str, Any]], faults: _Faults) -> Iterable[tuple[str, Naming]]:
+def _namings(findings: Mapping[str, Mapping[str, Any]]) -> Iterable[tuple[str, Naming]]:
     for name, entry in findings.items():
         yield from ((phrase, Naming((name,), "names")) for phrase in entry.get("names", ()))
         yield from ((phrase, Naming((name,), "leaves open")) for phrase in entry.get("uncertain", ()))
+
+
+def _denials(content: Mapping[str, Any], findings: Mapping[str, Any], faults: _Faults) -> Iterable[tuple[str, Naming]]:
     for denial in content.get("denials", ()):
         if unknown := [name for name in denial["denies"] if name not in findings]:
             faults.add("findings.yaml", f"denials of unknown findings {', '.join(unknown)}")
@@ -201,12 +209,12 @@ def _attributes(
             yield from ((phrase, Attribute(kind=kind)) for phrase in phrases)
 
 
-def _location(name: str, findings: Mapping[str, Mapping[str, Any]]) -> str:
-    """The finding's own usual place, or that of the nearest parent which has one; "" if none has."""
+def _inherited(name: str, key: str, findings: Mapping[str, Mapping[str, Any]]) -> Any:
+    """What the finding's entry says under ``key``, or that of the nearest parent which has it; None if none has."""
     level = [name]
     while level:
         for one in level:
-            if place := findings.get(one, {}).get("location"):
-                return str(place)
+            if value := findings.get(one, {}).get(key):
+                return value
         level = [parent for one in level for parent in findings.get(one, {}).get("parents", ())]
-    return ""
+    return None

@@ -16,7 +16,7 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
-_WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*|\d+(?:\.\d+)?|[,;:()/.?+]|(?<=\s)[-–—]+(?=\s)")
+_WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*|\d+(?:\.\d+)?|\(\s*[-–—+]\s*\)|[,;:()/.?+]|(?<=\s)[-–—]+(?=\s)")
 _IRREGULAR = {
     "apices": "apex",
     "atelectases": "atelectasis",
@@ -38,7 +38,7 @@ _IRREGULAR = {
 _SPELLING = (("oedem", "edem"), ("haem", "hem"), ("oesoph", "esoph"), ("anaes", "anes"), ("tumour", "tumor"), ("fibre", "fiber"))
 _ENDINGS = {"calibre": "caliber", "grey": "gray", "centre": "center", "colour": "color"}
 _ELEMENT = re.compile(r"\((?P<optional>[^()\s]+)\)|~(?P<gap>\d+)|(?P<words>[^()~\s]+)")
-_GAP_STOPS = frozenset({".", ";", ":", "but", "however", "although"})
+_GAP_STOPS = frozenset({".", ";", "but", "however", "although"})
 
 
 @lru_cache(maxsize=1 << 16)
@@ -71,10 +71,19 @@ def words_of(text: str, offset: int = 0) -> Words:
     """Words, numbers and stops of a text; ``offset`` is added to the character positions."""
     found = list(_WORD.finditer(text))
     return Words(
-        tuple(normal_form(m[0]) if m[0][0].isalpha() else "," if m[0][0] in "-–—" else m[0] for m in found),
+        tuple(_form(m[0]) for m in found),
         tuple(m.start() + offset for m in found),
         tuple(m.end() + offset for m in found),
     )
+
+
+def _form(token: str) -> str:
+    """Words in normal form; "(-)" and "(+)" are words too; a dash between spaces is "-"."""
+    if token[0].isalpha():
+        return normal_form(token)
+    if token[0] == "(" and len(token) > 1:
+        return "positive" if "+" in token else "negative"
+    return "-" if token[0] in "-–—" else token
 
 
 @dataclass(frozen=True)
@@ -191,10 +200,10 @@ def parse_phrase(phrase: str) -> list[tuple[_Element, ...]]:
 
 def _elements(text: str) -> tuple[_Element, ...]:
     """``heart|card*`` as one element; ``ground-glass`` as two."""
-    if "|" not in text and "-" in text.strip("-"):
+    if text != "-" and "|" not in text and "-" in text:
         return tuple(_elements(part)[0] for part in text.split("-"))
     parts = text.split("|")
-    if not all(parts) or any("-" in part for part in parts):
+    if not all(parts) or any(part != "-" and "-" in part for part in parts):
         raise ValueError(f"phrase element {text!r}: an alternative is empty or hyphenated (write its words apart)")
     return (
         _Element(
