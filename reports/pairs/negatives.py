@@ -50,7 +50,7 @@ _VERB = re.compile(
     re.IGNORECASE,
 )
 _NO_PLACE = re.compile(
-    r"\b(?:lordotic|sparing|spared|greater than|(?:to|and|or|mid)[ -](?:the )?(?:upper|lower|middle|apical|bas\w+)|"
+    r"\b(?:lordotic|predominan\w+|sparing|spared|greater than|(?:to|and|or|mid)[ -](?:the )?(?:upper|lower|middle|apical|bas\w+)|"
     r"(?:lobes?|zones?|apex|apices|bases?|apical|basilar) (?:and|or|to)\b|cardiac apex|heart)",
     re.IGNORECASE,
 )
@@ -173,18 +173,14 @@ def hard_negatives(
 
 
 def _truth(negative: Negative, study: Sequence[Claim], ontology: Ontology) -> int:
-    """Of a negation the truth of the sentence that it denies, for it must be stated; of others that of what they claim."""
-    values = [truth(claim, _bearing(claim, study, ontology), ontology) for claim in negative.claims]
-    if negative.rule == "finding" and TRUE in values:
+    """Of a negation the truth of the sentence that it denies, for it must be stated; of others that of what they claim.
+
+    Where one of several claims is true the text is not counted as false: the others may be other words for the same.
+    """
+    values = [truth(claim, study, ontology) for claim in negative.claims]
+    if not negative.negated and TRUE in values:
         return UNKNOWN
     return negative.truth_from(min(values))
-
-
-def _bearing(claim: Claim, study: Sequence[Claim], ontology: Ontology) -> list[Claim]:
-    if claim.finding not in ontology.parents:
-        return [fact for fact in study if fact.finding == claim.finding]
-    family = {claim.finding, *ontology.ancestors(claim.finding), *ontology.descendants(claim.finding)}
-    return [fact for fact in study if fact.finding in family]
 
 
 def _sides(text: str, statements: Sequence[Statement], claims: tuple[Claim, ...], words: Words) -> Iterator[Negative]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Literal, get_args
 
 import numpy as np
@@ -74,8 +75,7 @@ def with_disputes(claims: Sequence[Claim], ontology: Ontology) -> tuple[Claim, .
     stated = [claim for claim in claims if claim.state != "absent"]
 
     def disputed(denial: Claim) -> bool:
-        below, _ = _family(denial.finding, ontology)
-        return any(claim.finding in below and _denies(denial, claim) for claim in stated)
+        return any(claim.finding in _family(denial.finding, ontology).below and _denies(denial, claim) for claim in stated)
 
     marked = (replace(claim, disputed=True) if claim.state == "absent" and disputed(claim) else claim for claim in claims)
     return tuple(dict.fromkeys(marked))
@@ -85,31 +85,24 @@ def truth(claim: Claim, facts: Sequence[Claim], ontology: Ontology, *, exhaustiv
     """TRUE, FALSE or UNKNOWN: what a study of which ``facts`` are stated makes of a claim.
 
     Args:
-        facts: of the finding, its ancestors and its descendants; others do not matter.
+        facts: of the study; those of other families do not matter.
         exhaustive: a present finding of which every stated place, side, degree or kind is another makes the claim false.
     """
-    below, above = _family(claim.finding, ontology)
-    kinds = [f for f in facts if f.finding in below]  # the finding itself, or a kind of it
-    groups = [f for f in facts if f.finding in above]  # the finding itself, or what it is a kind of
-    for_it, against = _evidence(claim, kinds, groups, exhaustive and not any(f.finding not in below for f in facts if f.state != "absent"))
+    family = _family(claim.finding, ontology)
+    kinds = [f for f in facts if f.finding in family.below]
+    denied = [f for f in facts if f.state == "absent" and f.finding in family.above and _denies(f, claim)]
+    present = [f for f in kinds if f.state == "present"]
+    if claim.state == "absent":
+        for_it, against = bool(denied), any(_implies(f, replace(claim, change=None)) for f in present)
+    else:
+        for_it = _implied(claim, present if claim.state == "present" else [f for f in kinds if f.state == "uncertain"])
+        against = any(not f.disputed for f in denied)
+        if claim.state == "present" and exhaustive and present:
+            near = [f for f in facts if f.state != "absent" and f.finding in family.bearing]
+            against = against or all(_conflict(f, claim) for f in _without_summaries(near))
     if for_it == against:
         return UNKNOWN
     return TRUE if for_it else FALSE
-
-
-def _evidence(claim: Claim, kinds: Sequence[Claim], groups: Sequence[Claim], exhaustive: bool) -> tuple[bool, bool]:
-    """Whether any fact makes the claim true, and whether any makes it false."""
-    present = [f for f in kinds if f.state == "present"]
-    unsure = [f for f in kinds if f.state == "uncertain"]
-    denied = [f for f in groups if f.state == "absent" and _denies(f, claim)]
-    if claim.state == "absent":
-        return bool(denied), any(_implies(f, replace(claim, change=None)) for f in present)
-    stated = present if claim.state == "present" else unsure
-    for_it = _implied(claim, stated)
-    against = any(not f.disputed for f in denied)
-    if claim.state == "present" and exhaustive and present:
-        against = against or all(_conflict(f, claim) for f in _without_summaries([*present, *unsure]))
-    return for_it, against
 
 
 def _without_summaries(facts: Sequence[Claim]) -> list[Claim]:
@@ -172,11 +165,37 @@ def _apart(one: str, other: str) -> bool:
     return len(ribs) == 2 and ribs[0] != ribs[1] and all(ribs)
 
 
-def _family(finding: str, ontology: Ontology) -> tuple[frozenset[str], frozenset[str]]:
-    """(the finding and its kinds, the finding and what it is a kind of)."""
+@dataclass(frozen=True)
+class _Family:
+    """Findings around one: ``below`` it and its kinds, ``above`` it and what it is a kind of, ``bearing`` all whose facts bear on it.
+
+    Some words are loose: those for a group ("opacity") and those of two groups at once ("nodular opacity", an opacity and a lesion). What
+    one reader calls a nodule is an opacity to another. So a loose finding bears on all that share a group with it, and they on it.
+    """
+
+    below: frozenset[str]
+    above: frozenset[str]
+    bearing: frozenset[str]
+
+
+@cache
+def _family(finding: str, ontology: Ontology) -> _Family:
+    own = frozenset({finding})
     if finding not in ontology.parents:
-        return frozenset({finding}), frozenset({finding})
-    return frozenset({finding, *ontology.descendants(finding)}), frozenset({finding, *ontology.ancestors(finding)})
+        return _Family(own, own, own)
+    kinds, groups = frozenset(ontology.descendants(finding)), frozenset(ontology.ancestors(finding))
+    cousins = {name for group in _narrow(finding, ontology) for name in ontology.descendants(group)}
+    loose = cousins if _is_loose(finding, ontology) else {name for name in cousins if _is_loose(name, ontology)}
+    return _Family(own | kinds, own | groups, own | kinds | groups | loose)
+
+
+def _is_loose(finding: str, ontology: Ontology) -> bool:
+    return bool(ontology.descendants(finding)) or sum(bool(_narrow(parent, ontology)) for parent in ontology.parents[finding]) > 1
+
+
+def _narrow(finding: str, ontology: Ontology) -> list[str]:
+    """The groups of a finding that are narrower than all findings."""
+    return [group for group in ontology.ancestors(finding) if ontology.parents[group]]
 
 
 class TruthTable:
@@ -203,6 +222,10 @@ class TruthTable:
             )
         self.ontology, self.strictness, self.unmentioned, self.exhaustive = ontology, strictness, unmentioned, exhaustive
         self._index = {finding: i for i, finding in enumerate(ontology.findings)}
+        self._bears_on: dict[str, list[str]] = {}  # finding -> those that its facts bear on
+        for finding in ontology.findings:
+            for name in _family(finding, ontology).bearing:
+                self._bears_on.setdefault(name, []).append(finding)
         self._groups: list[tuple[Claim, ...]] = [()]  # sets of facts of one family; 0: nothing said
         self._group_ids: dict[frozenset[Claim], int] = {frozenset(): 0}
         self._answers: dict[tuple[Claim, int], int] = {}
@@ -211,8 +234,7 @@ class TruthTable:
         """(F,) of a study: for each finding the number of the set of its facts that bear on it."""
         bearing: dict[str, set[Claim]] = {}
         for claim in (at_strictness(claim, self.strictness) for claim in claims):
-            below, above = _family(claim.finding, self.ontology)
-            for finding in below | above:
+            for finding in self._bears_on.get(claim.finding, ()):
                 bearing.setdefault(finding, set()).add(claim)
         ids = np.zeros(len(self._index), dtype=np.int32)
         for finding, facts in bearing.items():

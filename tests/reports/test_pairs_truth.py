@@ -59,7 +59,7 @@ def judged(report: str, sentence: str, **options: str) -> int:
         ("No pneumothorax. Left pleural effusion.", "No pneumothorax or pleural effusion.", F),
         ("No pneumothorax. No pleural effusion.", "No pleural effusion or pneumothorax.", T),
         ("Mild cardiomegaly.", "Severe cardiomegaly.", T),  # degrees are compared only with strictness "all"
-        ("Left pleural effusion.", "Left pleural effusion is increased.", U),
+        ("Left pleural effusion.", "Left pleural effusion has increased.", U),
         ("No pneumothorax.", "The patient is rotated.", U),
     ],
 )
