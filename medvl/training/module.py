@@ -125,7 +125,7 @@ class AlignmentModule(L.LightningModule):
         elif batch.null_texts is not None and batch.null_texts.any():
             raise ValueError(
                 "the batch has texts to be aligned with a null image, and the model has none: set model.null_target to true, or "
-                "data.init_args.pairs.init_args.null to ignore or drop"
+                "data.init_args.pairs.init_args.without_content to ignore or drop"
             )
         parts = self.similarity.parts(images, self.report(batch.texts))
         losses = self.loss(parts, positives, ignore, batch.false_texts)

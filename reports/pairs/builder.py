@@ -31,7 +31,7 @@ from reports.sentences import report_sentences, split_sentences
 
 Across = Literal["text", "findings"]
 Unknown = Literal["negative", "ignore_related", "ignore"]
-Null = Literal["keep", "drop", "ignore", "target"]
+WithoutContent = Literal["keep", "drop", "ignore", "target"]
 
 
 class ReportPairs(PairBuilder):
@@ -46,9 +46,10 @@ class ReportPairs(PairBuilder):
         unknown: what becomes of a pair of which the facts tell nothing: a ``negative``; ``ignore_related`` leaves it out of the loss if the
             study speaks of a finding of the text (it is uncertain, or elsewhere); ``ignore`` leaves out also what the study is silent on.
         unmentioned: ``absent`` takes findings that a report does not mention to be absent.
-        null: texts without visual content (:mod:`reports.pairs.null`): ``keep`` trains on them; ``drop`` never draws them; ``ignore`` draws
-            them and leaves them out of the loss; ``target`` aligns them with a learned null image (``null_target`` of the module), so that
-            they keep away from every image. Leaving out is the plain choice; the target also teaches the text tower what is no finding.
+        without_content: what becomes of texts without visual content (:mod:`reports.pairs.null`): ``keep`` trains on them; ``drop`` never
+            draws them; ``ignore`` draws them and leaves them out of the loss; ``target`` aligns them with a learned null image
+            (``null_target`` of the module), so that they keep away from every image. Leaving out is the plain choice; the target also
+            teaches the text tower what is no finding.
         soft: weights of pairs that are no positives; None: such pairs have none.
         negatives: hard negatives of every training batch; None: none.
         facts: finds what a text states; None takes :class:`reports.facts.LexiconFacts`.
@@ -63,16 +64,17 @@ class ReportPairs(PairBuilder):
         strictness: Strictness = "location",
         unknown: Unknown = "negative",
         unmentioned: Literal["unknown", "absent"] = "unknown",
-        null: Null = "keep",
+        without_content: WithoutContent = "keep",
         soft: SoftTargets | None = None,
         negatives: HardNegatives | None = None,
         facts: FactSource | None = None,
         lexicon: Path | None = None,
     ) -> None:
-        for name, value, known in (("across", across, Across), ("unknown", unknown, Unknown), ("null", null, Null)):
+        words = {"across": (across, Across), "unknown": (unknown, Unknown), "without_content": (without_content, WithoutContent)}
+        for name, (value, known) in words.items():
             if value not in get_args(known):
                 raise ValueError(f"{name} is {value!r}, expected one of {', '.join(get_args(known))}")
-        self.across, self.unknown, self.null, self.soft, self.negatives = across, unknown, null, soft, negatives
+        self.across, self.unknown, self.without_content, self.soft, self.negatives = across, unknown, without_content, soft, negatives
         self.facts = LexiconFacts(lexicon) if facts is None else facts
         self.ontology = load_ontology(lexicon)
         self.table = TruthTable(self.ontology, strictness, unmentioned)
@@ -115,7 +117,7 @@ class ReportPairs(PairBuilder):
 
     def keeps(self, text: str) -> bool:
         """Whether a text may be drawn."""
-        return self.null != "drop" or not self.is_null(text)
+        return self.without_content != "drop" or not self.is_null(text)
 
     def mirrored(self, text: str) -> str | None:
         """The text with left and right exchanged, see :func:`reports.pairs.laterality.swap_left_and_right`."""
@@ -135,7 +137,7 @@ class ReportPairs(PairBuilder):
         own = torch.cat([own, torch.zeros(len(studies), len(false), dtype=torch.bool)], dim=1)
         truth[own] = TRUE
         is_false = torch.arange(m) >= real
-        is_null = torch.tensor([self.null != "keep" and self.is_null(one.text) for one in texts] + [False] * len(false))
+        is_null = torch.tensor([self.without_content != "keep" and self.is_null(one.text) for one in texts] + [False] * len(false))
 
         positives = (truth == TRUE) if self.across == "findings" else own
         ignore = self._ignored(truth, quiet) | (is_false & (truth != FALSE) & ~positives)
@@ -143,7 +145,7 @@ class ReportPairs(PairBuilder):
         if self.soft is not None:
             vetoed = (truth == FALSE) | ignore | is_false | is_null
             weights = self.soft.weights(positives, self._similarity(studies, texts, own, len(false)), vetoed)
-        if self.null == "ignore":
+        if self.without_content == "ignore":
             weights, ignore = torch.where(is_null, 0, weights).to(weights.dtype), ignore | is_null
             ignore |= ~(weights > 0).any(1, keepdim=True)
         return TextPairs(
@@ -151,7 +153,7 @@ class ReportPairs(PairBuilder):
             weights,
             ignore if bool(ignore.any()) else None,
             is_false if false else None,
-            is_null if self.null == "target" else None,
+            is_null if self.without_content == "target" else None,
         )
 
     def _written(self, study: PairStudy) -> PairStudy:
