@@ -26,7 +26,7 @@ from reports.pairs.laterality import swap_left_and_right
 from reports.pairs.negatives import HardNegatives, Negative, hard_negatives
 from reports.pairs.null import has_no_visual_content
 from reports.pairs.soft import SoftTargets, label_similarity, text_similarity
-from reports.pairs.truth import FALSE, TRUE, UNKNOWN, Claim, Strictness, TruthTable, claim_of, swap_sides, with_disputes
+from reports.pairs.truth import FALSE, TRUE, UNKNOWN, Claim, Strictness, TruthTable, claims_of, swap_sides, with_disputes
 from reports.sentences import report_sentences, split_sentences
 
 Across = Literal["text", "findings"]
@@ -107,7 +107,7 @@ class ReportPairs(PairBuilder):
 
     def claims(self, text: str) -> tuple[Claim, ...]:
         """What a text claims, each once."""
-        return tuple(dict.fromkeys(map(claim_of, self.statements(text))))
+        return claims_of(text, self.statements(text), self.ontology)
 
     def is_null(self, text: str) -> bool:
         """Whether no sentence of a text has visual content."""

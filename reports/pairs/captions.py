@@ -12,7 +12,7 @@ from medvl.types import SourcedText, StudyWords, TextSource
 from reports.facts import LexiconFacts
 from reports.facts.ontology import Ontology, load_ontology
 from reports.facts.statements import FactSource
-from reports.pairs.truth import Claim, claim_of, with_disputes
+from reports.pairs.truth import Claim, claims_of, with_disputes
 from reports.sentences import report_sentences
 
 _COUNTED = frozenset(
@@ -90,7 +90,8 @@ class HierarchicalCaptions(TextSource):
     def texts(self, report: str | None, findings: str | None, impression: str | None) -> tuple[str, ...]:
         """The captions of all findings, each once."""
         sentences = report_sentences(report, findings, impression)
-        claims = with_disputes([claim_of(s) for text in sentences for s in self.facts.facts(text)], self.ontology)
+        found = (claims_of(text, self.facts.facts(text), self.ontology) for text in sentences)
+        claims = with_disputes([claim for said in found for claim in said], self.ontology)
         denied = {claim.finding for claim in claims if claim.disputed}
         shown = [
             claim

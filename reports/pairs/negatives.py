@@ -20,7 +20,7 @@ from medvl.types import Configurable, Severity
 from reports.facts.ontology import Ontology
 from reports.facts.statements import Statement
 from reports.pairs.laterality import swap_left_and_right
-from reports.pairs.truth import FALSE, TRUE, UNKNOWN, Claim, claim_of, swap_sides, truth
+from reports.pairs.truth import FALSE, TRUE, UNKNOWN, Claim, claims_of, swap_sides, truth
 
 Rule = Literal["negation", "side", "severity", "finding", "location"]
 RULES: tuple[Rule, ...] = get_args(Rule)
@@ -163,7 +163,7 @@ def hard_negatives(
         rules: which to use.
         words: see :func:`load_words`.
     """
-    claims = tuple(dict.fromkeys(claim_of(s) for s in statements))
+    claims = claims_of(text, statements, ontology)
     if not claims or _HEDGE.search(text) or any(c.state == "uncertain" for c in claims):
         return ()
     words = words or load_words()

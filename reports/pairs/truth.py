@@ -9,6 +9,7 @@ Shapes: B studies, M sentences, F findings of the ontology.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -32,6 +33,14 @@ _WHOLE = frozenset(
 _HIGH, _LOW = frozenset({"upper lobe", "apex", "suprahilar region"}), frozenset({"lower lobe", "base", "infrahilar region"})
 _MIDDLE = frozenset({"middle lobe", "lingula"})
 
+_ORDINAL = r"(?:first|second|third|fourth|fifth|sixth|seventh|eighth|ninth|tenth|eleventh|twelfth|\d{1,2}(?:st|nd|rd|th))"
+_NUMBERED = re.compile(
+    rf"(?:(?:lateral|anterior|posterior|anterolateral|posterolateral) )?"
+    rf"{_ORDINAL}(?:(?:,| and| to| through|-| or)+ ?{_ORDINAL})*(?: ribs?)?"
+    r"|\b[CTL]\d{1,2}(?:[-/ ]+[CTL]?\d{1,2})?\b",
+    re.IGNORECASE,
+)
+
 
 @dataclass(frozen=True)
 class Claim:
@@ -49,10 +58,23 @@ class Claim:
 
 
 def claim_of(statement: Statement) -> Claim:
-    """The statement without its span; "left upper lobe and base" are two places."""
+    """The statement without its span; "left upper lobe and base" are two places. What is absent on both sides is absent on either."""
     fact = statement.fact
     places = frozenset((fact.location or "").split(" and ")) - _WHOLE
-    return Claim(fact.finding, fact.state, fact.side, places, fact.severity, fact.size_mm, fact.kind, statement.change)
+    side = None if fact.state == "absent" and fact.side == "bilateral" else fact.side
+    return Claim(fact.finding, fact.state, side, places, fact.severity, fact.size_mm, fact.kind, statement.change)
+
+
+def claims_of(text: str, statements: Iterable[Statement], ontology: Ontology) -> tuple[Claim, ...]:
+    """What a text claims, each once; bones that it names by number ("the lateral fifth to seventh ribs", "T8") are places as it has them.
+
+    A lexicon knows that a rib is meant and not which.
+    """
+    numbered = frozenset(" ".join(match[0].lower().split()) for match in _NUMBERED.finditer(text))
+    claims = dict.fromkeys(map(claim_of, statements))
+    if not numbered:
+        return tuple(claims)
+    return tuple(replace(c, places=c.places | numbered) if "bone_abnormality" in _family(c.finding, ontology).above else c for c in claims)
 
 
 def at_strictness(claim: Claim, strictness: Strictness) -> Claim:
@@ -159,10 +181,7 @@ def _conflict(fact: Claim, claim: Claim) -> bool:
 def _apart(one: str, other: str) -> bool:
     """Whether two places have no lung in common; places that are not zones of a lung may overlap."""
     zones = [next((i for i, zone in enumerate((_HIGH, _MIDDLE, _LOW)) if place in zone), None) for place in (one, other)]
-    if None not in zones:
-        return zones[0] != zones[1]
-    ribs = [place.split()[-2:-1] for place in (one, other) if place.endswith(("rib", "ribs"))]
-    return len(ribs) == 2 and ribs[0] != ribs[1] and all(ribs)
+    return None not in zones and zones[0] != zones[1]
 
 
 @dataclass(frozen=True)

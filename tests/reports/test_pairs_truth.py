@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 
 from reports.facts import LexiconFacts
 from reports.facts.ontology import Ontology, load_ontology
-from reports.pairs.truth import FALSE, TRUE, UNKNOWN, Claim, TruthTable, claim_of, swap_sides, with_disputes
+from reports.pairs.truth import FALSE, TRUE, UNKNOWN, Claim, TruthTable, claims_of, swap_sides, with_disputes
 
 FACTS, ONTOLOGY = LexiconFacts(), load_ontology()
 T, U, F = TRUE, UNKNOWN, FALSE
 
 
 def claims(text: str) -> tuple[Claim, ...]:
-    return tuple(claim_of(s) for s in FACTS.facts(text))
+    return claims_of(text, FACTS.facts(text), ONTOLOGY)
 
 
 def judged(report: str, sentence: str, **options: str) -> int:
@@ -61,6 +61,10 @@ def judged(report: str, sentence: str, **options: str) -> int:
         ("Mild cardiomegaly.", "Severe cardiomegaly.", T),  # degrees are compared only with strictness "all"
         ("Left pleural effusion.", "Left pleural effusion has increased.", U),
         ("No pneumothorax.", "The patient is rotated.", U),
+        ("Fracture of the left fifth rib.", "Fracture of the left lateral seventh rib.", U),
+        ("Fracture of the left fifth rib.", "There is a left rib fracture.", T),
+        ("Left lower lobe consolidation. No opacity.", "The lungs are clear bilaterally.", U),
+        ("Left lower lobe consolidation.", "The lungs are clear bilaterally.", F),
     ],
 )
 def test_a_sentence_is_read_against_a_study(report: str, sentence: str, expected: int) -> None:
