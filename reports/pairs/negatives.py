@@ -61,7 +61,7 @@ _UNDENIABLE = re.compile(
 )
 """What makes the negation of a sentence odd: numbers, removed words, comparisons, what is no finding."""
 _FAR: Mapping[Severity, tuple[Severity, ...]] = {"mild": ("severe",), "severe": ("mild",), "moderate": ("mild", "severe")}
-_ARTICLE = r"(?:an?|the|some|several|multiple|few|scattered)"
+_ARTICLE = r"(?:a few|an?|the|some|several|multiple|few|scattered)"
 
 
 @dataclass(frozen=True)
