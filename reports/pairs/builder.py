@@ -80,10 +80,11 @@ class ReportPairs(PairBuilder):
         self.table = TruthTable(self.ontology, strictness, unmentioned)
         self.exact = TruthTable(self.ontology, "all", unmentioned)  # for texts that must not be true by accident
         self._statements: dict[str, tuple[Statement, ...]] = {}
+        self._claimed: dict[str, tuple[Claim, ...]] = {}
         self._null: dict[str, bool] = {}
         self._claims: dict[int, tuple[Claim, ...]] = {}
         self._own: dict[int, frozenset[str]] = {}
-        self._profiles: dict[tuple[int, bool], tuple[NDArray[np.int32], NDArray[np.int32]]] = {}
+        self._profiles: dict[tuple[TruthTable, int, bool], NDArray[np.int32]] = {}
         self._negatives: dict[tuple[int, bool, str], tuple[Negative, ...]] = {}
 
     def prepare(self, studies: Sequence[tuple[tuple[int, ...], tuple[StudyWords, ...], tuple[SourcedText, ...]]]) -> None:
@@ -107,7 +108,9 @@ class ReportPairs(PairBuilder):
 
     def claims(self, text: str) -> tuple[Claim, ...]:
         """What a text claims, each once."""
-        return claims_of(text, self.statements(text), self.ontology)
+        if text not in self._claimed:
+            self._claimed[text] = claims_of(text, self.statements(text), self.ontology)
+        return self._claimed[text]
 
     def is_null(self, text: str) -> bool:
         """Whether no sentence of a text has visual content."""
@@ -177,27 +180,30 @@ class ReportPairs(PairBuilder):
             return with_disputes([claim for one in study.texts for claim in self.claims(one.text)], self.ontology)
         return swap_sides(claims) if study.mirrored else claims
 
-    def _profile(self, study: PairStudy) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-        key = (study.row, study.mirrored)
-        if study.row not in self._claims:
-            said = self._said(study)
-            return self.table.profile(said), self.exact.profile(said)
+    def _profile(self, study: PairStudy, table: TruthTable) -> NDArray[np.int32]:
+        key = (table, study.row, study.mirrored)
         if key not in self._profiles:
-            said = self._said(study)
-            self._profiles[key] = self.table.profile(said), self.exact.profile(said)
+            made = table.profile(self._said(study))
+            if study.row not in self._claims:
+                return made
+            self._profiles[key] = made
         return self._profiles[key]
 
     def _truth(
         self, studies: Sequence[PairStudy], texts: Sequence[str], false: Sequence[Negative]
     ) -> tuple[NDArray[np.int8], NDArray[np.bool_]]:
         """(B, M) truth and silence; of hard negatives with every detail compared."""
-        profiles, exact = (np.stack(part) for part in zip(*map(self._profile, studies), strict=True))
-        values, silent = self.table.of([self.claims(text) for text in texts], profiles)
+        if self.across == "text" and self.unknown == "negative" and self.soft is None and not false:  # nobody asks
+            return np.zeros((len(studies), len(texts)), dtype=np.int8), np.ones((len(studies), len(texts)), dtype=np.bool_)
+        values, silent = self.table.of([self.claims(text) for text in texts], self._stack(studies, self.table))
         if not false:
             return values, silent
-        theirs, quiet = self.exact.of([negative.claims for negative in false], exact)
+        theirs, quiet = self.exact.of([negative.claims for negative in false], self._stack(studies, self.exact))
         theirs = theirs * np.array([-1 if negative.negated else 1 for negative in false], dtype=np.int8)
         return np.concatenate([values, theirs], axis=1), np.concatenate([silent, quiet], axis=1)
+
+    def _stack(self, studies: Sequence[PairStudy], table: TruthTable) -> NDArray[np.int32]:
+        return np.stack([self._profile(study, table) for study in studies])
 
     def _ignored(self, truth: Tensor, quiet: Tensor) -> Tensor:
         if self.unknown == "negative":
