@@ -318,7 +318,7 @@ def words_of(image: StudyImage) -> StudyWords:
 
 def _is_frontal(sample: ImageSample) -> bool:
     """A volume, or a radiograph from the front or the back: what a flip turns into the other side."""
-    return sample.pixels.ndim == 4 or sample.view in ("PA", "AP")
+    return sample.pixels.ndim == 4 or (sample.view is not None and sample.view.upper() in ("PA", "AP"))
 
 
 class EpochBatches(Sampler[list[Draw]]):

@@ -72,7 +72,8 @@ class SoftTargets(Configurable):
         likeness: ``text``: cosine of text embeddings with the study's likest own text, which knows little of negation; ``labels``: cosine
             of finding vectors of the text and of the whole study.
         kernel: cosine to weight, ``cwcl`` or ``softmax``.
-        temperature: of ``softmax``.
+        temperature: of ``softmax``. Texts of one subject have cosines of 0.6 and more; a sentence and a whole study share a few of many
+            findings, for which 0.5 is a measure (with a ``floor`` of 0.1).
         share: what a pair that is as like as can be weighs beside a positive.
         floor: weights below it are 0; CWCL's kernel gives 1/2 to what has nothing in common.
         veto: no weight where the facts of the study say that the text is false.

@@ -50,12 +50,13 @@ OPTION = f"{P}.init_args"
 BUILT = {P: "reports.pairs.ReportPairs"}
 SOFT = {**BUILT, f"{OPTION}.soft": "reports.pairs.SoftTargets"}
 MINILM = f"{OPTION}.soft.init_args.encoder"
+LABELS: dict[str, Any] = {"likeness": "labels", "temperature": 0.5, "floor": 0.1}  # one finding of many: cosines of 0.2 to 0.5
 VARIANTS: dict[str, dict[str, Any]] = {
     "equal text": {},
     "equal finding state": BUILT,
     "and related unknown left out": {**BUILT, f"{OPTION}.unknown": "ignore_related"},
     "and hard negatives": {**BUILT, f"{OPTION}.negatives": "reports.pairs.HardNegatives"},
-    "and soft by labels": {**SOFT, f"{OPTION}.soft.init_args.likeness": "labels"},
+    "and soft by labels": {**SOFT, **{f"{OPTION}.soft.init_args.{name}": value for name, value in LABELS.items()}},
     "and soft by text": {**SOFT, MINILM: "reports.MiniLmReportEncoder", f"{MINILM}.init_args.embed_dim": 8},
 }
 
@@ -74,7 +75,7 @@ def builders() -> dict[str, ReportPairs | None]:
     """The variants that are compared; None: a sentence is a positive of the one report that it was drawn from, as a column of its own."""
     minilm, facts = MiniLmReportEncoder(8), Kept()
     soft = {
-        "labels": SoftTargets("labels"),
+        "labels": SoftTargets(**LABELS),
         "text": SoftTargets("text", encoder=minilm),
         "CWCL": SoftTargets("text", "cwcl", share=1.0, floor=0.0, veto=False, encoder=minilm),
     }
