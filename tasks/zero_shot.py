@@ -66,11 +66,11 @@ def encode_prompts(model: DualEncoder, prompts: PromptSet, findings: Sequence[st
     """Encode the prompt pairs of a set.
 
     Args:
-        findings: which of the set, in this order; None takes all.
+        findings: which of the set, in this order; None takes those that its label sets name, or all.
     Raises:
         KeyError: a finding that the set does not know.
     """
-    names = tuple(prompts.findings) if findings is None else tuple(findings)
+    names = prompts.labels if findings is None else tuple(findings)
     unknown = [name for name in names if name not in prompts.findings]
     if unknown:
         raise KeyError(f"no prompts for {', '.join(unknown)}; the set has {', '.join(prompts.findings)}")

@@ -62,11 +62,11 @@ class Assertions:
                 end = min((stop for stop in stops if stop > cue.last), default=len(forms))
                 if kind == "absent":
                     end = _end_of_list(forms, cue.last, end, named, affirming, describing)
-                self._rules.append(_Rule(kind, cue.last + 1, end))
+                self._rules.append(_Rule(kind, cue.first + 1, end))  # "no visible" may share a word with what it denies
             else:
                 start = max((stop + 1 for stop in stops if stop < cue.first), default=0)
                 if forms[cue.first] in _BETWEEN_TWO:
-                    start = max([start, *(i + 1 for i in range(cue.first) if forms[i] == "with")])
+                    start = max([start, *(i + 1 for i in range(cue.first) if forms[i] in ("with", ","))])
                 start = max([start, *(other.last + 1 for other in affirming if other.last < cue.first)])
                 self._rules.append(_Rule(kind, start, cue.first))
         self._within = [(cue.value.kind, cue.positions) for cue in kept if cue.value.kind in ("absent", "uncertain")]

@@ -54,25 +54,27 @@ class LexiconFacts(FactSource):
         words = words_of(raw, start)
         attributes = longest(self.lexicon.attributes.find(words.forms))
         statements = self._statements(raw, start, words, attributes)
-        compares = any(m.value.compares for m in attributes)
+        compares = any(m.value.compares for m in attributes) or any(s.change for s in statements)
         return StatedSentence(" ".join(split_sentences(raw)), start, end, section, statements, compares)
 
     def _statements(self, raw: str, offset: int, words: Words, attributes: Sequence[Match[Attribute]]) -> tuple[Statement, ...]:
         namings = self._namings(words.forms)
         if not namings:
             return ()
-        describing = frozenset(m.first for m in attributes if m.value.place is None and m.value.kind is None)
+        describing = frozenset(m.first for m in attributes if m.value.side or m.value.severity or m.value.change)
         assertions = Assertions(
             words.forms, self.lexicon.cues.find(words.forms), [m.positions for m in namings if m.value.use != "denies"], describing
         )
         sizes = _sizes(raw, offset)
         found = []
-        for naming, region in zip(namings, _regions(namings, words.forms), strict=True):
-            stated = assertions.of(naming.positions)
-            state = _state(naming.value, stated)
+        regions = _regions(namings, words.forms)
+        owned = [[m for m in attributes if region[0] <= m.first and m.last < region[1]] for region in regions]
+        for i, (naming, region) in enumerate(zip(namings, regions, strict=True)):
+            if i and naming.value.findings[0] not in self.lexicon.fixed and _is_linked(namings[i - 1], naming, attributes):
+                owned[i] = _with_where(owned[i], owned[i - 1], naming)
+            near, state = owned[i], _state(naming.value, assertions.of(naming.positions))
             if state is None:
                 continue
-            near = [m for m in attributes if region[0] <= m.first and m.last < region[1]]
             size = max((mm for position, mm in sizes if words.starts[region[0]] <= position < words.ends[region[1] - 1]), default=None)
             span = (words.starts[naming.first], words.ends[naming.last])
             change: Change | None = _nearest(near, naming, lambda a: a.change)
@@ -157,6 +159,18 @@ def _border(forms: Sequence[str], last: int, first: int) -> int:
     """Where what goes with the naming that ends at ``last`` gives way to what goes with the one that begins at ``first``."""
     between = range(last + 1, first)
     return next((i for i in reversed(between) if forms[i] in _JOINTS), last + 1)
+
+
+def _is_linked(before: Match[Naming], naming: Match[Naming], attributes: Sequence[Match[Attribute]]) -> bool:
+    """Whether words between the two say that the second is what the first may be, or goes with it."""
+    return any(m.value.links and before.last < m.first and m.last < naming.first for m in attributes)
+
+
+def _with_where(own: list[Match[Attribute]], given: list[Match[Attribute]], naming: Match[Naming]) -> list[Match[Attribute]]:
+    """``own``, with side and place of ``given`` if it has neither but in the words of the naming itself."""
+    if any((m.value.side or m.value.place) and m.first not in naming.positions for m in own):
+        return own
+    return own + [m for m in given if m.value.side or m.value.place]
 
 
 def _sizes(raw: str, offset: int) -> list[tuple[int, float]]:

@@ -57,6 +57,7 @@ class Attribute:
     change: Change | None = None
     compares: bool = False
     kind: str | None = None
+    links: bool = False  # tells of the finding before it what the finding after it is
 
 
 @dataclass(frozen=True, eq=False)
@@ -204,6 +205,7 @@ def _attributes(
     for change in CHANGES:
         yield from ((phrase, Attribute(change=change)) for phrase in cues["change"][change])
     yield from ((phrase, Attribute(compares=True)) for phrase in cues["compares"])
+    yield from ((phrase, Attribute(links=True)) for phrase in cues["links"])
     for entry in findings.values():
         for kind, phrases in entry.get("kinds", {}).items():
             yield from ((phrase, Attribute(kind=kind)) for phrase in phrases)

@@ -37,7 +37,7 @@ _IRREGULAR = {
 }
 _SPELLING = (("oedem", "edem"), ("haem", "hem"), ("oesoph", "esoph"), ("anaes", "anes"), ("tumour", "tumor"), ("fibre", "fiber"))
 _ENDINGS = {"calibre": "caliber", "grey": "gray", "centre": "center", "colour": "color"}
-_ELEMENT = re.compile(r"\((?P<optional>[^()\s]+)\)|~(?P<gap>\d+)|(?P<words>[^()~\s]+)")
+_ELEMENT = re.compile(r"\((?P<optional>[^()\[\]\s]+)\)|~(?P<gap>\d+)|(?P<words>[^()\[\]{}~\s]+)")
 _GAP_STOPS = frozenset({".", ";", "but", "however", "although"})
 
 

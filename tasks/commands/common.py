@@ -48,11 +48,12 @@ def manifest_options(command: F) -> F:
     )(command)
 
 
+PROMPTS = "Prompt pairs, if not those for phantoms: a file, or chest_xray, chest_ct, chexpert_14, chestxray_14 or ct_rate_18."
+
+
 def prompts_option(command: F) -> F:
     """``--prompts``."""
-    return click.option("--prompts", type=click.Path(path_type=Path), metavar="YAML", help="Prompt pairs, if not the built-in ones.")(
-        command
-    )
+    return click.option("--prompts", type=click.Path(path_type=Path), metavar="YAML|SET", help=PROMPTS)(command)
 
 
 def json_option(command: F) -> F:

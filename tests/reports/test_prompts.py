@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from medvl.types import FINDINGS, Fact
-from reports.prompts import load_prompts, prompt_pair
+from reports.prompts import BUILT_IN, load_prompts, prompt_pair, scheme, scheme_names
 from reports.sentences import report_sentences
 from reports.synthetic import sentence_templates, write_report
 
@@ -35,21 +35,38 @@ def normalised(sentence: str) -> str:
     return " ".join(re.findall(r"[a-z0-9]+", sentence.lower()))
 
 
-def test_no_prompt_equals_a_training_sentence() -> None:
-    training: set[str] = set()
+@pytest.fixture(scope="module")
+def training() -> set[str]:
+    """Every sentence that a phantom's report can hold, in normal form."""
+    found: set[str] = set()
     for template in sentence_templates():
         slots = sorted(set(re.findall(r"\{(\w+)\}", template)))
         for values in itertools.product(*(SLOTS[s] for s in slots)):
-            training.add(normalised(template.format(**dict(zip(slots, values, strict=True)))))
+            found.add(normalised(template.format(**dict(zip(slots, values, strict=True)))))
     rng = np.random.default_rng(0)
     for _ in range(300):
         study = [Fact(f, "present", "left", "upper lobe", "mild", 8.0, "chest tube") for f in FINDINGS if rng.random() < 0.3]
-        training |= {normalised(s) for s in report_sentences(write_report(study, rng).text)}
-    assert len(training) > 5000
-    prompts = load_prompts()
-    words = {normalised(s) for p in prompts.findings.values() for s in (*p.positive, *p.negative, p.phrase)}
-    assert len(words) >= 9 * len(FINDINGS) - 5
+        found |= {normalised(s) for s in report_sentences(write_report(study, rng).text)}
+    assert len(found) > 5000
+    return found
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_no_prompt_equals_a_training_sentence(name: str, training: set[str]) -> None:
+    prompts = load_prompts(name)
+    words = {normalised(text) for _, _, text in prompts.sentences()}
+    pairs = {normalised(s) for p in prompts.findings.values() for s in (*p.positive, *p.negative, p.phrase)}
+    assert pairs <= words and len(words) >= (9 * len(FINDINGS) - 5 if name == "phantom" else 1000)
     assert not words & training
+
+
+@pytest.mark.parametrize("name", scheme_names())
+def test_a_scheme_whose_texts_are_training_sentences_says_so(name: str, training: set[str]) -> None:
+    prompts, one = load_prompts("chest_xray"), scheme(name)
+    classes = one.prompts(prompts, [f for f in FINDINGS if f in prompts.findings])
+    texts = {normalised(text) for c in classes for group in c.groups for text in (*group.positive, *group.negative)}
+    assert len(classes) == len(texts and classes) == len(FINDINGS)
+    assert one.phantom_overlap == any(text in training for text in texts)
 
 
 def test_ours_covers_every_finding_with_three_prompts_each_way() -> None:
@@ -61,6 +78,8 @@ def test_ours_covers_every_finding_with_three_prompts_each_way() -> None:
 
 def test_the_hash_follows_content_not_layout(tmp_path: Path) -> None:
     built_in = Path(load_prompts.__code__.co_filename).with_name("prompts.yaml")
+    assert load_prompts().version == "2"
+    assert load_prompts().sha256 == "ef3495bd7e8e55cd5bcc74d5355e090c7ecfd89e8d96622b6941fe5c0e084183"  # saved results name it
     content = yaml.safe_load(built_in.read_text(encoding="utf-8"))
     file = tmp_path / "mine.yaml"
     file.write_text(yaml.safe_dump(content, sort_keys=False, width=40), encoding="utf-8")
@@ -86,7 +105,7 @@ PAIR = "{positive: [It is there.], negative: [It is gone.]}"
     ("text", "message"),
     [
         ("[1, 2", "not readable YAML"),
-        ("- a list", "expected a mapping with the keys version and findings"),
+        ("- a list", "the file is not a mapping (expected a mapping with the keys version and findings)"),
         ("version: '1'", "findings is missing or empty"),
         (f"findings: {{x: {PAIR}}}", "version is missing"),
         ("version: '1'\nfindings: {x: {positive: [a]}}", "finding x: negative is missing or empty"),
@@ -94,8 +113,11 @@ PAIR = "{positive: [It is there.], negative: [It is gone.]}"
         ("version: '1'\nfindings: {x: {positive: [a], negative: [A]}}", "same sentence"),
         (f"version: '1'\nfindings: {{Big Heart: {PAIR}}}", "snake_case"),
         (f"version: '1'\nfindings: {{x: {PAIR}, x: {PAIR}}}", "given twice"),
-        (f"version: '1'\nprompts: 3\nfindings: {{x: {PAIR}}}", "unknown keys prompts"),
-        ("version: '1'\nfindings: {x: {positiv: [a], negative: [b]}}", "unknown keys positiv; finding x: positive is missing"),
+        (f"version: '1'\nprompts: 3\nfindings: {{x: {PAIR}}}", "prompts is an unknown key"),
+        (
+            "version: '1'\nfindings: {x: {positiv: [a], negative: [b]}}",
+            "finding x: positive is missing or empty (expected a list of sentences); finding x: positiv is an unknown key",
+        ),
         ("version: !!python/object/apply:os.system ['true']", "not readable YAML"),
     ],
 )
