@@ -50,11 +50,11 @@ _VERB = re.compile(
     re.IGNORECASE,
 )
 _NO_PLACE = re.compile(
-    r"\b(?:lordotic|predominan\w+|sparing|spared|greater than|(?:to|and|or|mid)[ -](?:the )?(?:upper|lower|middle|apical|bas\w+)|"
+    r"\b(?:lordotic|predominan\w+|in keeping|reflect\w*|indicat\w+|due to|secondary|sparing|spared|greater than|(?:to|and|or|mid)[ -](?:the )?(?:upper|lower|middle|apical|bas\w+)|"
     r"(?:lobes?|zones?|apex|apices|bases?|apical|basilar) (?:and|or|to)\b|cardiac apex|heart)",
     re.IGNORECASE,
 )
-"""Where a word for a zone of the lungs is none, or one of several."""
+"""Where a word for a zone of the lungs is none, one of several, or that of a sign of something elsewhere."""
 _UNDENIABLE = re.compile(
     r"\d|\bX{3,}\b|_{2,}|\[\*\*|\bas\b|\b(?:greater|less|more) than\b|\bpatient\b|\bviews?\b|\blimited\b|\bstatus\b|\bs/p\b|\bpost\b",
     re.IGNORECASE,
