@@ -27,6 +27,7 @@ from reports.pairs.negatives import HardNegatives, Negative, hard_negatives
 from reports.pairs.null import has_no_visual_content
 from reports.pairs.soft import SoftTargets, label_similarity, text_similarity
 from reports.pairs.truth import FALSE, TRUE, UNKNOWN, Claim, Strictness, TruthTable, claims_of, swap_sides, with_disputes
+from reports.providers.base import Provider
 from reports.sentences import report_sentences, split_sentences
 
 Across = Literal["text", "findings"]
@@ -52,7 +53,8 @@ class ReportPairs(PairBuilder):
             teaches the text tower what is no finding.
         soft: weights of pairs that are no positives; None: such pairs have none.
         negatives: hard negatives of every training batch; None: none.
-        facts: finds what a text states; None takes :class:`reports.facts.LexiconFacts`.
+        facts: finds what a text states; None takes :class:`reports.facts.LexiconFacts`. A provider of facts made elsewhere is asked for
+            whole reports and sections; give it the lexicon as its fallback for texts that are no part of them.
         lexicon: folder of the lexicon whose ontology is used; None takes the one that comes with the package.
     Raises:
         ValueError: a word that is none of these.
@@ -91,9 +93,10 @@ class ReportPairs(PairBuilder):
         """Read every sentence of every report, and every text that may be drawn, once."""
         texts: dict[str, None] = {}
         for rows, words, sourced in studies:
+            whole = [claim for one in words for claim in self._read_whole(one)]
             said = [s for one in words for s in report_sentences(one.report, one.findings, one.impression)]
             drawn = [one.text for one in sourced]
-            claims = with_disputes([claim for text in (*said, *drawn) for claim in self.claims(text)], self.ontology)
+            claims = with_disputes([*whole, *(claim for text in (*said, *drawn) for claim in self.claims(text))], self.ontology)
             self._claims.update(dict.fromkeys(rows, claims))
             self._own.update(dict.fromkeys(rows, frozenset(drawn)))
             texts.update(dict.fromkeys(drawn))
@@ -101,10 +104,33 @@ class ReportPairs(PairBuilder):
             self.soft.prepare(list(texts))
 
     def statements(self, text: str) -> tuple[Statement, ...]:
-        """What a text states; read once."""
+        """What a text states; read once. A provider is asked for whole reports alone, its fallback for other texts."""
         if text not in self._statements:
-            self._statements[text] = tuple(self.facts.facts(text))
+            source = self.facts.fallback if isinstance(self.facts, Provider) else self.facts
+            self._statements[text] = () if source is None else tuple(source.facts(text))
         return self._statements[text]
+
+    def _read_whole(self, words: StudyWords) -> list[Claim]:
+        """What a provider knows of a report, or of its sections, each of its sentences kept; nothing where it knows none.
+
+        Providers know texts by the hash of the whole text; a lexicon is asked sentence by sentence, for those recur.
+        """
+        if not isinstance(self.facts, Provider):
+            return []
+        sections = [part for part in (words.findings, words.impression) if part]
+        texts = dict.fromkeys(part for part in (words.report, "\n\n".join(sections), *sections) if part)
+        found: list[Claim] = []
+        for text in texts:
+            if not self.facts.knows(text):
+                continue
+            for sentence in self.facts.sentences(text):
+                if sentence.section in ("findings", "impression", "other"):
+                    here = (replace(s, start=s.start - sentence.start, end=s.end - sentence.start) for s in sentence.statements)
+                    self._statements[sentence.text] = tuple(here)
+                    self._claimed.pop(sentence.text, None)
+                    self._null.pop(sentence.text, None)
+                    found += claims_of(sentence.text, sentence.statements, self.ontology)
+        return found
 
     def claims(self, text: str) -> tuple[Claim, ...]:
         """What a text claims, each once."""

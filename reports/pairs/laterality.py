@@ -59,11 +59,6 @@ def swap_left_and_right(text: str) -> str | None:
     return None if left_over else swapped
 
 
-def names_a_side(text: str) -> bool:
-    """Whether the text has a word that a flip changes."""
-    return _SIDE.search(text) is not None
-
-
 def _other_side(match: re.Match[str]) -> str:
     word = match["stem"] or match["word"] or match["letter"]
     return _like(word, _SWAP[word.lower()]) + (match["ending"] or "")

@@ -50,7 +50,8 @@ _VERB = re.compile(
     re.IGNORECASE,
 )
 _NO_PLACE = re.compile(
-    r"\b(?:lordotic|predominan\w+|in keeping|reflect\w*|indicat\w+|due to|secondary|sparing|spared|greater than|(?:to|and|or|mid)[ -](?:the )?(?:upper|lower|middle|apical|bas\w+)|"
+    r"\b(?:lordotic|predominan\w+|in keeping|reflect\w*|indicat\w+|due to|secondary|sparing|spared|greater than|"
+    r"(?:to|and|or|mid)[ -](?:the )?(?:upper|lower|middle|apical|bas\w+)|"
     r"(?:lobes?|zones?|apex|apices|bases?|apical|basilar) (?:and|or|to)\b|cardiac apex|heart)",
     re.IGNORECASE,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -19,14 +20,16 @@ from torch import Tensor
 
 from medvl.losses import info_nce_of_logits
 from medvl.types import PairStudy, ReportEncoder, SourcedText, StudyWords, TextBatch, TextFeatures
+from reports.facts import LexiconFacts
 from reports.facts.ontology import load_ontology
 from reports.facts.statements import FactSource, StatedSentence
 from reports.pairs import HardNegatives, HierarchicalCaptions, LabelCaptions, MixedTexts, ReportPairs, RewrittenTexts, SoftTargets
 from reports.pairs.captions import hierarchy, noun_phrase
-from reports.pairs.laterality import names_a_side, swap_left_and_right
+from reports.pairs.laterality import swap_left_and_right
 from reports.pairs.null import has_no_visual_content
 from reports.pairs.soft import cwcl_weights, label_similarity, soften, softmax_weights, text_similarity
 from reports.pairs.truth import Claim
+from reports.providers.files import JsonlFacts
 from reports.sentences import report_sentences
 from reports.synthetic import sentence_templates
 from reports.text_source import ReportSentences
@@ -170,6 +173,23 @@ def test_facts_are_read_once_before_training() -> None:
     assert before == len({s for text in REPORTS.values() for s in report_sentences(text)})
     batch(builder)
     assert Counted.calls == before
+
+
+def test_facts_made_elsewhere_are_found_by_whole_reports(tmp_path: Path) -> None:
+    """The file says what no lexicon would: that the sentences of one report mean an effusion and no pneumothorax."""
+    reports = {0: "Fluid layers here. Nothing else of note.", 1: "There is a pleural effusion."}
+    facts = [
+        {"text": "Fluid layers here.", "facts": [{"finding": "pleural_effusion", "state": "present", "quote": "Fluid layers"}]},
+        {"text": "Nothing else of note.", "facts": [{"finding": "pneumothorax", "state": "absent", "quote": "Nothing else"}]},
+    ]
+    record = {"text_sha256": hashlib.sha256(reports[0].encode()).hexdigest(), "sentences": facts}
+    (tmp_path / "facts.jsonl").write_text(json.dumps(record) + "\n")
+    builder = ReportPairs(facts=JsonlFacts(tmp_path / "facts.jsonl", fallback=LexiconFacts()))
+    assert builder.keeps("Fluid layers here.")
+    _, positives, _ = batch(builder, reports)
+    assert set(positives[0]) == {*report_sentences(reports[0]), reports[1]}
+    assert set(positives[1]) == {reports[1], "Fluid layers here."}
+    assert [c.finding for c in builder.claims("Nothing else of note.")] == ["pneumothorax"]
 
 
 # ------------------------------------------------------------------------------------------------------------ soft targets
@@ -316,7 +336,6 @@ def test_no_sentence_of_the_templates_is_without_content() -> None:
 def test_sides_are_swapped_in_words(text: str, expected: str) -> None:
     assert swap_left_and_right(text) == expected
     assert swap_left_and_right(expected) == text
-    assert names_a_side(text) == (text != expected)
 
 
 @pytest.mark.parametrize(

@@ -51,10 +51,11 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "manifest.csv"
 
 
-def fit(manifest: Path, out: Path, options: list[str]) -> dict[str, list[float]]:
-    """Logged losses of one fit of the two recipes with tiny towers."""
+def fit(manifest: Path, out: Path, options: list[str], *recipes: str) -> dict[str, list[float]]:
+    """Logged losses of one fit of the recipes, laid one over another, with tiny towers."""
     tiny = json.dumps({"embed_dim": 8, "widths": [8, 8, 8], "blocks": [1, 1, 1]})
-    configs = ["--config", str(recipe_path("xray_phantom.yaml")), "--config", str(recipe_path("pairs.yaml"))]
+    names = ("xray_phantom.yaml", *(recipes or ("pairs.yaml",)))
+    configs = [part for name in names for part in ("--config", str(recipe_path(name)))]
     small = ["--model.image.init_args", tiny, "--model.report.init_args", json.dumps({"embed_dim": 8, "hidden_dim": 8})]
     data = ["--data.init_args.manifest", str(manifest), "--data.init_args.reader.init_args.size", "32", "--data.init_args.batch_size", "6"]
     trainer = ["--trainer.max_epochs", "2", "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
@@ -94,3 +95,11 @@ def test_several_texts_a_study_come_from_the_command_line(manifest: Path, tmp_pa
     losses = fit(manifest, tmp_path / "run", ["--data.init_args.texts", json.dumps(texts), "--data.init_args.sentences_per_image", "2"])
     assert len(losses["train/loss"]) == 4
     assert np.isfinite(losses["train/loss"]).all()
+
+
+def test_the_recipe_of_mixed_texts_fits(manifest: Path, tmp_path: Path) -> None:
+    losses = fit(manifest, tmp_path / "run", [], "mixed_texts.yaml", "pairs.yaml")
+    assert len(losses["train/loss"]) == 4
+    resolved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["data"]["init_args"]
+    assert resolved["texts"]["init_args"]["weights"] == {"report": 3.0, "captions": 1.0}
+    assert resolved["pairs"]["class_path"] == "reports.pairs.ReportPairs"
