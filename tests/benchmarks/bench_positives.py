@@ -7,7 +7,8 @@
 study and a sentence of the batch, a sentence that stands in several reports once for each. A pair is true if the study has the sentence, or
 its facts entail it: the same findings in the same states, with side, or side and place, or these and degree. A false negative is a true
 pair that a variant counts as a negative; a pair of no weight that is not left out of the loss is a negative. Facts are those that the
-variants use too, so a variant has no false negatives by its own strictness; how right the facts are is measured by bench_facts.py.
+variants use too, so a variant has no false negatives by its own strictness. What people coded says more: a sentence that does nothing but
+deny coded findings ("No pneumothorax or effusion.") is true of every study that is coded for none of them, whatever its report mentions.
 
 `phantoms` trains one model per variant and seed with equal data, batches and steps, and evaluates it on the test studies.
 """
@@ -16,10 +17,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import tarfile
 import time
-import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +28,14 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from bench_facts import MESH
 from medvl.types import PairStudy, SourcedText, StudyWords, equal_text_pairs
 from reports import MiniLmReportEncoder
 from reports.facts import LexiconFacts
 from reports.facts.statements import FactSource, StatedSentence
+from reports.openi import read_openi
 from reports.pairs import ReportPairs, SoftTargets
-from reports.pairs.truth import TRUE, Strictness, TruthTable, with_disputes
+from reports.pairs.truth import TRUE, Claim, Strictness, TruthTable, with_disputes
 from reports.sentences import report_sentences
 
 METRICS = {
@@ -61,16 +62,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def open_i(data: Path) -> Iterator[StudyWords]:
-    """Findings and impression of every Open-i report, in the order of the files."""
-    with tarfile.open(data / "reports" / "openi_reports.tgz") as archive:
-        for member in sorted((m for m in archive.getmembers() if m.name.endswith(".xml")), key=lambda m: m.name):
-            file = archive.extractfile(member)
-            assert file is not None
-            parts = {one.get("Label"): one.text for one in ElementTree.parse(file).iter("AbstractText")}
-            yield StudyWords(member.name, None, parts.get("FINDINGS"), parts.get("IMPRESSION"))
-
-
 def builders() -> dict[str, ReportPairs | None]:
     """The variants that are compared; None: a sentence is a positive of the one report that it was drawn from, as a column of its own."""
     minilm, facts = MiniLmReportEncoder(8), Kept()
@@ -90,11 +81,25 @@ def builders() -> dict[str, ReportPairs | None]:
     }
 
 
-def count(builder: ReportPairs | None, batch: Sequence[PairStudy], truths: dict[str, NDArray[np.bool_]]) -> dict[str, float]:
+def denies_coded(claims: Sequence[Claim]) -> frozenset[str]:
+    """The coded findings that a sentence denies, if it does nothing else; empty if it does."""
+    plain = all(c.state == "absent" and c.finding in MESH and c == Claim(c.finding, "absent") for c in claims)
+    return frozenset(c.finding for c in claims) if plain else frozenset()
+
+
+def count(
+    builder: ReportPairs | None,
+    batch: Sequence[PairStudy],
+    truths: dict[str, NDArray[np.bool_]],
+    denied: Sequence[frozenset[str]],
+    coded: Sequence[frozenset[str]],
+) -> dict[str, float]:
     """Sums over the pairs (study, drawn sentence) of one batch, but for each sentence with the report that it was drawn for.
 
     Args:
         truths: strictness -> (B, M) whether the different texts of the batch, in their order, are true.
+        denied: of each text, see :func:`denies_coded`.
+        coded: findings of each study.
     """
     made = equal_text_pairs(batch) if builder is None else builder.pairs(batch)
     column = {one.text: j for j, one in enumerate(made.texts)}
@@ -111,6 +116,12 @@ def count(builder: ReportPairs | None, batch: Sequence[PairStudy], truths: dict[
         found[f"false negatives, {strictness}"] = (negative & true).sum()
         found[f"weight on true, {strictness}"] = weight[true].sum()
     found["weight"] = weight[~drawn_for].sum()
+    denials = ~drawn_for & np.array([bool(said) for said in denied])[at]
+    clear = np.array([[not said & codes for said in denied] for codes in coded])[:, at]
+    found["denials true by code"] = (denials & clear).sum()
+    found["false negatives by code"] = (denials & clear & negative).sum()
+    found["denials false by code"] = (denials & ~clear).sum()
+    found["false positives by code"] = (denials & ~clear & (weight > 0)).sum()
     return {name: float(value) for name, value in found.items()}
 
 
@@ -133,8 +144,13 @@ class Kept(FactSource):
 
 def reports(data: Path, out: Path, size: int, epochs: int) -> None:
     """Count, print and write ``positives_reports.json``."""
-    studies = [(i, one, report_sentences(None, one.findings, one.impression)) for i, one in enumerate(open_i(data))]
-    listed = [((i,), (one,), tuple(map(SourcedText, said))) for i, one, said in studies if said]
+    listed, codes = [], {}
+    for row, report in enumerate(read_openi(data / "reports" / "openi_reports.tgz")):
+        words = StudyWords(report.study_id, None, report.sections.findings, report.sections.impression)
+        if said := report_sentences(None, words.findings, words.impression):
+            listed.append(((row,), (words,), tuple(map(SourcedText, said))))
+            terms = {term.split("/")[0].strip() for term in report.major}
+            codes[row] = frozenset(finding for finding, names in MESH.items() if terms & set(names))
     variants, seconds = builders(), {}
     for name, builder in track(variants.items(), "reading facts"):
         start = time.perf_counter()
@@ -159,11 +175,13 @@ def reports(data: Path, out: Path, size: int, epochs: int) -> None:
             truths[name] = (values == TRUE) | own.positives.numpy()
         for name, builder in variants.items():
             start = time.perf_counter()
-            for key, value in count(builder, batch, truths).items():
+            found = count(builder, batch, truths, list(map(denies_coded, said)), [codes[study.row] for study in batch])
+            for key, value in found.items():
                 sums[name][key] = sums[name].get(key, 0.0) + value
             sums[name]["seconds"] = sums[name].get("seconds", 0.0) + time.perf_counter() - start
     rows = {}
     heads = [*(f"false neg., {judge} (% of true)" for judge in JUDGES), "(% of neg., all)", "left out %", "weight on true %"]
+    heads += ["denials: false neg. by code %", "false pos. by code %"]
     table = Table("positives", *heads, title=f"{len(listed)} Open-i reports, {len(batches)} batches of {size}")
     for name, one in sums.items():
         of_true = {judge: share(one[f"false negatives, {judge}"], one[f"true, {judge}"]) for judge in JUDGES}
@@ -174,14 +192,18 @@ def reports(data: Path, out: Path, size: int, epochs: int) -> None:
             "false negatives of true": of_true,
             "false negatives of negatives": of_negatives,
             "weight on true of weight": on_true,
+            "false negatives of denials true by code": share(one["false negatives by code"], one["denials true by code"]),
+            "false positives of denials false by code": share(one["false positives by code"], one["denials false by code"]),
             "seconds to prepare": seconds[name],
             "ms a batch": 1000 * one["seconds"] / len(batches),
         }
-        cells = [*of_true.values(), of_negatives["all"], share(one["left out"], one["pairs"]), on_true]
+        by_code = share(one["false negatives by code"], one["denials true by code"])
+        wrong = share(one["false positives by code"], one["denials false by code"])
+        cells = [*of_true.values(), of_negatives["all"], share(one["left out"], one["pairs"]), on_true, by_code, wrong]
         table.add_row(name, *("" if value is None else f"{100 * value:.2f}" for value in cells))
     out.mkdir(parents=True, exist_ok=True)
     (out / "positives_reports.json").write_text(json.dumps({"batch": size, "reports": len(listed), "variants": rows}, indent=2))
-    Console(width=150).print(table)
+    Console(width=190).print(table)
 
 
 def measure(cohort: Path, folder: Path, seed: int, epochs: int, options: dict[str, Any]) -> dict[str, float]:
