@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from bench_facts import MESH
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from bench_facts import MESH
 from medvl.types import PairStudy, SourcedText, StudyWords, equal_text_pairs
 from reports import MiniLmReportEncoder
 from reports.facts import LexiconFacts
