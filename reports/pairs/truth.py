@@ -33,6 +33,9 @@ _WHOLE = frozenset(
 _HIGH, _LOW = frozenset({"upper lobe", "apex", "suprahilar region"}), frozenset({"lower lobe", "base", "infrahilar region"})
 _MIDDLE = frozenset({"middle lobe", "lingula"})
 
+_SHADOWS = frozenset({"lung_opacity", "lung_lesion"})
+_LOOSE = _SHADOWS | {"nodular_opacity"}
+"""Groups of what is seen as a shadow in the lung, and their words that may mean any kind of either."""
 _ORDINAL = r"(?:first|second|third|fourth|fifth|sixth|seventh|eighth|ninth|tenth|eleventh|twelfth|\d{1,2}(?:st|nd|rd|th))"
 _NUMBERED = re.compile(
     rf"(?:(?:lateral|anterior|posterior|anterolateral|posterolateral) )?"
@@ -188,8 +191,7 @@ def _apart(one: str, other: str) -> bool:
 class _Family:
     """Findings around one: ``below`` it and its kinds, ``above`` it and what it is a kind of, ``bearing`` all whose facts bear on it.
 
-    Some words are loose: those for a group ("opacity") and those of two groups at once ("nodular opacity", an opacity and a lesion). What
-    one reader calls a nodule is an opacity to another. So a loose finding bears on all that share a group with it, and they on it.
+    What one reader calls a nodule is an opacity to another: the loose words for shadows in the lung bear on all of them, and they on those.
     """
 
     below: frozenset[str]
@@ -202,19 +204,10 @@ def _family(finding: str, ontology: Ontology) -> _Family:
     own = frozenset({finding})
     if finding not in ontology.parents:
         return _Family(own, own, own)
-    kinds, groups = frozenset(ontology.descendants(finding)), frozenset(ontology.ancestors(finding))
-    cousins = {name for group in _narrow(finding, ontology) for name in ontology.descendants(group)}
-    loose = cousins if _is_loose(finding, ontology) else {name for name in cousins if _is_loose(name, ontology)}
-    return _Family(own | kinds, own | groups, own | kinds | groups | loose)
-
-
-def _is_loose(finding: str, ontology: Ontology) -> bool:
-    return bool(ontology.descendants(finding)) or sum(bool(_narrow(parent, ontology)) for parent in ontology.parents[finding]) > 1
-
-
-def _narrow(finding: str, ontology: Ontology) -> list[str]:
-    """The groups of a finding that are narrower than all findings."""
-    return [group for group in ontology.ancestors(finding) if ontology.parents[group]]
+    below, above = own | frozenset(ontology.descendants(finding)), own | frozenset(ontology.ancestors(finding))
+    shadows = frozenset(name for group in _SHADOWS & ontology.parents.keys() for name in (group, *ontology.descendants(group)))
+    loose = shadows if finding in _LOOSE else _LOOSE & shadows if finding in shadows else frozenset()
+    return _Family(below, above, below | above | loose)
 
 
 class TruthTable:
