@@ -56,6 +56,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "equal text": {},
     "equal finding state": BUILT,
     "and related unknown left out": {**BUILT, f"{OPTION}.unknown": "ignore_related"},
+    "and unmentioned absent": {**BUILT, f"{OPTION}.unmentioned": "absent"},
     "and hard negatives": {**BUILT, f"{OPTION}.negatives": "reports.pairs.HardNegatives"},
     "and soft by labels": {**SOFT, **{f"{OPTION}.soft.init_args.{name}": value for name, value in LABELS.items()}},
     "and soft by text": {**SOFT, MINILM: "reports.MiniLmReportEncoder", f"{MINILM}.init_args.embed_dim": 8},
@@ -77,6 +78,7 @@ def builders() -> dict[str, ReportPairs | None]:
         "equal finding state, location": ReportPairs(strictness="location", facts=facts),
         "equal finding state, all": ReportPairs(strictness="all", facts=facts),
         "location, related unknown left out": ReportPairs(unknown="ignore_related", facts=facts),
+        "location, unmentioned absent": ReportPairs(unmentioned="absent", facts=facts),
         **{f"equal text, soft by {name}": ReportPairs(across="text", soft=one, facts=facts) for name, one in soft.items()},
     }
 
