@@ -62,6 +62,7 @@ class Predictions:
     baseline: NDArray[np.float64] | None = None  # (N, F) scores of the thumbnail baseline, NaN where it has none; None if it was not run
     slice_hits: NDArray[np.float64] | None = None  # (N, F): 1 the mask reaches into the slice of highest score, 0 not, NaN without a mask
     slice_fraction: NDArray[np.float64] | None = None  # (N, F): share of the slices that the mask reaches into; both None without slices
+    texts: dict[str, Any] | None = None  # what made the reports' texts, as Configurable.spec gives it
     of_studies: bool = False  # labels, scores and retrieval are of studies, the same in every image of one
 
     def counted(self) -> NDArray[np.intp]:
@@ -155,6 +156,7 @@ def predict(
         slice_hits=np.array([[hit for hit, _ in line] for line in levels]) if levels else None,
         slice_fraction=np.array([[share for _, share in line] for line in levels]) if levels else None,
         of_studies=of_studies,
+        texts=source.spec(),
     )
 
 
@@ -251,6 +253,8 @@ def results(predictions: Predictions, *, repeats: int = 1000, seed: int = 0) -> 
         found["grounding"] = _grounding(predictions, patients, repeats, seed)
         if predictions.slice_hits is not None:
             found["slices"] = _slices(predictions, patients, repeats, seed)
+    if predictions.texts is not None:
+        found["texts"] = predictions.texts
     if predictions.retrieval is not None:
         found["retrieval"] = _retrieval(predictions, patients, repeats, seed)
     return found

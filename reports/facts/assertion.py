@@ -22,6 +22,9 @@ Stated = State | Literal["unstated"]
 _BETWEEN_TWO = frozenset({"versus", "vs"})
 """Words that put the nearest noun in doubt, not those that it stands beside: "low volumes with atelectasis versus scar"."""
 
+_PLAIN = frozenset({"present", "noted", "unchanged", "stable"})
+"""Verbs that affirm even after a denial: "no effusion, calcifications are present"; "no mass, nodule was detected" denies both."""
+
 _STRENGTH: tuple[Stated, ...] = ("unstated", "absent", "uncertain")
 
 
@@ -77,9 +80,10 @@ class Assertions:
         Not stated outweighs absent, and absent outweighs uncertain: "no suspicious opacity" is a denial. (Denials that leave a doubt,
         "cannot be excluded", are cues of their own.) A cue between the words of the finding rules it too: "the heart is not enlarged".
         """
-        first, last = positions[0], positions[-1]
+        first, last, own = positions[0], positions[-1], set(positions)
         kinds: set[str] = {rule.kind for rule in self._rules if rule.start <= first and last < rule.end}
-        kinds.update(kind for kind, inside in self._within if any(first < position < last for position in inside))
+        between = [kind for kind, cue in self._within if own.isdisjoint(cue) and any(first < position < last for position in cue)]
+        kinds.update(between)
         return next((kind for kind in _STRENGTH if kind in kinds), "present")
 
 
@@ -103,11 +107,12 @@ def _end_of_list(
     describing: frozenset[int],
 ) -> int:
     """Where what a negation denies ends: at ``end``, or, once a finding has been denied, at a comma or "and" where something new begins."""
-    first_named = min((positions[-1] for positions in named if positions[0] > after), default=end)
+    first_named = min((positions[-1] for positions in named if positions[-1] > after), default=end)
     for i in range(first_named + 1, end):
         new = _begins_new(forms, i + 1, end, describing)
         if forms[i] in (",", "-"):
-            if new and not any(form in ("or", "nor", "/") for form in forms[i + 1 : end]):
+            affirmed = any(i < cue.first < end and forms[cue.last] in _PLAIN for cue in affirming)
+            if (new or affirmed) and not any(form in ("or", "nor", "/") for form in forms[i + 1 : end]):
                 return i
         elif (forms[i] == "and" and new) or (
             any(cue.first == i for cue in affirming) and any(form in (",", "and") for form in forms[i:end])
@@ -118,6 +123,6 @@ def _end_of_list(
 
 def _begins_new(forms: Sequence[str], at: int, end: int, describing: frozenset[int]) -> bool:
     """Whether an article, or a word that tells size, side or change, opens what follows."""
-    if at < end and forms[at] == "and":
+    while at < end and forms[at] in ("and", "with"):
         at += 1
     return at < end and (forms[at] in ("a", "an") or at in describing)

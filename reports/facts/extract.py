@@ -102,9 +102,16 @@ class LexiconFacts(FactSource):
         for match in sorted(longest(found), key=lambda m: -len(m.positions)):
             words = set(match.positions)
             said = any(m.value.findings == match.value.findings and not words.isdisjoint(m.positions) for m in kept)
-            if not said and (match.value.use == "denies" or not self._excluded(match, forms)):
+            if not said and (match.value.use == "denies" or match.value.always or not self._excluded(match, forms)):
                 kept.append(match)
-        return sorted(kept, key=lambda m: m.positions)
+        return sorted((m for m in kept if not self._is_more_general(m, kept)), key=lambda m: m.positions)
+
+    def _is_more_general(self, match: Match[Naming], others: Sequence[Match[Naming]]) -> bool:
+        """Whether the very same words name a kind of the finding too."""
+        if match.value.use == "denies":
+            return False
+        kinds = self.lexicon.ontology.descendants(match.value.findings[0])
+        return any(m.positions == match.positions and m.value.use == match.value.use and m.value.findings[0] in kinds for m in others)
 
     def _excluded(self, match: Match[Naming], forms: Sequence[str]) -> bool:
         index = self.lexicon.unless.get(match.value.findings[0])

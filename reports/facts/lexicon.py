@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -26,7 +27,7 @@ Use = Literal["names", "denies", "leaves open"]
 CueKind = Literal["absent", "uncertain", "unstated", "neither", "stop", "affirms"]
 Direction = Literal["before", "after", ""]
 
-_FINDING_KEYS = {"parents", "names", "uncertain", "unless", "location", "fixed", "kinds"}
+_FINDING_KEYS = {"parents", "names", "always", "uncertain", "unless", "location", "fixed", "kinds"}
 _SIDES: tuple[Side, ...] = ("left", "right", "bilateral")
 _SEVERITIES: tuple[Severity, ...] = ("mild", "moderate", "severe")
 
@@ -37,6 +38,7 @@ class Naming:
 
     findings: tuple[str, ...]
     use: Use
+    always: bool = False  # whatever else stands in the clause
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ def load_lexicon(folder: Path | None = None) -> Lexicon:
     with_names = faults.mapping("findings.yaml", findings, "findings")
     ontology = faults.attempt("findings.yaml", lambda: _ontology(with_names))
     namings = faults.index("findings.yaml", _namings(with_names))
-    denials = faults.index("findings.yaml", _denials(findings, with_names, faults), ("no", "not", "without"))
+    denials = faults.index("findings.yaml", _denials(findings, with_names, faults), ("no", "not", "without", ","))
     cue_index = faults.index("cues.yaml", _cues(cues))
     attributes = faults.index("anatomy.yaml or cues.yaml", _attributes(anatomy, cues, with_names))
     unless = {
@@ -170,14 +172,21 @@ def _ontology(findings: Mapping[str, Mapping[str, Any]]) -> Ontology:
 def _namings(findings: Mapping[str, Mapping[str, Any]]) -> Iterable[tuple[str, Naming]]:
     for name, entry in findings.items():
         yield from ((phrase, Naming((name,), "names")) for phrase in entry.get("names", ()))
+        yield from ((phrase, Naming((name,), "names", always=True)) for phrase in entry.get("always", ()))
         yield from ((phrase, Naming((name,), "leaves open")) for phrase in entry.get("uncertain", ()))
 
 
 def _denials(content: Mapping[str, Any], findings: Mapping[str, Any], faults: _Faults) -> Iterable[tuple[str, Naming]]:
+    words = content.get("words", {})
     for denial in content.get("denials", ()):
         if unknown := [name for name in denial["denies"] if name not in findings]:
             faults.add("findings.yaml", f"denials of unknown findings {', '.join(unknown)}")
-        yield from ((phrase, Naming(tuple(denial["denies"]), "denies")) for phrase in denial["phrases"])
+        yield from ((_spelled_out(phrase, words), Naming(tuple(denial["denies"]), "denies")) for phrase in denial["phrases"])
+
+
+def _spelled_out(phrase: str, words: Mapping[str, str]) -> str:
+    """``@normal`` as the alternatives that the file gives for it; KeyError for a word that it does not."""
+    return re.sub(r"@(\w+)", lambda match: str(words[match[1]]), phrase)
 
 
 def _cues(content: Mapping[str, Any]) -> Iterable[tuple[str, Cue]]:

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
     from medvl.data.manifest import Manifest
     from medvl.model import DualEncoder
+    from medvl.types import TextSource
     from reports.prompts import PromptSet
+    from reports.text_source import TextPolicy
 
 F = TypeVar("F", bound=Callable[..., Any])
 REJECTED, INTERNAL = 1, 3
@@ -54,6 +56,24 @@ PROMPTS = "Prompt pairs, if not those for phantoms: a file, or chest_xray, chest
 def prompts_option(command: F) -> F:
     """``--prompts``."""
     return click.option("--prompts", type=click.Path(path_type=Path), metavar="YAML|SET", help=PROMPTS)(command)
+
+
+def text_policy_option(command: F) -> F:
+    """``--text-policy``, for commands that index reports."""
+    return click.option(
+        "--text-policy",
+        type=click.Choice(["sentences", "impression", "findings", "both", "longer"]),
+        default="sentences",
+        show_default=True,
+        help="What of a report is indexed: each sentence of findings and impression, or one text.",
+    )(command)
+
+
+def text_source(policy: str) -> TextSource:
+    """The source of a ``--text-policy``; "sentences" is what recipes train on, the others make one text of a report."""
+    from reports.text_source import ReportSentences, ReportText
+
+    return ReportSentences() if policy == "sentences" else ReportText(cast("TextPolicy", policy))
 
 
 def json_option(command: F) -> F:

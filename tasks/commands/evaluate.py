@@ -26,6 +26,8 @@ from tasks.commands.common import (
     progress,
     prompts_option,
     report_rejected,
+    text_policy_option,
+    text_source,
 )
 
 
@@ -46,6 +48,7 @@ from tasks.commands.common import (
     help="Train the thumbnail baseline on the table's training labels and show it beside; done unless told, where there are such labels.",
 )
 @click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True, help="Images encoded at once.")
+@text_policy_option
 @cache_option
 @json_option
 @click.pass_context
@@ -64,6 +67,7 @@ def evaluate(
     seed: int,
     baseline: bool | None,
     batch_size: int,
+    text_policy: str,
     cache: Path | None,
     as_json: bool,
 ) -> None:
@@ -85,12 +89,12 @@ def evaluate(
         raise click.UsageError(f"--manifest {manifest}: no {modality} row in split {split} among {len(table)} good rows")
     encoder = load_model(model, device, cache)
     check_out_folder(out)
-    from reports.text_source import ReportSentences
     from tasks.evaluation import REJECTED as REJECTED_CSV
     from tasks.evaluation import predict, results, write
 
+    source = text_source(text_policy)
     with progress("images", len(rows)) as advance:
-        predictions = predict(encoder, rows, prompt_set, ReportSentences(), batch_size=batch_size, progress=advance)
+        predictions = predict(encoder, rows, prompt_set, source, batch_size=batch_size, progress=advance)
     simple = None
     if baseline is not False:
         from tasks.baseline import learnable, thumbnail_baseline

@@ -18,6 +18,8 @@ from tasks.commands.common import (
     model_options,
     new_table,
     report_rejected,
+    text_policy_option,
+    text_source,
 )
 
 
@@ -31,6 +33,7 @@ from tasks.commands.common import (
 @click.option("--query", required=True, metavar="TEXT|FILE", help="What to look for; an image if there is such a file, else a text.")
 @click.option("--top", type=click.IntRange(min=1), default=5, show_default=True, metavar="K", help="How many reports.")
 @click.option("--rejected", "rejected_path", type=click.Path(path_type=Path), metavar="OUT", help="List rows that cannot be used in a CSV.")
+@text_policy_option
 @json_option
 @click.pass_context
 def search(
@@ -45,6 +48,7 @@ def search(
     query: str,
     top: int,
     rejected_path: Path | None,
+    text_policy: str,
     as_json: bool,
 ) -> None:
     """Find the reports of MANIFEST that fit a text or an image best.
@@ -62,12 +66,11 @@ def search(
     if isinstance(wanted, str) and Path(query).suffix.lower() in encoder.reader.suffixes:
         raise click.UsageError(f"--query {query}: no such file (it was not taken for a text: it ends like an image)")
     from medvl.types import RESEARCH_USE, UnreadableImageError
-    from reports.text_source import ReportSentences
     from tasks.retrieval import build_index, studies_of
     from tasks.retrieval import search as find
 
-    rows = table.select(split=split, modality=modality).rows
-    studies = studies_of(rows, ReportSentences())
+    rows, source = table.select(split=split, modality=modality).rows, text_source(text_policy)
+    studies = studies_of(rows, source)
     if not studies:
         raise click.UsageError(f"--index {index}: none of the {len(rows)} rows that were asked for has a report to search")
     report_rejected([(bad.path, str(bad)) for bad in table.rejected], f"rows of {index}", rejected_path)
@@ -83,7 +86,16 @@ def search(
         kind = "image" if isinstance(wanted, Path) else "text"
         click.echo(
             json_text(
-                {"query": query, "query_kind": kind, "ok": True, "error": None, "hits": found, "pool": len(studies), "notice": RESEARCH_USE}
+                {
+                    "query": query,
+                    "query_kind": kind,
+                    "ok": True,
+                    "error": None,
+                    "hits": found,
+                    "pool": len(studies),
+                    "texts": source.spec(),
+                    "notice": RESEARCH_USE,
+                }
             )
         )
     else:

@@ -40,6 +40,20 @@ DATA = Path(__file__).resolve().parents[2] / "../shared/data"
         ("2 images. 5 mm nodule.", ["2 images.", "5 mm nodule."]),
         ("NO PNEUMOTHORAX.  LUNGS ARE CLEAR", ["NO PNEUMOTHORAX.", "LUNGS ARE CLEAR"]),
         ("Pneumonia? Edema?", ["Pneumonia?", "Edema?"]),
+        ("2., Mild deformity. #2 intact.", ["Mild deformity.", "#2 intact."]),
+        ("Fracture at T7-8. Seen on CTA. No leak.", ["Fracture at T7-8.", "Seen on CTA.", "No leak."]),
+        ("Cirrhosis from hepatitis C. The spleen is large.", ["Cirrhosis from hepatitis C.", "The spleen is large."]),
+        ("Opacity in the rt. Lower lobe is new.", ["Opacity in the rt. Lower lobe is new."]),
+        ("Nodule in the liver. (cyst?) Clear lungs.", ["Nodule in the liver. (cyst?)", "Clear lungs."]),
+        ("LUNGS: Clear\nHEART AND VESSELS: Normal\n  in size\nBones: -", ["LUNGS: Clear", "HEART AND VESSELS: Normal in size", "Bones: -"]),
+        ("Findings are\n-Clear lungs\n• Normal heart", ["Findings are", "Clear lungs", "Normal heart"]),
+        ('Heights are kept. " Hiatal hernia " Clear lungs', ["Heights are kept.", "Hiatal hernia", "Clear lungs"]),
+        (
+            'Kept. "Hiatal hernia." Old fracture. "Clear lungs" Normal.',
+            ["Kept.", "Hiatal hernia.", "Old fracture.", "Clear lungs", "Normal."],
+        ),
+        ('The so-called "halo sign" is seen. A "tree-in-bud" pattern.', ['The so-called "halo sign" is seen.', 'A "tree-in-bud" pattern.']),
+        ("· Operated ca. · Stable (cyst?) lesion ·Clear", ["Operated ca.", "Stable (cyst?) lesion", "Clear"]),
         ("", []),
         (" \n\t", []),
     ],
@@ -51,7 +65,30 @@ def test_rules(text: str, expected: list[str]) -> None:
 fragments = st.one_of(
     st.text(max_size=12),
     st.sampled_from(
-        ["1. ", "2) ", "Dr. ", "1.5 cm", ". ", "..", "\n\n", "\n- ", "XXXX", "___", "Clear", "no effusion", "? ", "(3) ", "\r\n", " "]
+        [
+            "1. ",
+            "2) ",
+            "Dr. ",
+            "1.5 cm",
+            ". ",
+            "..",
+            "\n\n",
+            "\n- ",
+            "XXXX",
+            "___",
+            "Clear",
+            "no effusion",
+            "? ",
+            "(3) ",
+            "\r\n",
+            " ",
+            '"',
+            '" ',
+            "“",
+            "·",
+            "(x?) ",
+            "\nLUNGS: ",
+        ]
     ),
 )
 
@@ -136,3 +173,19 @@ def test_notes_of_real_images_come_apart() -> None:
     kept = [report_sentences(note) for note in notes]
     assert sum(not sentences for sentences in kept) == sum(not note.strip() for note in notes) == 4
     assert not [s for sentences in kept for s in sentences if s.endswith(("esp.", "Dr.", " 0.", "vs."))]
+
+
+def test_items_of_real_ct_reports_come_apart() -> None:
+    table = DATA / "reports/ct_reports_labelled.csv"
+    if not table.is_file():
+        pytest.skip("the CT reports are not on this machine")
+    with table.open(encoding="utf-8", newline="") as stream:
+        texts = [row["report_text"] for row in csv.DictReader(stream)]
+    assert len(texts) == 800
+    for text in texts:
+        assert "".join("".join(text[a:b].split()) for a, b in sentence_spans(text)) == "".join(text.split())
+    sentences = [s for text in texts for s in split_sentences(text)]
+    assert 15 < len(sentences) / len(texts) < 25
+    assert sum('"' in s for s in sentences) < 20  # 594 of the reports have items that a quotation mark opens
+    assert sum(len(s) < 6 or s[0] in ").?" for s in sentences) < 10
+    assert sum(len(s.split()) > 60 for s in sentences) < 0.01 * len(sentences)
