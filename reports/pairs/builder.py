@@ -27,6 +27,7 @@ from reports.pairs.negatives import HardNegatives, Negative, hard_negatives
 from reports.pairs.null import has_no_visual_content
 from reports.pairs.soft import SoftTargets, label_similarity, text_similarity
 from reports.pairs.truth import FALSE, TRUE, UNKNOWN, Claim, Strictness, TruthTable, claims_of, swap_sides, with_disputes
+from reports.placeholders import is_doubtful
 from reports.providers.base import Provider
 from reports.sentences import report_sentences, split_sentences
 
@@ -133,9 +134,10 @@ class ReportPairs(PairBuilder):
         return found
 
     def claims(self, text: str) -> tuple[Claim, ...]:
-        """What a text claims, each once."""
+        """What a text claims, each once; nothing where a removed word may have denied it ("XXXX pneumothorax")."""
         if text not in self._claimed:
-            self._claimed[text] = claims_of(text, self.statements(text), self.ontology)
+            doubtful = any(map(is_doubtful, split_sentences(text)))
+            self._claimed[text] = () if doubtful else claims_of(text, self.statements(text), self.ontology)
         return self._claimed[text]
 
     def is_null(self, text: str) -> bool:
@@ -263,7 +265,7 @@ class ReportPairs(PairBuilder):
         assert self.negatives is not None
         key = (study.row, study.mirrored, text)
         if key not in self._negatives:
-            if len(split_sentences(text)) == 1:
+            if len(split_sentences(text)) == 1 and self.claims(text):
                 rules, words = self.negatives.rules, self.negatives.words
                 made = hard_negatives(text, self.statements(text), self._said(study), self.ontology, rules, words)
             else:

@@ -21,6 +21,7 @@ from reports.facts.ontology import Ontology
 from reports.facts.statements import Statement
 from reports.pairs.laterality import swap_left_and_right
 from reports.pairs.truth import FALSE, TRUE, UNKNOWN, Claim, claims_of, swap_sides, truth
+from reports.placeholders import PLACEHOLDER
 
 Rule = Literal["negation", "side", "severity", "finding", "location"]
 RULES: tuple[Rule, ...] = get_args(Rule)
@@ -57,10 +58,10 @@ _NO_PLACE = re.compile(
 )
 """Where a word for a zone of the lungs is none, one of several, or that of a sign of something elsewhere."""
 _UNDENIABLE = re.compile(
-    r"\d|\bX{3,}\b|_{2,}|\[\*\*|\bas\b|\b(?:greater|less|more) than\b|\bpatient\b|\bviews?\b|\blimited\b|\bstatus\b|\bs/p\b|\bpost\b",
+    r"\d|\bas\b|\b(?:greater|less|more) than\b|\bpatient\b|\bviews?\b|\blimited\b|\bstatus\b|\bs/p\b|\bpost\b",
     re.IGNORECASE,
 )
-"""What makes the negation of a sentence odd: numbers, removed words, comparisons, what is no finding."""
+"""What makes the negation of a sentence odd: numbers, comparisons, what is no finding."""
 _FAR: Mapping[Severity, tuple[Severity, ...]] = {"mild": ("severe",), "severe": ("mild",), "moderate": ("mild", "severe")}
 _ARTICLE = r"(?:a few|an?|the|some|several|multiple|few|scattered)"
 
@@ -252,7 +253,7 @@ def _findings(text: str, statements: Sequence[Statement], claims: tuple[Claim, .
 def _negations(text: str, statements: Sequence[Statement], claims: tuple[Claim, ...], words: Words) -> Iterator[Negative]:
     """A presence denied, or a denial turned into a presence."""
     states = {c.state for c in claims}
-    if len(states) != 1 or _COMPARING.search(text) or _UNDENIABLE.search(text):
+    if len(states) != 1 or _COMPARING.search(text) or _UNDENIABLE.search(text) or PLACEHOLDER.search(text):
         return
     if states == {"present"}:
         if len({(s.start, s.end) for s in statements}) == 1 and not (_NEGATIVE_WORD.search(text) or _SEVERAL.search(text)):

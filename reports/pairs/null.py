@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import re
 
+from reports.placeholders import PLACEHOLDER, has_words
+
 _WHO = r"dr|doctor|physicians?|team|nurse|clinician|provider|service|ed|er|icu|resident|attending|referring|ordering|office"
 _PATTERNS = (
     # nothing at all
@@ -45,7 +47,6 @@ _PATTERNS = (
     r"(?:the )?(?:exam(?:ination)?|study|patient) (?:was|is) (?:performed|done|obtained|limited by|rotated)\b",
 )
 _NULL = re.compile("|".join(f"(?:{pattern})" for pattern in _PATTERNS), re.IGNORECASE)
-_PLACEHOLDER = re.compile(r"\[\*\*.{0,200}?\*\*\]|_{2,}|\bX{3,}\b|<[^<>\s]*>", re.IGNORECASE)
 
 
 def has_no_visual_content(sentence: str) -> bool:
@@ -53,5 +54,5 @@ def has_no_visual_content(sentence: str) -> bool:
 
     Removed words (XXXX, ___) count as nothing. What no pattern knows is taken to have content.
     """
-    words = " ".join(_PLACEHOLDER.sub(" ", sentence).split()).strip(" -:;,")
-    return not any(c.isalpha() for c in words) or _NULL.match(words) is not None
+    words = " ".join(PLACEHOLDER.sub(" ", sentence).split()).strip(" -:;,")
+    return not has_words(words) or _NULL.match(words) is not None

@@ -175,6 +175,17 @@ def test_facts_are_read_once_before_training() -> None:
     assert Counted.calls == before
 
 
+def test_a_sentence_whose_sense_hangs_on_a_removed_word_claims_nothing() -> None:
+    """What reads "XXXX pneumothorax" may have been "no pneumothorax"."""
+    builder = ReportPairs(negatives=HardNegatives(), unknown="ignore")
+    reports = {0: "XXXX pneumothorax.", 1: "There is a pneumothorax.", 2: "No pneumothorax."}
+    made, positives, ignored = batch(builder, reports, np.random.default_rng(0))
+    assert set(positives[0]) == {"XXXX pneumothorax."}
+    assert {"There is a pneumothorax.", "No pneumothorax."} <= ignored[0] and "XXXX pneumothorax." in ignored[1] & ignored[2]
+    false = [one.text for one, is_false in zip(made.texts, made.false_texts, strict=True) if is_false]
+    assert false and not any("XXXX" in text for text in false)
+
+
 def test_facts_made_elsewhere_are_found_by_whole_reports(tmp_path: Path) -> None:
     """The file says what no lexicon would: that the sentences of one report mean an effusion and no pneumothorax."""
     reports = {0: "Fluid layers here. Nothing else of note.", 1: "There is a pleural effusion."}
