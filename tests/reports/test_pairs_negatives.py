@@ -38,13 +38,15 @@ NOUNS = {
 OF_PHANTOMS = {"lung_mass": None, "pneumonia": "consolidation"}  # a phantom has no masses; its consolidations may be called pneumonia
 
 
-def patterns() -> list[tuple[str, str, re.Pattern[str], bool]]:
-    """(finding, state, pattern of a template with its slots as groups, whether both sides are meant)."""
+def patterns() -> list[tuple[str, str, re.Pattern[str], dict[str, str]]]:
+    """(finding, state, pattern of a template with its slots as groups, what the template's group says beside them)."""
     found = []
     for finding, groups in TEMPLATES["findings"].items():
-        kinds = [kind for name, kind in groups.items() if name == "kinds" for kind in kind.values()]
-        for part in [{k: v for k, v in groups.items() if k != "kinds"}, *kinds]:
+        parts = [({}, {name: texts for name, texts in groups.items() if name != "kinds"})]
+        parts += [({"kind": kind}, part) for kind, part in groups.get("kinds", {}).items()]
+        for said, part in parts:
             for group, texts in part.items():
+                meant = {**said, "side": "bilateral"} if group.endswith("bilateral") else said
                 state = "uncertain" if "uncertain" in group else "absent" if "absent" in group else "present"
                 for text in texts:
                     pattern = re.escape(text).replace(r"\{", "{").replace(r"\}", "}")
@@ -52,7 +54,7 @@ def patterns() -> list[tuple[str, str, re.Pattern[str], bool]]:
                     for slot in re.findall(r"{(\w+)}", pattern):
                         pattern = pattern.replace("{" + slot + "}", f"(?P=={slot})" if slot in seen else f"(?P<{slot}>{SLOTS[slot]})", 1)
                         seen.add(slot)
-                    found.append((finding, state, re.compile(pattern, re.IGNORECASE), group.endswith("bilateral")))
+                    found.append((finding, state, re.compile(pattern, re.IGNORECASE), meant))
     return found
 
 
@@ -62,12 +64,9 @@ PATTERNS = patterns()
 def readings(sentence: str) -> list[tuple[str, str, dict[str, str]]]:
     """(finding, state, slots) of every template that the sentence can be a filling of."""
     found = []
-    for finding, state, pattern, bilateral in PATTERNS:
+    for finding, state, pattern, meant in PATTERNS:
         if match := pattern.fullmatch(sentence):
-            slots = {name: value.lower() for name, value in match.groupdict().items() if value}
-            if bilateral:
-                slots["side"] = "bilateral"
-            found.append((finding, state, slots))
+            found.append((finding, state, {name: value.lower() for name, value in match.groupdict().items() if value} | meant))
     return found
 
 
