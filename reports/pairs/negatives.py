@@ -264,9 +264,12 @@ def _negations(text: str, statements: Sequence[Statement], claims: tuple[Claim, 
     normal = re.search(rf"\b(is|are|appears?) (?={_NORMAL}\b)", text, re.IGNORECASE)
     one_verb = len(_VERB.findall(text)) == 1
     if normal and one_verb and not re.search(r"[,;]|\bno\b|\bwithout\b|\bnot\b", text, re.IGNORECASE):
-        verb = normal[1].lower()
+        verb, rest = normal[1].lower(), text[normal.end() :]
+        if rest.lower().startswith("unremarkable"):
+            yield Negative(f"{text[: normal.end()]}abnormal{rest[12:]}", "negation", claims, negated=True)
+            return
         put = {"appear": "do not appear ", "appears": "does not appear "}.get(verb, f"{verb} not ")
-        yield Negative(text[: normal.start()] + put + text[normal.end() :], "negation", claims, negated=True)
+        yield Negative(text[: normal.start()] + put + rest, "negation", claims, negated=True)
     elif re.match(r"normal\b", text, re.IGNORECASE) and not re.search(r"[,;]|\band\b", text, re.IGNORECASE):
         yield Negative(_capital("abnormal" + text[6:]), "negation", claims, negated=True)
     elif (changed := _affirmed(text, words)) is not None:

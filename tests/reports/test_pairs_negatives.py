@@ -216,6 +216,7 @@ def negatives(report: str, sentence: str, rule: str) -> set[str]:
         ("negation", "No evidence of pulmonary edema.", "", "There is evidence of pulmonary edema."),
         ("negation", "No definite pneumothorax.", "", "Pneumothorax is present."),
         ("negation", "The lungs are clear.", "", "The lungs are not clear."),
+        ("negation", "The heart is unremarkable.", "", "The heart is abnormal."),
         ("side", "Small left pleural effusion.", "", "Small right pleural effusion."),
         ("severity", "Small left pleural effusion.", "", "Large left pleural effusion."),
         ("severity", "The heart is mildly enlarged.", "", "The heart is markedly enlarged."),
