@@ -327,6 +327,15 @@ class TextSource(Configurable, abc.ABC):
 
 
 @dataclass(frozen=True)
+class KnownStudy:
+    """One item of a data set before training: what a :class:`PairBuilder` prepares for."""
+
+    rows: tuple[int, ...]  # of the manifest, of its images
+    words: tuple[StudyWords, ...]  # of the same rows
+    texts: tuple[SourcedText, ...]  # all that may be drawn for it
+
+
+@dataclass(frozen=True)
 class PairStudy:
     """One item of a batch before it is paired: the study, by the manifest row of its first image, and the texts drawn for it."""
 
@@ -362,8 +371,8 @@ def equal_text_pairs(studies: Sequence[PairStudy]) -> TextPairs:
 class PairBuilder(Configurable, abc.ABC):
     """Base of what decides which texts of a batch are positives, negatives or neither; without one, a study's own and equal texts."""
 
-    def prepare(self, studies: Sequence[tuple[tuple[int, ...], tuple[StudyWords, ...], tuple[SourcedText, ...]]]) -> None:
-        """Told before training of every study: the manifest rows of its images, its words, and all texts that may be drawn for it."""
+    def prepare(self, studies: Sequence[KnownStudy]) -> None:
+        """Told of every study of every split before training."""
 
     def keeps(self, text: str) -> bool:
         """Whether a text may be drawn at all."""

@@ -22,6 +22,7 @@ from medvl.types import (
     ImageBatch,
     ImageReader,
     ImageSample,
+    KnownStudy,
     PairBuilder,
     PairStudy,
     SourcedText,
@@ -144,10 +145,12 @@ class StudyDataset(Dataset[Item]):
         """The sentences of each image that may be drawn."""
         return [tuple(one.text for one in found) for found in self.sourced]
 
-    def studies(self) -> list[tuple[tuple[int, ...], tuple[StudyWords, ...], tuple[SourcedText, ...]]]:
-        """Of each item the manifest rows, the words, and the texts that may be drawn: what a :class:`PairBuilder` prepares for."""
+    def studies(self) -> list[KnownStudy]:
+        """The items as a :class:`PairBuilder` is told of them."""
         return [
-            (tuple(self.images[i].row for i in indices), tuple(words_of(self.images[i]) for i in indices), self.sourced[indices[0]])
+            KnownStudy(
+                tuple(self.images[i].row for i in indices), tuple(words_of(self.images[i]) for i in indices), self.sourced[indices[0]]
+            )
             for indices in self.items
         ]
 

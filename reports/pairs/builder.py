@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from medvl.types import PairBuilder, PairStudy, SourcedText, StudyWords, TextPairs, equal_text_pairs
+from medvl.types import KnownStudy, PairBuilder, PairStudy, SourcedText, StudyWords, TextPairs, equal_text_pairs
 from reports.facts import LexiconFacts
 from reports.facts.ontology import load_ontology
 from reports.facts.statements import FactSource, Statement
@@ -90,16 +90,16 @@ class ReportPairs(PairBuilder):
         self._profiles: dict[tuple[TruthTable, int, bool], NDArray[np.int32]] = {}
         self._negatives: dict[tuple[int, bool, str], tuple[Negative, ...]] = {}
 
-    def prepare(self, studies: Sequence[tuple[tuple[int, ...], tuple[StudyWords, ...], tuple[SourcedText, ...]]]) -> None:
+    def prepare(self, studies: Sequence[KnownStudy]) -> None:
         """Read every sentence of every report, and every text that may be drawn, once."""
         texts: dict[str, None] = {}
-        for rows, words, sourced in studies:
-            whole = [claim for one in words for claim in self._read_whole(one)]
-            said = [s for one in words for s in report_sentences(one.report, one.findings, one.impression)]
-            drawn = [one.text for one in sourced]
+        for study in studies:
+            whole = [claim for one in study.words for claim in self._read_whole(one)]
+            said = [s for one in study.words for s in report_sentences(one.report, one.findings, one.impression)]
+            drawn = [one.text for one in study.texts]
             claims = with_disputes([*whole, *(claim for text in (*said, *drawn) for claim in self.claims(text))], self.ontology)
-            self._claims.update(dict.fromkeys(rows, claims))
-            self._own.update(dict.fromkeys(rows, frozenset(drawn)))
+            self._claims.update(dict.fromkeys(study.rows, claims))
+            self._own.update(dict.fromkeys(study.rows, frozenset(drawn)))
             texts.update(dict.fromkeys(drawn))
         if self.soft is not None:
             self.soft.prepare(list(texts))

@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from medvl.types import PairStudy, SourcedText, StudyWords, equal_text_pairs
+from medvl.types import KnownStudy, PairStudy, SourcedText, StudyWords, equal_text_pairs
 from reports import MiniLmReportEncoder
 from reports.facts import LexiconFacts
 from reports.facts.statements import FactSource, StatedSentence
@@ -150,7 +150,7 @@ def reports(data: Path, out: Path, size: int, epochs: int) -> None:
     for row, report in enumerate(read_openi(data / "reports" / "openi_reports.tgz")):
         words = StudyWords(report.study_id, None, report.sections.findings, report.sections.impression)
         if said := report_sentences(None, words.findings, words.impression):
-            listed.append(((row,), (words,), tuple(map(SourcedText, said))))
+            listed.append(KnownStudy((row,), (words,), tuple(map(SourcedText, said))))
             terms = {term.split("/")[0].strip() for term in report.major}
             codes[row] = frozenset(finding for finding, names in MESH.items() if terms & set(names))
     variants, seconds = builders(), {}
@@ -161,14 +161,14 @@ def reports(data: Path, out: Path, size: int, epochs: int) -> None:
         seconds[name] = time.perf_counter() - start
     reader = ReportPairs()
     tables = {strictness: TruthTable(reader.ontology, strictness) for strictness in JUDGES}
-    claims = {rows[0]: with_disputes([c for one in said for c in reader.claims(one.text)], reader.ontology) for rows, _, said in listed}
+    claims = {s.rows[0]: with_disputes([c for one in s.texts for c in reader.claims(one.text)], reader.ontology) for s in listed}
     profiles = {name: {row: table.profile(said) for row, said in claims.items()} for name, table in tables.items()}
     sums: dict[str, dict[str, float]] = {name: {} for name in variants}
     rng = np.random.default_rng(0)
     orders = [rng.permutation(len(listed)) for _ in range(epochs)]
     batches = [order[i : i + size] for order in orders for i in range(0, len(order) - size + 1, size)]
     for chosen in track(batches, "batches"):
-        batch = [PairStudy(listed[i][0][0], listed[i][2]) for i in chosen]
+        batch = [PairStudy(listed[i].rows[0], listed[i].texts) for i in chosen]
         own = equal_text_pairs(batch)
         said = [reader.claims(one.text) for one in own.texts]
         truths = {}

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from medvl.losses import info_nce_of_logits
-from medvl.types import PairStudy, ReportEncoder, SourcedText, StudyWords, TextBatch, TextFeatures
+from medvl.types import KnownStudy, PairStudy, ReportEncoder, SourcedText, StudyWords, TextBatch, TextFeatures
 from reports.facts import LexiconFacts
 from reports.facts.ontology import load_ontology
 from reports.facts.statements import FactSource, StatedSentence
@@ -46,7 +46,7 @@ def batch(builder: ReportPairs, reports: dict[int, str] | None = None, rng: np.r
     """(the pairs, one row each as {text: weight}, one each as the set of texts ignored) of studies of one report each."""
     reports = REPORTS if reports is None else reports
     studies = {i: tuple(map(SourcedText, report_sentences(text))) for i, text in reports.items()}
-    builder.prepare([((i,), (StudyWords(str(i), reports[i]),), texts) for i, texts in studies.items()])
+    builder.prepare([KnownStudy((i,), (StudyWords(str(i), reports[i]),), texts) for i, texts in studies.items()])
     made = builder.pairs([PairStudy(i, texts, **chosen) for i, texts in studies.items()], rng)
     texts = [one.text for one in made.texts]
     positives = [{t: float(w) for t, w in zip(texts, row, strict=True) if w} for row in made.positives.tolist()]
@@ -108,7 +108,7 @@ def test_texts_without_content_are_dropped_ignored_or_aimed_at_nothing() -> None
 
 def test_a_text_that_was_not_drawn_is_a_positive_all_the_same() -> None:
     builder, captions = ReportPairs(across="text"), tuple(SourcedText(t, "captions") for t in ("Coarse words.", "Fine words."))
-    builder.prepare([((i,), (StudyWords(str(i), "No pneumothorax."),), captions) for i in (0, 1)])
+    builder.prepare([KnownStudy((i,), (StudyWords(str(i), "No pneumothorax."),), captions) for i in (0, 1)])
     made = builder.pairs([PairStudy(0, captions[:1]), PairStudy(1, captions[1:]), PairStudy(2, (SourcedText("Else."),))])
     assert made.positives.tolist() == [[True, True, False], [True, True, False], [False, False, True]]
     assert [one.source for one in made.texts] == ["captions", "captions", "report"]

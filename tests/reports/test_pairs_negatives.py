@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 import reports.synthetic
-from medvl.types import FINDINGS, Fact, PairStudy, SourcedText, StudyWords
+from medvl.types import FINDINGS, Fact, KnownStudy, PairStudy, SourcedText, StudyWords
 from modalities.phantom import sample_phantom
 from reports.facts import LexiconFacts
 from reports.facts.ontology import load_ontology
@@ -157,7 +157,7 @@ def check_phantoms(count: int) -> None:
         facts, findings, impression = study(i)
         sentences = report_sentences(None, findings, impression)
         sourced = tuple(map(SourcedText, sentences))
-        builder.prepare([((i,), (StudyWords(str(i), None, findings, impression),), sourced)])
+        builder.prepare([KnownStudy((i,), (StudyWords(str(i), None, findings, impression),), sourced)])
         negatives = [(one, n) for one in sentences for n in builder.hard_negatives(one, PairStudy(i, sourced))]
         without += not negatives
         for original, negative in negatives:
@@ -261,7 +261,7 @@ def test_draws_are_a_function_of_the_generator_and_spread_over_the_rules() -> No
     report = "Small left pleural effusion. Consolidation in the left upper lobe. No pneumothorax. Mild cardiomegaly."
     builder = ReportPairs(negatives=HardNegatives(per_study=3))
     sourced = tuple(map(SourcedText, report_sentences(report)))
-    builder.prepare([((1,), (StudyWords("1", report),), sourced)])
+    builder.prepare([KnownStudy((1,), (StudyWords("1", report),), sourced)])
     study = [PairStudy(1, sourced)]
     draws = [builder.pairs(study, np.random.default_rng(seed)).texts for seed in (0, 0, *range(1, 40))]
     assert draws[0] == draws[1]
@@ -294,7 +294,7 @@ def test_every_open_i_report_is_taken(shared_data: Path) -> None:
             parts = {a.get("Label"): a.text for a in ElementTree.parse(file).iter("AbstractText")}
             words = StudyWords(name, None, parts["FINDINGS"], parts["IMPRESSION"])
             sourced = tuple(map(SourcedText, report_sentences(None, words.findings, words.impression)))
-            builder.prepare([((i,), (words,), sourced)])
+            builder.prepare([KnownStudy((i,), (words,), sourced)])
             said = {one.text for one in sourced}
             texts = [n.text for one in sourced for n in builder.hard_negatives(one.text, PairStudy(i, sourced))]
             assert not said & set(texts)
@@ -310,7 +310,7 @@ def test_positives_across_phantoms_are_true_of_them() -> None:
     builder, studies = ReportPairs(strictness="all"), [study(i) for i in range(120)]
     sourced = [tuple(map(SourcedText, report_sentences(None, findings, impression))) for _, findings, impression in studies]
     words = [StudyWords(str(i), None, findings, impression) for i, (_, findings, impression) in enumerate(studies)]
-    builder.prepare([((i,), (words[i],), sourced[i]) for i in range(len(studies))])
+    builder.prepare([KnownStudy((i,), (words[i],), sourced[i]) for i in range(len(studies))])
     made = builder.pairs([PairStudy(i, texts) for i, texts in enumerate(sourced)])
     right, wrong = 0, []
     for i, (facts, _, _) in enumerate(studies):
