@@ -1,7 +1,8 @@
 """Contrastive losses with any number of positives: an objective over a similarity matrix.
 
 Shapes: B images, M texts, D embedding width. A matrix of logits is (B, M), ``positives`` (B, M) bool is True where text j is true of
-image i. A sentence that stands in two studies is one text (one column) with two positive images, so it is a negative of neither.
+image i; as floats of 0 and more it says how much so. A sentence that stands in two studies is one text (one column) with two positive
+images, so it is a negative of neither.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 
-def check_each_has_a_positive(positives: Tensor, ignore: Tensor | None = None) -> None:
-    """Raise unless every image has a text and every text an image; rows and columns that ``ignore`` covers whole are let go.
+def check_each_has_a_positive(positives: Tensor, ignore: Tensor | None = None, false_texts: Tensor | None = None) -> None:
+    """Raise unless every image has a text and every text an image; rows and columns that ``ignore`` covers whole are let go, and so are
+    columns of ``false_texts``.
 
     Raises:
         ValueError: naming how many rows or columns lack a positive, and the first of them.
@@ -22,6 +24,8 @@ def check_each_has_a_positive(positives: Tensor, ignore: Tensor | None = None) -
         bare = ~positives.any(dim)
         if ignore is not None:
             bare &= ~ignore.all(dim)
+        if dim == 0 and false_texts is not None:
+            bare &= ~false_texts
         if bare.any():
             first = int(bare.nonzero()[0, 0])
             raise ValueError(
@@ -30,35 +34,61 @@ def check_each_has_a_positive(positives: Tensor, ignore: Tensor | None = None) -
             )
 
 
-def info_nce_of_logits(logits: Tensor, positives: Tensor, ignore: Tensor | None = None) -> Tensor:
+def info_nce_of_logits(logits: Tensor, positives: Tensor, ignore: Tensor | None = None, false_texts: Tensor | None = None) -> Tensor:
     """Symmetric InfoNCE of a logit matrix with many positives, the sum outside the log; mean of both directions, in nats.
 
-    With s the logits and P_i = {j : positives_ij}:
-        L_image = -1/B sum_i 1/|P_i| sum_{j in P_i} (s_ij - log sum_k exp s_ik),   L_text the same on the transpose.
+    With s the logits and w the weights of the positives (1 or 0 where ``positives`` is bool):
+        L_image = -1/B sum_i sum_j w_ij / (sum_k w_ik) (s_ij - log sum_k exp s_ik),   L_text the same on the transpose.
 
     Args:
         logits: (B, M), any float type; computed in float32 at least.
-        positives: (B, M) bool.
+        positives: (B, M) bool, or float: finite, 0 and more.
         ignore: (B, M) bool, pairs of which it is not known whether they match (an uncertain finding): they leave the denominators.
             A row or column that is ignored whole is dropped.
+        false_texts: (M,) bool, texts made to be false (hard negatives). One that is true of no image of the batch stands in the images'
+            denominators and has no term of its own in L_text.
     Raises:
-        ValueError: shapes or types that do not fit, a pair both positive and ignored, a row or column without a positive.
-    Source: "Supervised Contrastive Learning", arXiv:2004.11362, eq. 2 (sum outside the log), here in both directions.
+        ValueError: shapes or types that do not fit, a weight below 0 or not finite, a pair both positive and ignored, a row or column
+            without a positive, nothing left.
+    Source: "Supervised Contrastive Learning", arXiv:2004.11362, eq. 2 (sum outside the log), here in both directions; with weights
+        "CWCL: Cross-Modal Transfer with Continuously Weighted Contrastive Loss", arXiv:2309.14580, which weighs one direction only, and
+        the soft targets of "MedCLIP", arXiv:2210.10163, in both.
     """
-    if positives.shape != logits.shape or positives.dtype != torch.bool:
-        raise ValueError(f"positives must be bool of shape {tuple(logits.shape)}, got {positives.dtype} of {tuple(positives.shape)}")
-    if ignore is not None:
-        if ignore.shape != logits.shape or ignore.dtype != torch.bool:
-            raise ValueError(f"ignore must be bool of shape {tuple(logits.shape)}, got {ignore.dtype} of {tuple(ignore.shape)}")
-        if (positives & ignore).any():
-            raise ValueError("a pair is both positive and ignored; make up your mind before the loss")
-    check_each_has_a_positive(positives, ignore)
+    true = _true_pairs(logits, positives)
+    for name, mask, shape in (("ignore", ignore, logits.shape), ("false_texts", false_texts, logits.shape[1:])):
+        if mask is not None and (mask.shape != shape or mask.dtype != torch.bool):
+            raise ValueError(f"{name} must be bool of shape {tuple(shape)}, got {mask.dtype} of {tuple(mask.shape)}")
+    if ignore is not None and (true & ignore).any():
+        raise ValueError("a pair is both positive and ignored; make up your mind before the loss")
+    check_each_has_a_positive(true, ignore, false_texts)
     scores = logits if logits.dtype == torch.float64 else logits.float()
+    weights = positives.to(scores.dtype)
     if ignore is not None:
         rows, columns = ~ignore.all(1), ~ignore.all(0)
         scores = scores.masked_fill(ignore, -torch.inf)[rows][:, columns]
-        positives = positives[rows][:, columns]
-    return (_mean_nll(scores, positives) + _mean_nll(scores.T, positives.T)) / 2
+        weights = weights[rows][:, columns]
+    stated = (weights > 0).any(0)  # all columns, unless there are false texts
+    if not stated.any():
+        raise ValueError("no pair of the batch is left that is positive and not ignored; leave such studies out")
+    return (_mean_nll(scores, weights) + _mean_nll(scores.T[stated], weights.T[stated])) / 2
+
+
+def _true_pairs(logits: Tensor, positives: Tensor) -> Tensor:
+    """(B, M) bool, where there is any weight.
+
+    Raises:
+        ValueError: another shape or type, or weights that are none.
+    """
+    fits = positives.shape == logits.shape and (positives.dtype == torch.bool or positives.is_floating_point())
+    if not fits:
+        raise ValueError(
+            f"positives must be bool, or float weights, of shape {tuple(logits.shape)}, got {positives.dtype} of {tuple(positives.shape)}"
+        )
+    if positives.dtype == torch.bool:
+        return positives
+    if not (torch.isfinite(positives) & (positives >= 0)).all():
+        raise ValueError("weights of positives must be finite and 0 or more")
+    return positives > 0
 
 
 def multi_positive_info_nce(image: Tensor, text: Tensor, positives: Tensor, temperature: Tensor | float) -> Tensor:
@@ -77,10 +107,9 @@ def multi_positive_info_nce(image: Tensor, text: Tensor, positives: Tensor, temp
     return info_nce_of_logits(image @ text.T / temperature, positives)
 
 
-def _mean_nll(scores: Tensor, positives: Tensor) -> Tensor:
-    """-1/B sum_i 1/|P_i| sum_{j in P_i} log softmax(scores)_ij."""
-    count = positives.sum(1)
-    matched = torch.where(positives, scores, 0.0).sum(1) / count
+def _mean_nll(scores: Tensor, weights: Tensor) -> Tensor:
+    """-1/B sum_i sum_j w_ij / (sum_k w_ik) log softmax(scores)_ij."""
+    matched = (weights * torch.where(weights > 0, scores, 0.0)).sum(1) / weights.sum(1)
     return (scores.logsumexp(1) - matched).mean()
 
 
@@ -95,7 +124,9 @@ class MultiPositiveInfoNCE(nn.Module):
         super().__init__()
         self.weights = weights
 
-    def forward(self, parts: Mapping[str, Tensor], positives: Tensor, ignore: Tensor | None = None) -> dict[str, Tensor]:
+    def forward(
+        self, parts: Mapping[str, Tensor], positives: Tensor, ignore: Tensor | None = None, false_texts: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """Loss of every part and their weighted mean under the key ``loss``.
 
         Args:
@@ -107,6 +138,6 @@ class MultiPositiveInfoNCE(nn.Module):
         unknown = set(weights) - set(parts)
         if unknown:
             raise ValueError(f"loss weights name {sorted(unknown)}, the similarity has parts {sorted(parts)}")
-        losses = {name: info_nce_of_logits(parts[name], positives, ignore) for name, weight in weights.items() if weight}
+        losses = {name: info_nce_of_logits(parts[name], positives, ignore, false_texts) for name, weight in weights.items() if weight}
         total = sum(weights[name] for name in losses)
         return {**losses, "loss": torch.stack([weights[name] / total * value for name, value in losses.items()]).sum()}

@@ -8,8 +8,8 @@ from __future__ import annotations
 import abc
 import functools
 import inspect
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -87,7 +87,7 @@ class ImageBatch:
 
     def to(self, device: torch.device | str) -> ImageBatch:
         """The same batch on another device."""
-        parts = {field.name: getattr(self, field.name) for field in fields(self)}
+        parts = {one.name: getattr(self, one.name) for one in fields(self)}
         return replace(self, **{name: part.to(device) for name, part in parts.items() if part is not None})
 
     def grouped(self, counts: Sequence[int]) -> ImageBatch:
@@ -298,12 +298,97 @@ class Similarity(Configurable, nn.Module, abc.ABC):
         return torch.stack(list(self.parts(images, texts).values())).mean(0)
 
 
+@dataclass(frozen=True)
+class StudyWords:
+    """What is known in words of one study. Its repr hides the text."""
+
+    study_id: str
+    report: str | None = field(default=None, repr=False)
+    findings: str | None = field(default=None, repr=False)
+    impression: str | None = field(default=None, repr=False)
+    labels: Mapping[str, int] = field(default_factory=dict, hash=False)  # finding -> 1, 0 or -1; not mentioned: no key
+
+
+@dataclass(frozen=True)
+class SourcedText:
+    """A text that is true of a study, and where it comes from."""
+
+    text: str = field(repr=False)
+    source: str = "report"
+    weight: float = 1.0  # how often its source is drawn from, beside the other sources of the study
+
+
 class TextSource(Configurable, abc.ABC):
     """Base of what turns a report into the texts to train on."""
 
     @abc.abstractmethod
     def texts(self, report: str | None, findings: str | None, impression: str | None) -> tuple[str, ...]:
         """The texts that are true of the study; empty if the report says nothing usable."""
+
+    def sourced(self, study: StudyWords) -> tuple[SourcedText, ...]:
+        """The texts with their provenance. One source, the report, unless a subclass mixes several."""
+        return tuple(SourcedText(text) for text in self.texts(study.report, study.findings, study.impression))
+
+
+@dataclass(frozen=True)
+class KnownStudy:
+    """One item of a data set before training: what a :class:`PairBuilder` prepares for."""
+
+    rows: tuple[int, ...]  # of the manifest, of its images
+    words: tuple[StudyWords, ...]  # of the same rows
+    texts: tuple[SourcedText, ...]  # all that may be drawn for it
+
+
+@dataclass(frozen=True)
+class PairStudy:
+    """One item of a batch before it is paired: the study, by the manifest row of its first image, and the texts drawn for it."""
+
+    row: int
+    texts: tuple[SourcedText, ...]
+    mirrored: bool = False  # its images were flipped left to right; the texts are still as the report has them
+
+
+@dataclass(frozen=True)
+class TextPairs:
+    """Which of the M different texts of a batch are true of which of its B studies."""
+
+    texts: tuple[SourcedText, ...]  # M; of equal texts the first
+    positives: Tensor  # (B, M) bool, or float weights of 0 and more
+    ignore: Tensor | None = None  # (B, M) bool, pairs of which the truth is not known
+    false_texts: Tensor | None = None  # (M,) bool, texts that were made to be false: they need no positive
+    null_texts: Tensor | None = None  # (M,) bool, texts without visual content, to be aligned with the null target
+
+
+def equal_text_pairs(studies: Sequence[PairStudy]) -> TextPairs:
+    """The different texts of a batch in their order; each is a positive of every study that it was drawn for."""
+    texts: dict[str, SourcedText] = {}
+    for study in studies:
+        for one in study.texts:
+            texts.setdefault(one.text, one)
+    column = {text: j for j, text in enumerate(texts)}
+    positives = torch.zeros(len(studies), len(texts), dtype=torch.bool)
+    for i, study in enumerate(studies):
+        positives[i, [column[one.text] for one in study.texts]] = True
+    return TextPairs(tuple(texts.values()), positives)
+
+
+class PairBuilder(Configurable, abc.ABC):
+    """Base of what decides which texts of a batch are positives, negatives or neither; without one, a study's own and equal texts."""
+
+    def prepare(self, studies: Sequence[KnownStudy]) -> None:
+        """Told of every study of every split before training."""
+
+    def keeps(self, text: str) -> bool:
+        """Whether a text may be drawn at all."""
+        return True
+
+    def mirrored(self, text: str) -> str | None:
+        """The text of the image flipped left to right; None where that cannot be written, so that the image must not be flipped."""
+        return None
+
+    @abc.abstractmethod
+    def pairs(self, studies: Sequence[PairStudy], rng: np.random.Generator | None = None) -> TextPairs:
+        """Pair a batch. ``rng`` is the only source of chance; None, as in validation: nothing that needs any (no hard negatives)."""
 
 
 class ImageReader(Configurable, abc.ABC):

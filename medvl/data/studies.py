@@ -18,7 +18,20 @@ from torch.utils.data import Dataset, Sampler
 
 from medvl.data.augment import Augment
 from medvl.data.manifest import StudyImage
-from medvl.types import ImageBatch, ImageReader, ImageSample, TextBatch, TextSource, UnreadableImageError
+from medvl.types import (
+    ImageBatch,
+    ImageReader,
+    ImageSample,
+    KnownStudy,
+    PairBuilder,
+    PairStudy,
+    SourcedText,
+    StudyWords,
+    TextBatch,
+    TextSource,
+    UnreadableImageError,
+    equal_text_pairs,
+)
 
 Views = Literal["image", "study"]
 
@@ -29,12 +42,18 @@ class StudyBatch:
 
     images: ImageBatch  # its ``study`` says which item each image is of
     texts: TextBatch
-    positives: Tensor  # (B, M) bool
+    positives: Tensor  # (B, M) bool, or float weights
     rows: tuple[int, ...]  # manifest row of each item's first image
+    sources: tuple[str, ...] = ()  # of each text: where it comes from
+    ignore: Tensor | None = None  # (B, M) bool, see medvl.types.TextPairs for this and what follows
+    false_texts: Tensor | None = None  # (M,) bool
+    null_texts: Tensor | None = None  # (M,) bool
 
     def to(self, device: torch.device | str) -> StudyBatch:
         """The same batch on another device."""
-        return replace(self, images=self.images.to(device), positives=self.positives.to(device))
+        masks = {name: getattr(self, name) for name in ("ignore", "false_texts", "null_texts")}
+        moved = {name: mask.to(device) for name, mask in masks.items() if mask is not None}
+        return replace(self, images=self.images.to(device), positives=self.positives.to(device), **moved)
 
 
 @dataclass(frozen=True)
@@ -42,9 +61,14 @@ class Item:
     """One image, or the images of one study, with the sentences drawn for it."""
 
     samples: tuple[ImageSample, ...]
-    texts: tuple[str, ...]
+    sourced: tuple[SourcedText, ...]
     row: int  # of the manifest, of the first image
     epoch: int
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The sentences without their provenance."""
+        return tuple(one.text for one in self.sourced)
 
 
 @dataclass(frozen=True)
@@ -72,12 +96,14 @@ class StudyDataset(Dataset[Item]):
         images: rows to serve; rows whose report yields no text are left out and listed in ``skipped``.
         reader: reads and preprocesses an image.
         source: turns a report into texts.
-        sentences_per_image: how many sentences are drawn per item and epoch, without replacement; None takes all.
+        sentences_per_image: how many sentences are drawn per item and epoch, without replacement; None takes all. Where a study has
+            texts of several sources, each draw first takes one of the sources that have texts left, by their weights.
         seed: of the sentence draw.
         cache: keep what the reader made in memory, as float16 (32 KiB an image of 128 x 128,
             30 MB a CT at its reader's defaults). It may lie over a
             :class:`medvl.data.cache.CachedReader`, which keeps it on disk: then a file is preprocessed once, and loaded once a run.
         views: an item is an ``image``, or a ``study`` with all its images, whose texts are those of any of its rows.
+        pairs: leaves out the texts that it does not keep.
     """
 
     def __init__(
@@ -89,19 +115,22 @@ class StudyDataset(Dataset[Item]):
         seed: int = 0,
         cache: bool = False,
         views: Views = "image",
+        pairs: PairBuilder | None = None,
     ) -> None:
         if sentences_per_image is not None and sentences_per_image < 1:
             raise ValueError(f"sentences_per_image is {sentences_per_image}, expected at least 1 or None for all")
         if views not in ("image", "study"):
             raise ValueError(f"views is {views!r}, expected 'image' or 'study'")
-        texts = [source.texts(image.report, image.findings, image.impression) for image in images]
+        sourced = [source.sourced(words_of(image)) for image in images]
+        if pairs is not None:
+            sourced = [tuple(one for one in found if pairs.keeps(one.text)) for found in sourced]
         if views == "study":
-            texts = _of_the_study(images, texts)
-        self.images = [image for image, found in zip(images, texts, strict=True) if found]
-        self.texts = [found for found in texts if found]
+            sourced = _of_the_study(images, sourced)
+        self.images = [image for image, found in zip(images, sourced, strict=True) if found]
+        self.sourced = [found for found in sourced if found]
         self.skipped = [
             Skipped(image.row, image.study_id, str(image.path), "the report has no sentence to train on")
-            for image, found in zip(images, texts, strict=True)
+            for image, found in zip(images, sourced, strict=True)
             if not found
         ]
         self.reader, self.sentences_per_image, self.seed, self.views = reader, sentences_per_image, seed, views
@@ -110,6 +139,20 @@ class StudyDataset(Dataset[Item]):
 
     def __len__(self) -> int:
         return len(self.items)
+
+    @property
+    def texts(self) -> list[tuple[str, ...]]:
+        """The sentences of each image that may be drawn."""
+        return [tuple(one.text for one in found) for found in self.sourced]
+
+    def studies(self) -> list[KnownStudy]:
+        """The items as a :class:`PairBuilder` is told of them."""
+        return [
+            KnownStudy(
+                tuple(self.images[i].row for i in indices), tuple(words_of(self.images[i]) for i in indices), self.sourced[indices[0]]
+            )
+            for indices in self.items
+        ]
 
     def _items(self) -> list[list[int]]:
         """Indices of each item's images."""
@@ -123,9 +166,9 @@ class StudyDataset(Dataset[Item]):
         With ``cache`` this also fills the cache. Without, it costs one reading of the data.
         """
         kept_images: list[StudyImage] = []
-        kept_texts: list[tuple[str, ...]] = []
+        kept_texts: list[tuple[SourcedText, ...]] = []
         cache: dict[int, ImageSample] = {}
-        for image, texts in zip(self.images, self.texts, strict=True):
+        for image, texts in zip(self.images, self.sourced, strict=True):
             try:
                 sample = self.reader.read(image.path)
             except UnreadableImageError as error:
@@ -136,7 +179,7 @@ class StudyDataset(Dataset[Item]):
                 kept_images.append(image)
                 kept_texts.append(texts)
             progress()
-        self.images, self.texts = kept_images, kept_texts
+        self.images, self.sourced = kept_images, kept_texts
         self.items = self._items()
         if self._cache is not None:
             self._cache = cache
@@ -155,37 +198,130 @@ class StudyDataset(Dataset[Item]):
         if isinstance(draw, int):
             draw = Draw(0, draw)
         indices = self.items[draw.index]
-        texts, row = self.texts[indices[0]], self.images[indices[0]].row
+        texts, row = self.sourced[indices[0]], self.images[indices[0]].row
         if self.sentences_per_image is not None and len(texts) > self.sentences_per_image:
-            rng = generator(self.seed, "sentences", draw.epoch, row)
-            chosen = np.sort(rng.choice(len(texts), self.sentences_per_image, replace=False))
-            texts = tuple(texts[i] for i in chosen)
+            texts = drawn(texts, self.sentences_per_image, generator(self.seed, "sentences", draw.epoch, row))
         return Item(tuple(as_listed(self.sample(i), self.images[i]) for i in indices), texts, row, draw.epoch)
 
 
 class Collate:
-    """Items to a batch: equal sentences become one text, true of every item that has it.
+    """Items to a batch: equal sentences become one text, true of every item that has it, or of every item that ``pairs`` says.
 
     Args:
         reader: stacks the images.
         augment: changes the images of a training batch; None leaves them.
         seed: of the augmentation, joined with the epoch and the rows of the batch.
+        pairs: decides which texts are positives of which item; None: equal texts.
+        flip: chance that an item is flipped left to right, its texts with it; needs ``pairs``, which writes them. An item is left as it is
+            where a text of it cannot be written, and where an image of it is a radiograph not known to be frontal.
+        training: whether ``pairs`` may leave anything to chance.
+    Raises:
+        ValueError: a ``flip`` that is no chance, or without ``pairs``.
     """
 
-    def __init__(self, reader: ImageReader, augment: Augment | None = None, seed: int = 0) -> None:
+    def __init__(
+        self,
+        reader: ImageReader,
+        augment: Augment | None = None,
+        seed: int = 0,
+        pairs: PairBuilder | None = None,
+        flip: float = 0.0,
+        training: bool = False,
+    ) -> None:
+        check_flip(flip, pairs)
         self.reader, self.augment, self.seed = reader, augment, seed
+        self.pairs, self.flip, self.training = pairs, flip, training
 
     def __call__(self, items: Sequence[Item]) -> StudyBatch:
         images = self.reader.collate([sample for item in items for sample in item.samples]).grouped([len(item.samples) for item in items])
-        texts = tuple(dict.fromkeys(text for item in items for text in item.texts))
+        key = [f"{item.epoch}:{item.row}" for item in items]
+        flipped = self._flipped(items, generator(self.seed, "flip", *key)) if self.flip else [False] * len(items)
+        if any(flipped):
+            assert images.study is not None
+            images = mirrored(images, torch.tensor(flipped)[images.study])
         if self.augment is not None:
-            rng = generator(self.seed, "augment", *(f"{item.epoch}:{item.row}" for item in items))
-            images = self.augment(images, rng)
-        column = {text: j for j, text in enumerate(texts)}
-        positives = torch.zeros(len(items), len(texts), dtype=torch.bool)
-        for i, item in enumerate(items):
-            positives[i, [column[text] for text in item.texts]] = True
-        return StudyBatch(images, TextBatch(texts), positives, tuple(item.row for item in items))
+            images = self.augment(images, generator(self.seed, "augment", *key))
+        studies = [PairStudy(item.row, item.sourced, flip) for item, flip in zip(items, flipped, strict=True)]
+        if self.pairs is None:
+            made = equal_text_pairs(studies)
+        else:
+            made = self.pairs.pairs(studies, generator(self.seed, "pairs", *key) if self.training else None)
+        return StudyBatch(
+            images,
+            TextBatch(tuple(one.text for one in made.texts)),
+            made.positives,
+            tuple(item.row for item in items),
+            tuple(one.source for one in made.texts),
+            made.ignore,
+            made.false_texts,
+            made.null_texts,
+        )
+
+    def _flipped(self, items: Sequence[Item], rng: np.random.Generator) -> list[bool]:
+        assert self.pairs is not None
+        chosen = rng.random(len(items)) < self.flip
+        return [
+            bool(wanted) and all(_is_frontal(sample) for sample in item.samples) and all(map(self._can_mirror, item.texts))
+            for wanted, item in zip(chosen, items, strict=True)
+        ]
+
+    def _can_mirror(self, text: str) -> bool:
+        return self.pairs is not None and self.pairs.mirrored(text) is not None
+
+
+def drawn(texts: Sequence[SourcedText], count: int, rng: np.random.Generator) -> tuple[SourcedText, ...]:
+    """``count`` of the texts without replacement, in their order: for each the source by its weight, then any text that it has left.
+
+    Texts of one source are drawn alike. A source weighs what the first of its texts says.
+    """
+    sources: dict[str, list[int]] = {}
+    for i, one in enumerate(texts):
+        sources.setdefault(one.source, []).append(i)
+    if len(sources) == 1:
+        return tuple(texts[i] for i in np.sort(rng.choice(len(texts), count, replace=False)))
+    weights = {name: texts[places[0]].weight for name, places in sources.items()}
+    chosen: list[int] = []
+    while len(chosen) < count:
+        left = [name for name, places in sources.items() if places and weights[name] > 0] or [n for n, places in sources.items() if places]
+        shares = np.array([weights[name] for name in left])
+        shares = shares / shares.sum() if shares.sum() > 0 else np.full(len(left), 1 / len(left))
+        places = sources[left[int(rng.choice(len(left), p=shares))]]
+        chosen.append(places.pop(int(rng.integers(len(places)))))
+    return tuple(texts[i] for i in sorted(chosen))
+
+
+def mirrored(images: ImageBatch, which: Tensor) -> ImageBatch:
+    """The batch with the images that ``which`` (I,) bool names flipped along W, left to right: chests of a situs inversus."""
+    at = which.view(-1, *[1] * (images.pixels.ndim - 1))
+    pixels = torch.where(at, images.pixels.flip(-1), images.pixels)
+    if images.valid is None or images.pixels.ndim == 5:  # of a volume whole slices are valid
+        return replace(images, pixels=pixels)
+    return replace(images, pixels=pixels, valid=torch.where(which.view(-1, 1, 1), images.valid.flip(-1), images.valid))
+
+
+def check_flip(flip: float, pairs: PairBuilder | None) -> None:
+    """Refuse a chance that is none, and flips that nobody could swap the sides of.
+
+    Raises:
+        ValueError: either.
+    """
+    if not 0 <= flip <= 1:
+        raise ValueError(f"flip is {flip}, expected a chance from 0 to 1")
+    if flip and pairs is None:
+        raise ValueError(
+            f"flip is {flip}, but without `pairs` nobody swaps left and right in the texts of a flipped image; give "
+            "pairs: {class_path: reports.pairs.ReportPairs}, or leave flip at 0"
+        )
+
+
+def words_of(image: StudyImage) -> StudyWords:
+    """What a manifest's row says of its study in words."""
+    return StudyWords(image.study_id, image.report, image.findings, image.impression, image.labels)
+
+
+def _is_frontal(sample: ImageSample) -> bool:
+    """A volume, or a radiograph from the front or the back: what a flip turns into the other side."""
+    return sample.pixels.ndim == 4 or (sample.view is not None and sample.view.upper() in ("PA", "AP"))
 
 
 class EpochBatches(Sampler[list[Draw]]):
@@ -233,13 +369,15 @@ def as_listed(sample: ImageSample, image: StudyImage) -> ImageSample:
     return sample if image.view is None else replace(sample, view=image.view)
 
 
-def _of_the_study(images: Sequence[StudyImage], texts: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
+def _of_the_study(images: Sequence[StudyImage], texts: Sequence[tuple[SourcedText, ...]]) -> list[tuple[SourcedText, ...]]:
     """For each image the different texts of all images of its study."""
     shared = list(texts)
     for indices in by_study(images).values():
-        together = tuple(dict.fromkeys(text for i in indices for text in texts[i]))
+        together: dict[str, SourcedText] = {}
+        for one in (one for i in indices for one in texts[i]):
+            together.setdefault(one.text, one)
         for i in indices:
-            shared[i] = together
+            shared[i] = tuple(together.values())
     return shared
 
 

@@ -19,9 +19,9 @@ from torch.utils.data import DataLoader
 from medvl.data.augment import Augment
 from medvl.data.cache import CachedReader, SampleCache
 from medvl.data.manifest import ColumnMap, Manifest, SplitFractions, StudyImage, read_manifest
-from medvl.data.studies import Collate, EpochBatches, Item, Skipped, StudyDataset, Views
+from medvl.data.studies import Collate, EpochBatches, Item, Skipped, StudyDataset, Views, check_flip
 from medvl.model import write_atomically
-from medvl.types import ImageReader, TextSource
+from medvl.types import ImageReader, PairBuilder, TextSource
 
 REJECTED = "rejected.csv"
 
@@ -57,6 +57,12 @@ class StudyDataModule(L.LightningDataModule):
         workers: loader processes; with images in memory 0 is fastest.
         seed: of order, sentences and augmentation.
         views: an item is an ``image``, or a ``study`` with all its images of the modality, for a tower that pools views.
+        pairs: which texts of a batch are positives of which item (:class:`reports.pairs.ReportPairs`); None: an item's own and equal texts.
+            Validation and test batches are paired by it too, without what it leaves to chance.
+        flip: chance that a training item is flipped left to right together with the sides in its texts; needs ``pairs``. 0, for a flipped
+            chest is that of a situs inversus: heart, aortic arch and stomach lie where next to no patient has them, and no text says so.
+    Raises:
+        ValueError: a ``flip`` that is no chance, or without ``pairs``.
     """
 
     def __init__(
@@ -75,13 +81,17 @@ class StudyDataModule(L.LightningDataModule):
         workers: int = 0,
         seed: int = 0,
         views: Views = "image",
+        pairs: PairBuilder | None = None,
+        flip: float = 0.0,
     ) -> None:
         super().__init__()
+        check_flip(flip, pairs)
         self.manifest_path, self.reader, self.texts = Path(manifest), reader, texts
         self.columns = ColumnMap.load(columns) if isinstance(columns, str) else columns
         self.splits, self.modality, self.allow_outside = splits, modality, allow_outside
         self.batch_size, self.sentences_per_image, self.augment = batch_size, sentences_per_image, augment
         self.cache, self.workers, self.seed, self.views = cache, workers, seed, views
+        self.pairs, self.flip = pairs, flip
         self.sets: dict[str, StudyDataset] = {}
         self.manifest: Manifest | None = None
 
@@ -98,7 +108,9 @@ class StudyDataModule(L.LightningDataModule):
         for split in ("train", "val", "test"):
             chosen = self.manifest.select(split=split, modality=self.modality)
             drawn = self.sentences_per_image if split == "train" else None
-            self.sets[split] = StudyDataset(chosen, reader, self.texts, drawn, self.seed, in_memory, self.views)
+            self.sets[split] = StudyDataset(chosen, reader, self.texts, drawn, self.seed, in_memory, self.views, self.pairs)
+        if self.pairs is not None:
+            self.pairs.prepare([study for data in self.sets.values() for study in data.studies()])
 
     def read_images(self, splits: tuple[str, ...], progress: Callable[[], None] = lambda: None) -> None:
         """Read every image of the splits once, so that unreadable files are known, and listed, before training starts."""
@@ -141,7 +153,7 @@ class StudyDataModule(L.LightningDataModule):
         Raises:
             ValueError: another table, batch size or seed than the checkpoint was written with.
         """
-        state_dict = {"views": "image", **state_dict}  # all that there was before checkpoints said
+        state_dict = {"views": "image", "pairs": None, "flip": 0.0, **state_dict}  # all that there was before checkpoints said
         differing = sorted(name for name, value in self._identity().items() if state_dict.get(name) != value)
         if differing:
             raise ValueError(
@@ -152,7 +164,8 @@ class StudyDataModule(L.LightningDataModule):
     def _identity(self) -> dict[str, Any]:
         assert self.manifest is not None
         counts = {"manifest": self.manifest.sha256, "images": len(self.sets["train"])}
-        drawn = {"sentences_per_image": self.sentences_per_image, "views": self.views}
+        paired = {"flip": self.flip, "pairs": None if self.pairs is None else self.pairs.spec()}
+        drawn = {"sentences_per_image": self.sentences_per_image, "views": self.views, **paired}
         return {**counts, "batch_size": self.batch_size, "seed": self.seed, **drawn}
 
     def batches_per_epoch(self, world_size: int = 1) -> int:
@@ -179,7 +192,7 @@ class StudyDataModule(L.LightningDataModule):
         return StudyLoader(
             data,
             batch_sampler=batches,
-            collate_fn=Collate(self.reader, self.augment, self.seed),
+            collate_fn=Collate(self.reader, self.augment, self.seed, self.pairs, self.flip, training=True),
             num_workers=self.workers,
             generator=torch.Generator().manual_seed(self.seed),
         )
@@ -196,4 +209,4 @@ class StudyDataModule(L.LightningDataModule):
         data = self.sets[split]
         if not len(data):
             return []
-        return StudyLoader(data, batch_size=self.batch_size, collate_fn=Collate(self.reader), num_workers=self.workers)
+        return StudyLoader(data, batch_size=self.batch_size, collate_fn=Collate(self.reader, pairs=self.pairs), num_workers=self.workers)

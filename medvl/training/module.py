@@ -21,7 +21,7 @@ from medvl.data.studies import StudyBatch
 from medvl.losses import MultiPositiveInfoNCE
 from medvl.model import DualEncoder, load_part
 from medvl.training.data import StudyDataModule
-from medvl.types import ImageEncoder, ImageReader, ReportEncoder, Similarity
+from medvl.types import ImageEncoder, ImageFeatures, ImageReader, ReportEncoder, Similarity
 
 
 class AlignmentModule(L.LightningModule):
@@ -39,6 +39,8 @@ class AlignmentModule(L.LightningModule):
             resumed, validated or tested.
         locked: parts that are not trained. An image tower trained against the locked report tower and similarity of another run comes
             to lie in that run's space (locked-text tuning, after LiT, arXiv:2111.07991, which locks the images).
+        null_target: learn a null image beside the images of each batch: the one positive of texts without visual content
+            (``null_texts`` of the batch), a negative of every other. It is no part of the model that is saved.
     Raises:
         ValueError: a name that is no part.
     """
@@ -56,6 +58,7 @@ class AlignmentModule(L.LightningModule):
         seed: int = 0,
         start: dict[str, str] | None = None,
         locked: list[str] | None = None,
+        null_target: bool = False,
     ) -> None:
         super().__init__()
         self.image, self.report, self.similarity, self.loss = image, report, similarity, loss
@@ -63,6 +66,7 @@ class AlignmentModule(L.LightningModule):
         self.warmup, self.final_rate, self.seed = warmup, final_rate, seed
         self.start = {name: (self._part(name, "start"), Path(folder)) for name, folder in (start or {}).items()}
         self.locked = self._lock(locked or ())
+        self.null_image = nn.Parameter(torch.randn(image.embed_dim) * image.embed_dim**-0.5) if null_target else None
 
     def take_start(self) -> None:
         """Take the weights of the parts that start from another run; for a fit that does not go on from a checkpoint.
@@ -114,8 +118,17 @@ class AlignmentModule(L.LightningModule):
         return self._step(batch, "test")
 
     def _step(self, batch: StudyBatch, stage: str) -> Tensor:
-        parts = self.similarity.parts(self.image(batch.images), self.report(batch.texts))
-        losses = self.loss(parts, batch.positives)
+        images, positives, ignore = self.image(batch.images), batch.positives, batch.ignore
+        if self.null_image is not None:
+            images = with_null_image(images, self.null_image)
+            positives, ignore = with_null_row(batch)
+        elif batch.null_texts is not None and batch.null_texts.any():
+            raise ValueError(
+                "the batch has texts to be aligned with a null image, and the model has none: set model.null_target to true, or "
+                "data.init_args.pairs.init_args.without_content to ignore or drop"
+            )
+        parts = self.similarity.parts(images, self.report(batch.texts))
+        losses = self.loss(parts, positives, ignore, batch.false_texts)
         count = batch.positives.shape[0]
         self.log_dict({f"{stage}/{name}": value.detach() for name, value in losses.items()}, batch_size=count, sync_dist=stage != "train")
         self.log(f"{stage}_loss", losses["loss"].detach(), prog_bar=True, logger=False, batch_size=count, sync_dist=stage != "train")
@@ -161,6 +174,36 @@ class AlignmentModule(L.LightningModule):
         total = self.total_steps()
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, total, self.warmup, self.final_rate))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def with_null_image(images: ImageFeatures, null: Tensor) -> ImageFeatures:
+    """The features of B studies and, as row B, those of an image that is ``null`` (D,) in every vector it has."""
+    row = null.to(images.pooled.dtype)
+    changes: dict[str, Tensor] = {"pooled": torch.cat([images.pooled, row[None]])}
+    for name in ("tokens", "slices", "views"):
+        if (vectors := getattr(images, name)) is not None:
+            changes[name] = torch.cat([vectors, row.to(vectors.dtype).expand(1, *vectors.shape[1:])])
+    for name in ("token_valid", "slice_valid", "view_valid"):
+        if (valid := getattr(images, name)) is not None:
+            changes[name] = torch.cat([valid, torch.ones_like(valid[:1])])
+    for name in ("slice_weights", "view_weights"):
+        if (weights := getattr(images, name)) is not None:
+            changes[name] = torch.cat([weights, torch.full_like(weights[:1], 1 / weights.shape[1])])
+    return images.replace(**changes)
+
+
+def with_null_row(batch: StudyBatch) -> tuple[Tensor, Tensor]:
+    """(B + 1, M) positives and (B + 1, M) ignored pairs: the null image has the texts without visual content, and only they have it.
+
+    In a batch without such texts the null image is ignored, and so is a study that has no other texts.
+    """
+    b, m = batch.positives.shape
+    none = torch.zeros(m, dtype=torch.bool, device=batch.positives.device)
+    null = none if batch.null_texts is None else batch.null_texts
+    positives = torch.cat([torch.where(null, 0, batch.positives).to(batch.positives.dtype), null[None].to(batch.positives.dtype)])
+    ignore = torch.zeros(b, m, dtype=torch.bool, device=none.device) if batch.ignore is None else batch.ignore & ~null
+    ignore = ignore | ~(positives[:b] > 0).any(1, keepdim=True)
+    return positives, torch.cat([ignore, ~null.any().expand(1, m)])
 
 
 def warmup_cosine(step: int, total: int, warmup: float, final_rate: float) -> float:

@@ -112,7 +112,7 @@ def test_a_row_or_column_without_a_positive_is_refused():
     with pytest.raises(ValueError, match="both positive and ignored"):
         info_nce_of_logits(logits, torch.eye(3, dtype=torch.bool), torch.eye(3, dtype=torch.bool))
     with pytest.raises(ValueError, match="positives must be bool"):
-        info_nce_of_logits(logits, torch.eye(3))
+        info_nce_of_logits(logits, torch.eye(3, dtype=torch.int64))
 
 
 def test_huge_logits_stay_finite_in_bfloat16():
@@ -154,3 +154,104 @@ def test_cuda_equals_cpu():
     with torch.autocast("cuda", torch.bfloat16):
         half = multi_positive_info_nce(image.cuda(), text.cuda(), positives.cuda(), 0.07)
     assert half.item() == pytest.approx(values[0], rel=2e-2)
+
+
+def weighted_direction(scores, weights, ignore):
+    """L_image with weights and ignored pairs, in plain Python floats; rows without any weight give no term."""
+    total, rows = 0.0, 0
+    for row, ws, out in zip(scores, weights, ignore, strict=True):
+        if sum(ws) == 0:
+            continue
+        kept = [v for v, o in zip(row, out, strict=True) if not o]
+        log_z = max(kept) + math.log(sum(math.exp(v - max(kept)) for v in kept))
+        total -= sum(w * (v - log_z) for v, w in zip(row, ws, strict=True) if w) / sum(ws)
+        rows += 1
+    return total / rows
+
+
+def weighted_reference(scores, weights, ignore, false_texts):
+    """Both directions, ignored rows and columns left out, columns of false texts in the images' denominators alone."""
+    rows = [i for i in range(len(scores)) if not ignore[i].all()]
+    columns = [j for j in range(scores.shape[1]) if not ignore[:, j].all()]
+    s, w, o = (x[np.ix_(rows, columns)] for x in (scores, weights, ignore))
+    assert all(w[:, j].any() or false_texts[columns[j]] for j in range(len(columns)))
+    return (weighted_direction(s.tolist(), w.tolist(), o.tolist()) + weighted_direction(s.T.tolist(), w.T.tolist(), o.T.tolist())) / 2
+
+
+@st.composite
+def weighted_problems(draw):
+    """Logits, weights, ignored pairs and false texts in which every row and every text that is not false has a weight, or is ignored."""
+    b, m = draw(st.integers(1, 6)), draw(st.integers(1, 9))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    scores = rng.standard_normal((b, m)) * draw(st.sampled_from([0.1, 1.0, 20.0]))
+    false_texts = rng.random(m) < draw(st.floats(0, 0.5))
+    false_texts[0] = False
+    weights = rng.random((b, m)) * (rng.random((b, m)) < draw(st.floats(0, 0.9)))
+    true = np.flatnonzero(~false_texts)
+    for i in range(max(b, len(true))):
+        weights[i % b, true[i % len(true)]] = rng.uniform(0.1, 1)
+    ignore = (rng.random((b, m)) < draw(st.floats(0, 0.8))) & (weights == 0)
+    if draw(st.booleans()) and b > 1 and (weights[1:].any(0) | false_texts).all():
+        weights[0], ignore[0] = 0, True
+    return scores, weights, ignore, false_texts
+
+
+@settings(deadline=None, max_examples=120)
+@given(weighted_problems())
+def test_weights_ignored_pairs_and_false_texts_match_the_formula_and_its_differences(problem):
+    scores, weights, ignore, false_texts = problem
+    leaf = torch.from_numpy(scores).requires_grad_()
+    masks = [torch.from_numpy(x) for x in (weights, ignore, false_texts)]
+    loss = info_nce_of_logits(leaf, *masks)
+    loss.backward()
+    assert loss.item() == pytest.approx(weighted_reference(scores, weights, ignore, false_texts), rel=1e-9, abs=1e-12)
+    step, numeric = 1e-5, np.zeros_like(scores)
+    for at in np.ndindex(*scores.shape):
+        moved = [scores.copy(), scores.copy()]
+        moved[0][at] += step
+        moved[1][at] -= step
+        values = [weighted_reference(x, weights, ignore, false_texts) for x in moved]
+        numeric[at] = (values[0] - values[1]) / (2 * step)
+    np.testing.assert_allclose(leaf.grad.numpy(), numeric, rtol=1e-4, atol=1e-7)
+    scaled = info_nce_of_logits(torch.from_numpy(scores), masks[0] * 7, *masks[1:])
+    assert scaled.item() == pytest.approx(loss.item(), rel=1e-9)  # shares count, not sizes
+
+
+@settings(deadline=None, max_examples=40)
+@given(problems())
+def test_float_weights_of_one_and_nothing_are_bool_positives(problem):
+    image, text, positives = problem
+    logits = torch.from_numpy(image @ text.T)
+    mask = torch.from_numpy(positives)
+    assert torch.equal(info_nce_of_logits(logits, mask), info_nce_of_logits(logits, mask.double()))
+    none = torch.zeros(positives.shape[1], dtype=torch.bool)
+    assert torch.equal(info_nce_of_logits(logits, mask), info_nce_of_logits(logits, mask, torch.zeros_like(mask), none))
+
+
+def test_a_false_text_pushes_every_image_away_and_is_nobodys_target():
+    logits = torch.zeros(2, 3, dtype=torch.float64, requires_grad=True)
+    positives = torch.tensor([[1, 0, 0], [0, 1, 0]], dtype=torch.bool)
+    false_texts = torch.tensor([False, False, True])
+    info_nce_of_logits(logits, positives, None, false_texts).backward()
+    assert (logits.grad[:, 2] > 0).all()
+    torch.testing.assert_close(logits.grad[:, 2], torch.full((2,), 1 / 3 / 2 / 2, dtype=torch.float64))  # softmax / B / two directions
+    with pytest.raises(ValueError, match="1 of 3 texts have no positive image"):
+        info_nce_of_logits(logits, positives)
+
+
+@pytest.mark.parametrize("weight", [-0.1, math.nan, math.inf])
+def test_weights_that_are_none_are_refused(weight):
+    weights = torch.eye(3)
+    weights[0, 1] = weight
+    with pytest.raises(ValueError, match="finite and 0 or more"):
+        info_nce_of_logits(torch.zeros(3, 3), weights)
+
+
+def test_masks_of_another_shape_and_a_batch_of_nothing_are_refused():
+    logits, eye = torch.zeros(2, 2), torch.eye(2)
+    with pytest.raises(ValueError, match=r"false_texts must be bool of shape \(2,\)"):
+        info_nce_of_logits(logits, eye, None, torch.zeros(3, dtype=torch.bool))
+    with pytest.raises(ValueError, match="ignore must be bool"):
+        info_nce_of_logits(logits, eye, eye)
+    with pytest.raises(ValueError, match="no pair of the batch is left"):
+        info_nce_of_logits(logits, torch.zeros(2, 2), torch.ones(2, 2, dtype=torch.bool))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import itertools
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,10 @@ from PIL import Image
 
 from medvl.data.augment import Augment
 from medvl.data.manifest import read_manifest
-from medvl.data.studies import Collate, Draw, StudyDataset
+from medvl.data.studies import Collate, Draw, StudyDataset, drawn, mirrored
 from medvl.model import packed
 from medvl.training.data import StudyDataModule
+from medvl.types import ImageBatch, PairBuilder, PairStudy, SourcedText, StudyWords, TextPairs, TextSource, equal_text_pairs
 from modalities.xray.reader import XrayReader
 from reports.text_source import ReportSentences
 
@@ -109,8 +112,8 @@ def test_views_are_augmented_each_its_own_and_stay_whose_they_are(table: Path) -
 
 def test_sentences_are_drawn_for_the_study(table: Path) -> None:
     data = data_set(table, sentences_per_image=1)
-    drawn = {data[Draw(epoch, 1)].texts for epoch in range(12)}
-    assert drawn == {("There is an effusion.",), ("The heart is normal.",)}
+    found = {data[Draw(epoch, 1)].texts for epoch in range(12)}
+    assert found == {("There is an effusion.",), ("The heart is normal.",)}
 
 
 def test_single_images_are_items_as_ever(table: Path) -> None:
@@ -155,3 +158,121 @@ def test_groups_are_packed_whole_in_order_and_no_fuller_than_asked(groups: list[
     assert all(part and (len(part) == 1 or sum(map(len, part)) <= size) for part in parts)
     for part, later in itertools.pairwise(parts):
         assert sum(map(len, part)) + len(later[0]) > size
+
+
+class TwoSources(TextSource):
+    """The report's sentences and a caption per word of it, as if from elsewhere."""
+
+    def texts(self, report: str | None, findings: str | None, impression: str | None) -> tuple[str, ...]:
+        return ReportSentences().texts(report, findings, impression)
+
+    def sourced(self, study: StudyWords) -> tuple[SourcedText, ...]:
+        said = self.texts(study.report, study.findings, study.impression)
+        words = dict.fromkeys(word for text in said for word in text.rstrip(".").lower().split())
+        return (*(SourcedText(text, "report", 3.0) for text in said), *(SourcedText(word, "words", 1.0) for word in words))
+
+
+class Swapper(PairBuilder):
+    """Equal texts; "right" and "left" exchanged in those of flipped images; refuses what speaks of a nodule."""
+
+    def mirrored(self, text: str) -> str | None:
+        return None if "nodule" in text else text.replace("large", "left")
+
+    def keeps(self, text: str) -> bool:
+        return text != "The heart is normal."
+
+    def pairs(self, studies: Sequence[PairStudy], rng: np.random.Generator | None = None) -> TextPairs:
+        swapped = [
+            replace(s, texts=tuple(replace(one, text=str(self.mirrored(one.text))) for one in s.texts)) if s.mirrored else s
+            for s in studies
+        ]
+        made = equal_text_pairs(swapped)
+        extra = () if rng is None else (SourcedText(f"false {rng.integers(1 << 30)}", "made"),)
+        false = torch.zeros(len(made.texts) + len(extra), dtype=torch.bool)
+        false[len(made.texts) :] = True
+        positives = torch.cat([made.positives, torch.zeros(len(studies), len(extra), dtype=torch.bool)], dim=1)
+        return TextPairs((*made.texts, *extra), positives, None, false)
+
+
+def test_texts_keep_their_source_and_sources_are_drawn_by_weight(table: Path) -> None:
+    rows = read_manifest(table).select(split="train", modality="xray")
+    data = StudyDataset(rows, XrayReader(size=16), TwoSources(), sentences_per_image=1, seed=3)
+    found = [data[Draw(epoch, 1)].sourced[0] for epoch in range(400)]  # row b: two sentences, seven words
+    share = np.mean([one.source == "report" for one in found])
+    assert abs(share - 0.75) < 4 * (0.75 * 0.25 / 400) ** 0.5
+    assert {one.text for one in found if one.source == "report"} == {"There is an effusion.", "The heart is normal."}
+    assert found == [data[Draw(epoch, 1)].sourced[0] for epoch in range(400)]
+    batch = Collate(data.reader)([data[0], data[1]])
+    assert len(batch.sources) == len(batch.texts.texts) == 2
+    three = replace_all(data, 3)[Draw(5, 1)].sourced
+    assert len({one.text for one in three}) == 3
+
+
+def replace_all(data: StudyDataset, count: int) -> StudyDataset:
+    return StudyDataset(data.images, data.reader, TwoSources(), sentences_per_image=count, seed=3)
+
+
+@given(st.lists(st.tuples(st.sampled_from("abc"), st.floats(0, 5)), min_size=1, max_size=12), st.data())
+def test_a_draw_has_no_text_twice_and_keeps_the_order(given_texts: list[tuple[str, float]], data: st.DataObject) -> None:
+    texts = [SourcedText(f"text {i}", source, weight) for i, (source, weight) in enumerate(given_texts)]
+    count = data.draw(st.integers(1, len(texts)))
+    got = drawn(texts, count, np.random.default_rng(data.draw(st.integers(0, 99))))
+    assert len(set(got)) == count
+    assert [texts.index(one) for one in got] == sorted(texts.index(one) for one in got)
+
+
+def test_a_builder_leaves_texts_out_and_makes_false_ones_for_training_alone(table: Path) -> None:
+    data = data_set(table, pairs=Swapper())
+    data.drop_unreadable()
+    assert all("The heart is normal." not in texts for texts in data.texts)
+    items = [data[i] for i in (0, 1)]
+    plain, train, again = (Collate(data.reader, seed=1, pairs=Swapper(), training=t)(items) for t in (False, True, True))
+    assert not plain.false_texts.any()
+    assert train.texts == again.texts and train.false_texts.tolist() == [False, False, True]
+    assert train.sources == ("report", "report", "made")
+    moved = train.to("cpu")
+    assert torch.equal(moved.false_texts, train.false_texts) and moved.ignore is None
+
+
+def test_a_flip_takes_the_text_along_or_is_refused(table: Path) -> None:
+    rows = read_manifest(table).select(split="train", modality="xray")
+    data = StudyDataset(rows, XrayReader(size=16), ReportSentences())
+    data.drop_unreadable()
+    by_view = {data[i].samples[0].view: data[i] for i in range(len(data))}
+    items = [by_view["PA"], by_view["AP"], by_view["lateral"]]
+    plain = Collate(data.reader)(items)
+    flipped = Collate(data.reader, pairs=Swapper(), flip=1.0)(items)
+    assert torch.equal(flipped.images.pixels[0], plain.images.pixels[0].flip(-1))
+    assert torch.equal(flipped.images.pixels[1], plain.images.pixels[1].flip(-1))
+    assert torch.equal(flipped.images.pixels[2], plain.images.pixels[2])  # a lateral film has no left and right
+    assert torch.equal(flipped.images.valid[0], plain.images.valid[0].flip(-1))
+    assert "The heart is left." in flipped.texts.texts and "The heart is large." not in flipped.texts.texts
+    refused = Collate(data.reader, pairs=Swapper(), flip=1.0)([replace(items[0], sourced=(SourcedText("A nodule."),))])
+    assert torch.equal(refused.images.pixels[0], plain.images.pixels[0])
+    half = [Collate(data.reader, seed=s, pairs=Swapper(), flip=0.5)(items[:1]).images.pixels for s in range(40)]
+    share = np.mean([not torch.equal(pixels[0], plain.images.pixels[0]) for pixels in half])
+    assert 0.2 < share < 0.8
+
+
+def test_flips_need_someone_who_writes_the_texts(table: Path) -> None:
+    with pytest.raises(ValueError, match="nobody swaps left and right"):
+        module(table, flip=0.5)
+    with pytest.raises(ValueError, match="expected a chance from 0 to 1"):
+        module(table, flip=1.5, pairs=Swapper())
+
+
+def test_a_checkpoint_of_other_pairs_is_refused(table: Path) -> None:
+    plain, paired = module(table), module(table, pairs=Swapper())
+    paired.load_state_dict(paired.state_dict())
+    with pytest.raises(ValueError, match="pairs"):
+        plain.load_state_dict(paired.state_dict())
+    older = {name: value for name, value in plain.state_dict().items() if name not in ("pairs", "flip")}
+    plain.load_state_dict(older)
+
+
+def test_the_slices_of_a_volume_are_flipped_within() -> None:
+    pixels = torch.arange(2 * 1 * 2 * 3 * 4, dtype=torch.float32).view(2, 1, 2, 3, 4)
+    images = ImageBatch(pixels, torch.ones(2, 2, dtype=torch.bool))
+    changed = mirrored(images, torch.tensor([False, True]))
+    assert torch.equal(changed.pixels[0], pixels[0]) and torch.equal(changed.pixels[1], pixels[1].flip(-1))
+    assert changed.valid is images.valid
