@@ -264,7 +264,7 @@ def test_labels_by_study_need_the_reports(tmp_path):
     table = tmp_path / "reports.csv"
     table.write_text("study_id,findings,impression\n5,Old.,Pneumonia.\n")
     source = CheXbertFacts(path, reports=table)
-    assert [s.fact for s in source.facts("Pneumonia.")] == [Fact("pneumonia", "present")] and not source.knows("Old.")
+    assert [s.fact for s in source.facts("Pneumonia.")] == [Fact("lung_opacity", "present")] and not source.knows("Old.")
     assert [(r.row, r.place) for r in source.rejections] == [(2, "study_id")]
     assert CheXbertFacts(path, reports=table, labelled=("findings", "impression")).knows("Old.\n\nPneumonia.")
 
