@@ -25,6 +25,9 @@ _BETWEEN_TWO = frozenset({"versus", "vs"})
 _PLAIN = frozenset({"present", "noted", "unchanged", "stable"})
 """Verbs that affirm even after a denial: "no effusion, calcifications are present"; "no mass, nodule was detected" denies both."""
 
+_CONCEDING = frozenset({"while", "although", "though", "despite"})
+"""Openings of a clause that ends at the first comma."""
+
 _STRENGTH: tuple[Stated, ...] = ("unstated", "absent", "uncertain")
 
 
@@ -35,6 +38,11 @@ class _Rule:
     kind: Stated
     start: int
     end: int
+    looks_back: bool
+
+    def covers(self, first: int, last: int) -> bool:
+        """Whether it rules a finding whose words stand from ``first`` to ``last``: by the end that is nearer to the cue."""
+        return self.start <= (last if self.looks_back else first) < self.end
 
 
 class Assertions:
@@ -54,8 +62,10 @@ class Assertions:
         outside = [cue for cue in longest(cues) if not any(set(cue.positions) <= words for words in inside)]
         kept = _apart([cue for cue in outside if cue.value.kind != "affirms"])
         taken = {position for cue in kept for position in cue.positions}
-        affirming = [cue for cue in outside if cue.value.kind == "affirms" and taken.isdisjoint(cue.positions)]
+        affirming = [c for c in outside if c.value.kind == "affirms" and taken.isdisjoint(c.positions) and _is_verb(forms, c)]
         stops = [cue.first for cue in kept if cue.value.kind == "stop"]
+        if forms and forms[0] in _CONCEDING and "," in forms:
+            stops.append(forms.index(","))
         self._rules: list[_Rule] = []
         for cue in kept:
             kind, direction = cue.value.kind, cue.value.direction
@@ -65,13 +75,14 @@ class Assertions:
                 end = min((stop for stop in stops if stop > cue.last), default=len(forms))
                 if kind == "absent":
                     end = _end_of_list(forms, cue.last, end, named, affirming, describing)
-                self._rules.append(_Rule(kind, cue.first + 1, end))  # "no visible" may share a word with what it denies
+                self._rules.append(_Rule(kind, cue.first + 1, end, False))  # "no visible" may share a word with what it denies
             else:
-                start = max((stop + 1 for stop in stops if stop < cue.first), default=0)
+                answered = cue.first > 0 and forms[cue.first - 1] == ":"  # "Effusion: none"
+                start = max((stop + 1 for stop in stops if stop < cue.first - answered), default=0)
                 if forms[cue.first] in _BETWEEN_TWO:
                     start = max([start, *(i + 1 for i in range(cue.first) if forms[i] in ("with", ","))])
                 start = max([start, *(other.last + 1 for other in affirming if other.last < cue.first)])
-                self._rules.append(_Rule(kind, start, cue.first))
+                self._rules.append(_Rule(kind, start, cue.first, True))
         self._within = [(cue.value.kind, cue.positions) for cue in kept if cue.value.kind in ("absent", "uncertain")]
 
     def of(self, positions: tuple[int, ...]) -> Stated:
@@ -81,10 +92,15 @@ class Assertions:
         "cannot be excluded", are cues of their own.) A cue between the words of the finding rules it too: "the heart is not enlarged".
         """
         first, last, own = positions[0], positions[-1], set(positions)
-        kinds: set[str] = {rule.kind for rule in self._rules if rule.start <= first and last < rule.end}
+        kinds: set[str] = {rule.kind for rule in self._rules if rule.covers(first, last)}
         between = [kind for kind, cue in self._within if own.isdisjoint(cue) and any(first < position < last for position in cue)]
         kinds.update(between)
         return next((kind for kind in _STRENGTH if kind in kinds), "present")
+
+
+def _is_verb(forms: Sequence[str], cue: Match[Cue]) -> bool:
+    """Whether a participle stands for its clause ("effusion seen, ...") and not with a noun ("the effusion seen two days ago")."""
+    return len(cue.positions) > 1 or cue.last + 1 == len(forms) or forms[cue.last + 1] in (",", ";", ".", "and", "but")
 
 
 def _apart(cues: Sequence[Match[Cue]]) -> list[Match[Cue]]:

@@ -16,7 +16,7 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
-_WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*|\d+(?:\.\d+)?|\(\s*[-–—+]\s*\)|[-–]ve\b|[,;:()/.?+]|(?<=\s)[-–—]+(?=\s)")
+_WORD = re.compile(r"\b[Vv][Ss]\.|[^\W\d_]+(?:['’][^\W\d_]+)*|\d+(?:\.\d+)?|\(\s*[-–—+]\s*\)|[-–]ve\b|[,;:()/.?+=]|(?<=\s)[-–—]+(?=\s)")
 _IRREGULAR = {
     "apices": "apex",
     "atelectases": "atelectasis",
@@ -80,7 +80,7 @@ def words_of(text: str, offset: int = 0) -> Words:
 def _form(token: str) -> str:
     """Words in normal form; "(-)" and "(+)" are words too; a dash between spaces is "-"."""
     if token[0].isalpha():
-        return normal_form(token)
+        return normal_form(token.removesuffix("."))
     if len(token) > 1 and token[0] in "(-–" and not token.isdigit():
         return "positive" if "+" in token else "negative"
     return "-" if token[0] in "-–—" else token
