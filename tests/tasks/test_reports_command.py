@@ -504,7 +504,9 @@ def test_a_stopped_run_leaves_no_file_that_looks_whole_and_no_process(tmp_path: 
     code = "from tasks.cli import main; main()"
     args = [sys.executable, "-c", code, "reports", "facts", str(source), "--out", str(out), "--workers", str(workers)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(args, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True) as process:
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
+    # A shell starts what runs in the background with SIGINT ignored; the command is to be stopped as from a terminal.
+    with subprocess.Popen(args, env=environment, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **quiet) as process:
         deadline = time.monotonic() + 60
         while not any(path.stat().st_size for path in tmp_path.glob("out/.f.jsonl*")):
             assert process.poll() is None and time.monotonic() < deadline
