@@ -1,5 +1,6 @@
 """Everything in the README runs as it stands there, in its order, in an empty folder."""
 
+import csv
 import json
 import os
 import re
@@ -47,7 +48,7 @@ def test_every_example_runs(tmp_path):
         done = subprocess.run(["bash", "-euo", "pipefail", "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, f"{code}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
         outputs.append(done.stdout)
-    assert len(outputs) == 5
+    assert len(outputs) == 6
     studies = [json.loads(line) for line in outputs[1].splitlines() if line.startswith("{")]
     assert len(studies) == 300
     assert all(study["ok"] and len(study["findings"]) == 10 for study in studies)
@@ -56,3 +57,8 @@ def test_every_example_runs(tmp_path):
     assert scores.ndim == 2
     assert np.isfinite(scores).any()
     assert "1" in outputs[4]
+    labels, truth = (list(csv.DictReader((tmp_path / name).read_text().splitlines())) for name in ("labels.csv", "phantoms/manifest.csv"))
+    told = {row["study_id"]: row["Pneumothorax"] for row in labels}
+    assert len(told) == 300 and set(told.values()) == {"1", "0", ""}
+    assert {row["study_id"] for row in truth if row["pneumothorax"] == "1"} == {study for study, value in told.items() if value == "1"}
+    assert "0 of 300 reports" in outputs[5]
