@@ -174,8 +174,8 @@ class ReportPairs(PairBuilder):
         ignore = self._ignored(truth, quiet) | (is_false & (truth != FALSE) & ~positives)
         weights = positives
         if self.soft is not None:
-            vetoed = (truth == FALSE) | ignore | is_false | is_null
-            weights = self.soft.weights(positives, self._similarity(studies, texts, own, len(false)), vetoed)
+            similarity = self._similarity(studies, texts, own, len(false))
+            weights = self.soft.weights(positives, similarity, truth == FALSE, ignore | is_false | is_null)
         if self.without_content == "ignore":
             weights, ignore = torch.where(is_null, 0, weights).to(weights.dtype), ignore | is_null
             ignore |= ~(weights > 0).any(1, keepdim=True)

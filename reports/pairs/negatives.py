@@ -259,7 +259,8 @@ def _negations(text: str, statements: Sequence[Statement], claims: tuple[Claim, 
         if len({(s.start, s.end) for s in statements}) == 1 and not (_NEGATIVE_WORD.search(text) or _SEVERAL.search(text)):
             changed = _denied(text, words)
             if changed is not None:
-                yield Negative(changed, "negation", claims, negated=True)
+                denied = claims if words.degree.search(changed) else tuple(replace(c, severity=None) for c in claims)
+                yield Negative(changed, "negation", denied, negated=True)  # "no effusion" denies every degree of it
         return
     normal = re.search(rf"\b(is|are|appears?) (?={_NORMAL}\b)", text, re.IGNORECASE)
     one_verb = len(_VERB.findall(text)) == 1
@@ -302,9 +303,9 @@ def _affirmed(text: str, words: Words) -> str | None:
     """The presence of what a sentence denies; None where no pattern fits."""
     if len(_NEGATIVE_WORD.findall(text)) != 1 or _CLAUSES.search(text.replace(",", "")) or len(_VERB.findall(text)) > 2:
         return None
-    text = re.sub(
-        r"(?<=\b[Nn]o )(?:visuali[sz]ed|visible|definite|obvious|convincing|appreciable|significant|radiographic|clear) ", "", text
-    )
+    if re.search(r"\bno (?:appreciable|significant)\b", text, re.IGNORECASE):
+        return None  # a little of it is not denied
+    text = re.sub(r"(?<=\b[Nn]o )(?:visuali[sz]ed|visible|definite|obvious|convincing|radiographic|clear) ", "", text)
     if m := re.match(
         r"(?:there (?:is|are) )?no (evidence|signs?) (?:of|for) (.+)",
         text,

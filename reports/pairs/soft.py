@@ -108,10 +108,10 @@ class SoftTargets(Configurable):
         if self.likeness == "text" and self.encoder is not None:
             self.encoder.precompute(texts)
 
-    def weights(self, positives: Tensor, similarity: Tensor, vetoed: Tensor) -> Tensor:
-        """(B, M) weights for the loss, of bool positives, cosines, and what is known to be false."""
+    def weights(self, positives: Tensor, similarity: Tensor, false: Tensor, barred: Tensor) -> Tensor:
+        """(B, M) weights for the loss, of bool positives, cosines, what is known to be false, and what may have no weight in any case."""
         kernel = cwcl_weights(similarity) if self.kernel == "cwcl" else softmax_weights(similarity, self.temperature)
-        return soften(positives, kernel, self.share, self.floor, vetoed if self.veto else torch.zeros_like(vetoed))
+        return soften(positives, kernel, self.share, self.floor, barred | false if self.veto else barred)
 
     @torch.no_grad()
     def embeddings(self, texts: Sequence[str]) -> Tensor:

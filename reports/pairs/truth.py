@@ -61,8 +61,13 @@ class Claim:
 
 
 def claim_of(statement: Statement) -> Claim:
-    """The statement without its span; "left upper lobe and base" are two places. What is absent on both sides is absent on either."""
+    """The statement without its span; "left upper lobe and base" are two places. What is absent on both sides is absent on either.
+
+    What has resolved is absent, also where a source calls it present.
+    """
     fact = statement.fact
+    if statement.change == "resolved":
+        fact = replace(fact, state="absent")
     places = frozenset((fact.location or "").split(" and ")) - _WHOLE
     side = None if fact.state == "absent" and fact.side == "bilateral" else fact.side
     return Claim(fact.finding, fact.state, side, places, fact.severity, fact.size_mm, fact.kind, statement.change)

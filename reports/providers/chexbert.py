@@ -42,7 +42,8 @@ class CheXbertFacts(Provider):
         text_column: the text that was labelled, as the labeller writes it out.
         study_column: the study, where the file has no text; then ``reports`` says what its texts are.
         reports: a CSV with the column study_id and one or more of report, findings and impression, see ``labelled``.
-        labelled: which of the columns of ``reports`` the labels are of; with findings and impression, also of both together.
+        labelled: which of the columns of ``reports`` the labels are of; of findings and impression together, not of either alone. A text
+            that has several rows with different labels is not known.
         fallback: see :class:`Provider`.
     Raises:
         FileNotFoundError: no such file.
@@ -66,6 +67,7 @@ class CheXbertFacts(Provider):
         studies = read_studies(Path(reports), labelled) if reports is not None else None
         found: dict[str, tuple[int, tuple[State | None, ...]]] = {}
         rejections: list[Rejection] = []
+        disputed: set[str] = set()
         with self.path.open(encoding="utf-8-sig", errors="replace", newline="") as file:
             table = csv.DictReader(file)
             by_text = _check_columns(self.path, table.fieldnames or (), self.labels, text_column, study_column, studies is not None)
@@ -74,12 +76,16 @@ class CheXbertFacts(Provider):
                 if by_text:
                     keys: tuple[str, ...] = (text_key(cells[text_column] or ""),)
                 else:
-                    keys = (studies or {}).get(cells[study_column] or "", ())
+                    keys = (studies or {}).get(cells[study_column] or "", ())[-1:]  # one column's text, or all of them together
                     faults += [] if keys else [Rejection(row, study_column, "no text of this study is known")]
                 rejections += faults
                 if not faults:
                     for key in keys:
-                        found.setdefault(key, (row, states))
+                        if found.setdefault(key, (row, states))[1] != states:
+                            disputed.add(key)
+                            rejections.append(Rejection(row, text_column if by_text else study_column, "an equal text has other labels"))
+        for key in disputed:
+            del found[key]
         self._found, self.rejections = found, tuple(rejections)
         warn_of_rejections(self.path, self.rejections, usable=bool(found))
 

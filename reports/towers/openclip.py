@@ -280,7 +280,11 @@ class _OpenClipTrunk(TextTrunk):
         self.hf_tokenizer = bool(config.get("hf_tokenizer_name"))
         if self.hf_tokenizer:
             self.tokenizer: Any = library.tokenizer.HFTokenizer(
-                str(found.folder), context_length=self.length, local_files_only=True, **config["tokenizer_kwargs"]
+                str(found.folder),
+                context_length=self.length,
+                local_files_only=True,
+                trust_remote_code=False,
+                **config["tokenizer_kwargs"],
             )
         else:
             self.tokenizer = library.tokenizer.SimpleTokenizer(context_length=self.length, **config["tokenizer_kwargs"])

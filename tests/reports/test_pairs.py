@@ -458,3 +458,15 @@ def test_no_caption_is_a_sentence_of_the_templates_or_the_prompts() -> None:
     made = {c for f in ontology.findings for side in (None, "left") for c in hierarchy(Claim(f, "present", side), ontology)}  # type: ignore[arg-type]
     made |= set(LabelCaptions().sourced(StudyWords("1", labels=dict.fromkeys(ontology.findings, 1))))  # type: ignore[arg-type]
     assert not made & prompts and not made & set(sentence_templates())
+
+
+@pytest.mark.parametrize("unknown", ["ignore", "ignore_related"])
+def test_soft_weights_without_veto_leave_ignored_pairs_alone(unknown: str) -> None:
+    soft = SoftTargets(likeness="labels", kernel="softmax", temperature=0.5, floor=0.1, veto=False)
+    reports = {0: "Mild cardiomegaly. Possible left effusion.", 1: "Cardiomegaly. Left effusion."}
+    builder = ReportPairs(unknown=unknown, soft=soft)
+    drawn = {i: tuple(map(SourcedText, report_sentences(text))) for i, text in reports.items()}
+    builder.prepare([KnownStudy((i,), (StudyWords(str(i), reports[i]),), drawn[i]) for i in reports])
+    made = builder.pairs([PairStudy(i, drawn[i]) for i in reports])
+    assert made.ignore is not None and made.ignore.any()
+    assert not (made.ignore & (made.positives > 0)).any()

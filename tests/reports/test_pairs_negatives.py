@@ -325,3 +325,25 @@ def test_positives_across_phantoms_are_true_of_them() -> None:
                 wrong += [] if true else [(i, one.text)]
     assert right > 5000
     assert len(wrong) / (right + len(wrong)) < 0.04, f"{len(wrong)} of {right + len(wrong)}, such as {wrong[:: len(wrong) // 12 + 1]}"
+
+
+@pytest.mark.parametrize(
+    ("mine", "theirs"),
+    [
+        ("There is a small left pleural effusion.", "There is a large left pleural effusion."),
+        ("Mild cardiomegaly.", "Severe cardiomegaly."),
+        ("The heart is mildly enlarged.", "The heart is markedly enlarged."),
+    ],
+)
+def test_a_denial_is_no_positive_of_a_study_with_another_degree(mine: str, theirs: str) -> None:
+    builder = ReportPairs(negatives=HardNegatives(rules=["negation"]))
+    reports = {0: mine, 1: f"{theirs} The bones are intact."}
+    drawn = {0: (SourcedText(mine),), 1: (SourcedText("The bones are intact."),)}
+    builder.prepare([KnownStudy((i,), (StudyWords(str(i), reports[i]),), drawn[i]) for i in reports])
+    made = builder.pairs([PairStudy(i, drawn[i]) for i in reports], np.random.default_rng(0))
+    assert made.false_texts is not None and made.false_texts.any()
+    assert not made.positives[:, made.false_texts].any()
+
+
+def test_little_of_it_is_not_denied() -> None:
+    assert negatives("No significant pleural effusion.", "No significant pleural effusion.", "negation") == set()

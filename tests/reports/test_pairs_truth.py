@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from reports.facts import LexiconFacts
+from medvl.types import Fact
+from reports.facts import LexiconFacts, Statement
 from reports.facts.ontology import Ontology, load_ontology
-from reports.pairs.truth import FALSE, TRUE, UNKNOWN, Claim, TruthTable, claims_of, swap_sides, with_disputes
+from reports.pairs.truth import FALSE, TRUE, UNKNOWN, Claim, TruthTable, claim_of, claims_of, swap_sides, with_disputes
 
 FACTS, ONTOLOGY = LexiconFacts(), load_ontology()
 T, U, F = TRUE, UNKNOWN, FALSE
@@ -149,3 +150,8 @@ def test_a_present_finding_makes_its_ancestors_present_and_an_absent_one_its_kin
         denied = table.profile([Claim(finding, "absent")])[None]
         assert table.of([[Claim(claim.finding, "absent")]], denied)[0][0, 0] == TRUE
         assert table.of([[Claim(claim.finding, "present")]], denied)[0][0, 0] == FALSE
+
+
+def test_what_has_resolved_is_absent_whatever_a_source_calls_it() -> None:
+    said = Statement(Fact("pneumothorax", "present", "left"), 0, 10, change="resolved")
+    assert claim_of(said).state == "absent"

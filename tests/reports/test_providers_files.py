@@ -266,7 +266,15 @@ def test_labels_by_study_need_the_reports(tmp_path):
     source = CheXbertFacts(path, reports=table)
     assert [s.fact for s in source.facts("Pneumonia.")] == [Fact("lung_opacity", "present")] and not source.knows("Old.")
     assert [(r.row, r.place) for r in source.rejections] == [(2, "study_id")]
-    assert CheXbertFacts(path, reports=table, labelled=("findings", "impression")).knows("Old.\n\nPneumonia.")
+    both = CheXbertFacts(path, reports=table, labelled=("findings", "impression"))
+    assert both.knows("Old.\n\nPneumonia.") and not both.knows("Pneumonia.")
+
+
+def test_a_text_with_two_sets_of_labels_has_none(tmp_path):
+    rows = [{"Report Impression": "No change.", "Cardiomegaly": value} for value in ("1", "0")]
+    source = CheXbertFacts(label_file(tmp_path / "labels.csv", *rows, {"Report Impression": IMPRESSION, "Edema": "1"}))
+    assert not source.knows("No change.") and source.knows(IMPRESSION)
+    assert [(r.row, r.place) for r in source.rejections] == [(2, "Report Impression")]
 
 
 def test_labels_that_are_not_there_or_not_known(tmp_path):
