@@ -9,12 +9,12 @@ A sentence is N words; positions are indices into them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Literal
 
 from medvl.types import State
-from reports.facts.lexicon import Cue
+from reports.facts.lexicon import Cue, CueKind
 from reports.facts.phrases import Match, longest
 
 Stated = State | Literal["unstated"]
@@ -28,14 +28,17 @@ _PLAIN = frozenset({"present", "noted", "unchanged", "stable"})
 _CONCEDING = frozenset({"while", "although", "though", "despite"})
 """Openings of a clause that ends at the first comma."""
 
-_STRENGTH: tuple[Stated, ...] = ("unstated", "absent", "uncertain")
+_RELATIVE = frozenset({"which", "who"})
+
+_STRENGTH: dict[CueKind, Stated] = {"unstated": "unstated", "reopened": "uncertain", "absent": "absent", "uncertain": "uncertain"}
+"""Kinds of cues that decide a state, the strongest first."""
 
 
 @dataclass(frozen=True)
 class _Rule:
     """A cue with the positions that it rules: ``start`` <= position < ``end``."""
 
-    kind: Stated
+    kind: CueKind
     start: int
     end: int
     looks_back: bool
@@ -69,7 +72,7 @@ class Assertions:
         self._rules: list[_Rule] = []
         for cue in kept:
             kind, direction = cue.value.kind, cue.value.direction
-            if kind not in ("absent", "uncertain", "unstated"):
+            if kind not in _STRENGTH:
                 continue
             if direction == "before":
                 end = min((stop for stop in stops if stop > cue.last), default=len(forms))
@@ -78,11 +81,13 @@ class Assertions:
                 self._rules.append(_Rule(kind, cue.first + 1, end, False))  # "no visible" may share a word with what it denies
             else:
                 answered = cue.first > 0 and forms[cue.first - 1] == ":"  # "Effusion: none"
-                start = max((stop + 1 for stop in stops if stop < cue.first - answered), default=0)
+                until = _before_aside(forms, cue.first - answered)
+                start = max((stop + 1 for stop in stops if stop < until), default=0)
                 if forms[cue.first] in _BETWEEN_TWO:
                     start = max([start, *(i + 1 for i in range(cue.first) if forms[i] in ("with", ","))])
-                start = max([start, *(other.last + 1 for other in affirming if other.last < cue.first)])
+                start = max([start, *(other.last + 1 for other in affirming if other.last < until)])
                 self._rules.append(_Rule(kind, start, cue.first, True))
+        self._rules += [_Rule("uncertain", first, last + 1, False) for first, last in _alternatives(forms, named, taken)]
         self._within = [(cue.value.kind, cue.positions) for cue in kept if cue.value.kind in ("absent", "uncertain")]
 
     def of(self, positions: tuple[int, ...]) -> Stated:
@@ -95,7 +100,28 @@ class Assertions:
         kinds: set[str] = {rule.kind for rule in self._rules if rule.covers(first, last)}
         between = [kind for kind, cue in self._within if own.isdisjoint(cue) and any(first < position < last for position in cue)]
         kinds.update(between)
-        return next((kind for kind in _STRENGTH if kind in kinds), "present")
+        return next((stated for kind, stated in _STRENGTH.items() if kind in kinds), "present")
+
+
+def _before_aside(forms: Sequence[str], cue: int) -> int:
+    """The cue, or where a clause between commas just before it begins: "the catheter, which was in place, was removed"."""
+    if cue and forms[cue - 1] == ",":
+        openings = [i for i in range(1, cue - 1) if forms[i] in _RELATIVE and forms[i - 1] == ","]
+        return openings[-1] if openings else cue
+    return cue
+
+
+def _alternatives(forms: Sequence[str], named: Sequence[tuple[int, ...]], taken: Set[int]) -> list[tuple[int, int]]:
+    """First and last position of findings that "or" joins as alternatives: "atelectasis, scar, or early pneumonia"."""
+    found = []
+    for i, form in enumerate(forms):
+        if form != "or" or i in taken or any(p[0] <= i <= p[-1] for p in named):
+            continue
+        left = max((p for p in named if i - 2 <= p[-1] < i), key=lambda p: p[-1], default=None)
+        right = min((p for p in named if i < p[0] <= i + 4 and "," not in forms[i : p[0]]), default=None)
+        if left and right:
+            found += [(left[0], left[-1]), (right[0], right[-1])]
+    return found
 
 
 def _is_verb(forms: Sequence[str], cue: Match[Cue]) -> bool:

@@ -25,6 +25,9 @@ _SIZE = re.compile(
 )
 _CLAUSE_ENDS = frozenset({";", ".", "but", "however", "although"})
 _JOINTS = frozenset({",", "-", "and", "or", "with", "without", "/", "(", ")"})
+_LONGEST = 2000
+"""Characters of a sentence: what goes on longer without a stop is read in pieces, for the time to read one grows with its square."""
+
 T = TypeVar("T")
 _NUMBER = re.compile(r"\d+(?:[.,]\d+)?")
 
@@ -45,8 +48,9 @@ class LexiconFacts(FactSource):
         """Every sentence of every section with its facts."""
         found = []
         for section in section_spans(text):
-            body = text[section.body : section.end]
-            found += [self._sentence(text, section.body + start, section.body + end, section.name) for start, end in sentence_spans(body)]
+            spans = sentence_spans(text[section.body : section.end])
+            pieces = [piece for start, end in spans for piece in _pieces(text, section.body + start, section.body + end)]
+            found += [self._sentence(text, start, end, section.name) for start, end in pieces]
         return tuple(found)
 
     def _sentence(self, text: str, start: int, end: int, section: SectionName) -> StatedSentence:
@@ -99,7 +103,7 @@ class LexiconFacts(FactSource):
         if not found:
             return []
         kept: list[Match[Naming]] = []
-        for match in sorted(longest(found), key=lambda m: -len(m.positions)):
+        for match in sorted((m for m in longest(found) if m.value.use != "none"), key=lambda m: -len(m.positions)):
             words = set(match.positions)
             said = any(m.value.findings == match.value.findings and not words.isdisjoint(m.positions) for m in kept)
             if not said and (match.value.use == "denies" or match.value.always or not self._excluded(match, forms)):
@@ -119,6 +123,17 @@ class LexiconFacts(FactSource):
             return False
         start, end = _clause(forms, match)
         return bool(index.find(forms[start:end]))
+
+
+def _pieces(text: str, start: int, end: int) -> list[tuple[int, int]]:
+    """The span, or pieces of at most ``_LONGEST`` characters, ended at a space where there is one."""
+    found = []
+    while end - start > _LONGEST:
+        space = text.rfind(" ", start + 1, start + _LONGEST)
+        cut = space if space > start else start + _LONGEST
+        found.append((start, cut))
+        start = cut + (space > start)
+    return [*found, (start, end)]
 
 
 def _state(naming: Naming, stated: Stated) -> State | None:

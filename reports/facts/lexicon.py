@@ -23,11 +23,11 @@ from reports.facts.statements import CHANGES, Change
 
 FILES = ("findings.yaml", "cues.yaml", "anatomy.yaml")
 
-Use = Literal["names", "denies", "leaves open"]
-CueKind = Literal["absent", "uncertain", "unstated", "neither", "stop", "affirms"]
+Use = Literal["names", "denies", "leaves open", "none"]
+CueKind = Literal["absent", "uncertain", "reopened", "unstated", "neither", "stop", "affirms"]
 Direction = Literal["before", "after", ""]
 
-_FINDING_KEYS = {"parents", "names", "always", "uncertain", "unless", "location", "fixed", "kinds"}
+_FINDING_KEYS = {"parents", "names", "always", "uncertain", "except", "unless", "location", "fixed", "kinds"}
 _SIDES: tuple[Side, ...] = ("left", "right", "bilateral")
 _SEVERITIES: tuple[Severity, ...] = ("mild", "moderate", "severe")
 
@@ -174,6 +174,7 @@ def _namings(findings: Mapping[str, Mapping[str, Any]]) -> Iterable[tuple[str, N
         yield from ((phrase, Naming((name,), "names")) for phrase in entry.get("names", ()))
         yield from ((phrase, Naming((name,), "names", always=True)) for phrase in entry.get("always", ()))
         yield from ((phrase, Naming((name,), "leaves open")) for phrase in entry.get("uncertain", ()))
+        yield from ((phrase, Naming((name,), "none")) for phrase in entry.get("except", ()))
 
 
 def _denials(content: Mapping[str, Any], findings: Mapping[str, Any], faults: _Faults) -> Iterable[tuple[str, Naming]]:
@@ -195,6 +196,7 @@ def _cues(content: Mapping[str, Any]) -> Iterable[tuple[str, Cue]]:
     for kind in kinds:
         for direction in directions:
             yield from ((phrase, Cue(kind, direction)) for phrase in content[kind][direction])
+    yield from ((phrase, Cue("reopened", "after")) for phrase in content["reopened"])
     yield from ((phrase, Cue("neither")) for phrase in content["neither"])
     yield from ((phrase, Cue("stop")) for phrase in content["stops"])
     yield from ((phrase, Cue("affirms")) for phrase in content["affirms"])

@@ -73,6 +73,50 @@ def test_where_a_cue_stops(source, text, left, right):
         assert states(source, text, finding) == {state}
 
 
+@pytest.mark.parametrize(
+    ("text", "finding", "state"),
+    [
+        ("Linear scarring or atelectasis at the left base.", "atelectasis", "uncertain"),
+        ("Linear scarring or atelectasis at the left base.", "scar", "uncertain"),
+        ("No scarring or atelectasis.", "scar", "absent"),
+        ("There is pleural effusion or thickening on the left.", "pleural_thickening", "present"),
+        ("No large pneumothorax, but a small one cannot be excluded.", "pneumothorax", "uncertain"),
+        ("No large pneumothorax, but the effusion is small.", "pneumothorax", "absent"),
+        ("The catheter, which was seen in the prior study, was removed.", "catheter", "absent"),
+        ("No mass was seen, but the effusion, which was small, has increased.", "pleural_effusion", "present"),
+        ("Exclusion of a small pneumothorax is not possible.", "pneumothorax", "uncertain"),
+    ],
+)
+def test_alternatives_reopened_denials_and_asides(source, text, finding, state):
+    assert states(source, text, finding) == {state}
+
+
+@pytest.mark.parametrize(
+    ("text", "findings"),
+    [
+        ("Calcific plaques are observed in the LAD.", {"coronary_calcification"}),
+        ("Effusion of 5 mm was observed in the pericardial space.", {"pericardial_effusion"}),
+        (
+            "An effusion of 15 mm is seen in the left hemithorax and of 5 mm in the pericardial area.",
+            {"pericardial_effusion", "pleural_effusion"},
+        ),
+        ("Mediastinal lymph node stations were examined.", set()),
+        ("Dilatation of the aorta, plaques in the coronary arteries.", {"aortic_aneurysm", "coronary_calcification"}),
+        ("Ground-glass areas along the peribronchial area.", {"ground_glass_opacity"}),
+    ],
+)
+def test_what_a_phrase_names(source, text, findings):
+    assert {s.fact.finding for s in source.facts(text)} == findings
+
+
+def test_a_sentence_without_end_is_read_in_pieces(source):
+    text = "no effusion and " * 1000
+    sentences = source.sentences(text)
+    assert max(s.end - s.start for s in sentences) <= 2000
+    assert [text[s.start : s.end] for one in sentences for s in one.statements] == ["effusion"] * 1000
+    assert {s.fact.state for s in source.facts(text)} == {"absent"}
+
+
 def test_side_of_each_of_two_findings(source):
     sides = {s.fact.finding: s.fact.side for s in source.facts("Right pleural effusion and left basilar atelectasis.")}
     assert sides == {"pleural_effusion": "right", "atelectasis": "left"}
