@@ -62,7 +62,8 @@ class Assertions:
         self, forms: Sequence[str], cues: Sequence[Match[Cue]], named: Sequence[tuple[int, ...]], describing: frozenset[int]
     ) -> None:
         inside = [set(positions) for positions in named]
-        outside = [cue for cue in longest(cues) if not any(set(cue.positions) <= words for words in inside)]
+        others = {cue.last for cue in cues if cue.value.kind == "other"}
+        outside = [c for c in longest(cues) if c.value.kind != "other" and not any(set(c.positions) <= words for words in inside)]
         kept = _apart([cue for cue in outside if cue.value.kind != "affirms"])
         taken = {position for cue in kept for position in cue.positions}
         affirming = [c for c in outside if c.value.kind == "affirms" and taken.isdisjoint(c.positions) and _is_verb(forms, c)]
@@ -70,6 +71,8 @@ class Assertions:
         if forms and forms[0] in _CONCEDING and "," in forms:
             stops.append(forms.index(","))
         self._rules: list[_Rule] = []
+        starts = {p[0] for p in named} | others
+        forward = {cue.positions for cue in kept if cue.value.direction == "before" and _noun_follows(forms, cue, starts)}
         for cue in kept:
             kind, direction = cue.value.kind, cue.value.direction
             if kind not in _STRENGTH:
@@ -79,13 +82,15 @@ class Assertions:
                 if kind == "absent":
                     end = _end_of_list(forms, cue.last, end, named, affirming, describing)
                 self._rules.append(_Rule(kind, cue.first + 1, end, False))  # "no visible" may share a word with what it denies
-            else:
+            elif cue.positions not in forward or forms[cue.first] in _BETWEEN_TWO or len(cue.positions) > 1:
                 answered = cue.first > 0 and forms[cue.first - 1] == ":"  # "Effusion: none"
                 until = _before_aside(forms, cue.first - answered)
                 start = max((stop + 1 for stop in stops if stop < until), default=0)
                 if forms[cue.first] in _BETWEEN_TWO:
                     start = max([start, *(i + 1 for i in range(cue.first) if forms[i] in ("with", ","))])
                 start = max([start, *(other.last + 1 for other in affirming if other.last < until)])
+                if cue.first - 1 in others and not {"and", "or"} & set(forms[max(0, cue.first - 4) : cue.first]):
+                    start = cue.first - 1
                 self._rules.append(_Rule(kind, start, cue.first, True))
         self._rules += [_Rule("uncertain", first, last + 1, False) for first, last in _alternatives(forms, named, taken)]
         self._within = [(cue.value.kind, cue.positions) for cue in kept if cue.value.kind in ("absent", "uncertain")]
@@ -101,6 +106,11 @@ class Assertions:
         between = [kind for kind, cue in self._within if own.isdisjoint(cue) and any(first < position < last for position in cue)]
         kinds.update(between)
         return next((stated for kind, stated in _STRENGTH.items() if kind in kinds), "present")
+
+
+def _noun_follows(forms: Sequence[str], cue: Match[Cue], nouns: Set[int]) -> bool:
+    """Whether what it may be about stands within three words of the cue: "emphysema with suspected bulla" leaves the first alone."""
+    return any(i in nouns and "," not in forms[cue.last : i] for i in range(cue.last + 1, cue.last + 5))
 
 
 def _before_aside(forms: Sequence[str], cue: int) -> int:

@@ -24,7 +24,7 @@ from reports.facts.statements import CHANGES, Change
 FILES = ("findings.yaml", "cues.yaml", "anatomy.yaml")
 
 Use = Literal["names", "denies", "leaves open", "none"]
-CueKind = Literal["absent", "uncertain", "reopened", "unstated", "neither", "stop", "affirms"]
+CueKind = Literal["absent", "uncertain", "reopened", "unstated", "neither", "stop", "affirms", "other"]
 Direction = Literal["before", "after", ""]
 
 _FINDING_KEYS = {"parents", "names", "always", "uncertain", "except", "unless", "location", "fixed", "kinds"}
@@ -200,6 +200,7 @@ def _cues(content: Mapping[str, Any]) -> Iterable[tuple[str, Cue]]:
     yield from ((phrase, Cue("neither")) for phrase in content["neither"])
     yield from ((phrase, Cue("stop")) for phrase in content["stops"])
     yield from ((phrase, Cue("affirms")) for phrase in content["affirms"])
+    yield from ((phrase, Cue("other")) for phrase in content["others"])
 
 
 def _attributes(
