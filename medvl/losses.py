@@ -44,12 +44,12 @@ def info_nce_of_logits(logits: Tensor, positives: Tensor, ignore: Tensor | None 
         logits: (B, M), any float type; computed in float32 at least.
         positives: (B, M) bool, or float: finite, 0 and more.
         ignore: (B, M) bool, pairs of which it is not known whether they match (an uncertain finding): they leave the denominators.
-            A row or column that is ignored whole is dropped.
+            A row or column that is ignored whole is dropped; where nothing is left the loss is 0, and so is its gradient.
         false_texts: (M,) bool, texts made to be false (hard negatives). One that is true of no image of the batch stands in the images'
             denominators and has no term of its own in L_text.
     Raises:
         ValueError: shapes or types that do not fit, a weight below 0 or not finite, a pair both positive and ignored, a row or column
-            without a positive, nothing left.
+            without a positive.
     Source: "Supervised Contrastive Learning", arXiv:2004.11362, eq. 2 (sum outside the log), here in both directions; with weights
         "CWCL: Cross-Modal Transfer with Continuously Weighted Contrastive Loss", arXiv:2309.14580, which weighs one direction only, and
         the soft targets of "MedCLIP", arXiv:2210.10163, in both.
@@ -68,8 +68,8 @@ def info_nce_of_logits(logits: Tensor, positives: Tensor, ignore: Tensor | None 
         scores = scores.masked_fill(ignore, -torch.inf)[rows][:, columns]
         weights = weights[rows][:, columns]
     stated = (weights > 0).any(0)  # all columns, unless there are false texts
-    if not stated.any():
-        raise ValueError("no pair of the batch is left that is positive and not ignored; leave such studies out")
+    if not stated.any():  # all of it dropped by ``ignore``, or made of false texts
+        return 0 * torch.where(logits.isfinite(), logits, 0).sum().to(scores.dtype)
     return (_mean_nll(scores, weights) + _mean_nll(scores.T[stated], weights.T[stated])) / 2
 
 

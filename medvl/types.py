@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
@@ -374,6 +375,9 @@ def equal_text_pairs(studies: Sequence[PairStudy]) -> TextPairs:
 
 class PairBuilder(Configurable, abc.ABC):
     """Base of what decides which texts of a batch are positives, negatives or neither; without one, a study's own and equal texts."""
+
+    unread: Mapping[str, str] = MappingProxyType({})
+    """study_id -> why its report could not be read as was asked for, after :meth:`prepare`; the study is paired all the same."""
 
     def prepare(self, studies: Sequence[KnownStudy]) -> None:
         """Told of every study of every split before training."""

@@ -134,7 +134,7 @@ class AlignmentCLI(LightningCLI):
         counts = ", ".join(f"{len(data.sets[split])} {split}" for split in splits)
         console.print(
             f"{'studies' if data.views == 'study' else 'images'}: {counts}"
-            + (f"; {self.rejected} left out, see {REJECTED}" if self.rejected else "")
+            + (f"; {self.rejected} left out or read in part, see {REJECTED}" if self.rejected else "")
         )
 
 

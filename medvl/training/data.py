@@ -118,13 +118,16 @@ class StudyDataModule(L.LightningDataModule):
             self.sets[split].drop_unreadable(progress)
 
     def skipped(self) -> list[Skipped]:
-        """Everything that was left out, and why."""
+        """Everything that was left out or could be read in part alone, and why."""
         assert self.manifest is not None
         rejected = [Skipped(bad.row, bad.study_id, bad.path, "; ".join(bad.reasons)) for bad in self.manifest.rejected]
-        return rejected + [skip for data in self.sets.values() for skip in data.skipped]
+        left_out = rejected + [skip for data in self.sets.values() for skip in data.skipped]
+        unread = {} if self.pairs is None else self.pairs.unread
+        rows = [row for row in self.manifest.rows if row.study_id in unread]
+        return left_out + [Skipped(row.row, row.study_id, str(row.path), unread[row.study_id]) for row in rows]
 
     def write_skipped(self, folder: Path) -> int:
-        """Write ``rejected.csv`` if anything was left out; how many."""
+        """Write ``rejected.csv`` if anything was left out, or read in part; how many rows."""
         skipped = self.skipped()
         if skipped:
             text = io.StringIO()

@@ -21,14 +21,15 @@ from torch import Tensor
 from medvl.types import KnownStudy, PairBuilder, PairStudy, SourcedText, StudyWords, TextPairs, equal_text_pairs
 from reports.facts import LexiconFacts
 from reports.facts.ontology import load_ontology
-from reports.facts.statements import FactSource, Statement
+from reports.facts.statements import FactSource, StatedSentence, Statement
 from reports.pairs.laterality import swap_left_and_right
 from reports.pairs.negatives import HardNegatives, Negative, hard_negatives
 from reports.pairs.null import has_no_visual_content
 from reports.pairs.soft import SoftTargets, label_similarity, text_similarity
 from reports.pairs.truth import FALSE, TRUE, UNKNOWN, Claim, Strictness, TruthTable, claims_of, swap_sides, with_disputes
 from reports.placeholders import is_doubtful
-from reports.providers.base import Provider
+from reports.providers.answers import AskingProvider, ProviderError
+from reports.providers.base import Provider, Reading
 from reports.sentences import report_sentences, split_sentences
 
 Across = Literal["text", "findings"]
@@ -82,7 +83,9 @@ class ReportPairs(PairBuilder):
         self.ontology = load_ontology(lexicon)
         self.table = TruthTable(self.ontology, strictness, unmentioned)
         self.exact = TruthTable(self.ontology, "all", unmentioned)  # for texts that must not be true by accident
+        self.unread: dict[str, str] = {}
         self._statements: dict[str, tuple[Statement, ...]] = {}
+        self._told: dict[str, tuple[Statement, ...]] = {}  # what reports that a provider knows say in these words
         self._claimed: dict[str, tuple[Claim, ...]] = {}
         self._null: dict[str, bool] = {}
         self._claims: dict[int, tuple[Claim, ...]] = {}
@@ -93,8 +96,8 @@ class ReportPairs(PairBuilder):
     def prepare(self, studies: Sequence[KnownStudy]) -> None:
         """Read every sentence of every report, and every text that may be drawn, once."""
         texts: dict[str, None] = {}
-        for study in studies:
-            whole = [claim for one in study.words for claim in self._read_whole(one)]
+        wholes = self._read_wholes(studies)
+        for study, whole in zip(studies, wholes, strict=True):
             said = [s for one in study.words for s in report_sentences(one.report, one.findings, one.impression)]
             drawn = [one.text for one in study.texts]
             claims = with_disputes([*whole, *(claim for text in (*said, *drawn) for claim in self.claims(text))], self.ontology)
@@ -111,27 +114,48 @@ class ReportPairs(PairBuilder):
             self._statements[text] = () if source is None else tuple(source.facts(text))
         return self._statements[text]
 
-    def _read_whole(self, words: StudyWords) -> list[Claim]:
-        """What a provider knows of a report, or of its sections, each of its sentences kept; nothing where it knows none.
+    def _read_wholes(self, studies: Sequence[KnownStudy]) -> list[list[Claim]]:
+        """What a provider knows of each study's reports; a report without an answer is noted in ``unread``.
 
         Providers know texts by the hash of the whole text; a lexicon is asked sentence by sentence, for those recur.
         """
         if not isinstance(self.facts, Provider):
-            return []
-        sections = [part for part in (words.findings, words.impression) if part]
-        texts = dict.fromkeys(part for part in (words.report, "\n\n".join(sections), *sections) if part)
+            return [[] for _ in studies]
+        found, in_a_row = [], 0
+        for study in studies:
+            claims: list[Claim] = []
+            for words in study.words:
+                known = _answer(self.facts, words)
+                in_a_row = in_a_row + 1 if isinstance(known, ProviderError) else 0
+                if not isinstance(known, ProviderError):
+                    claims += self._claims_of_known(known)
+                elif known.final or in_a_row >= AskingProvider.stops_after:
+                    raise known
+                else:
+                    self.unread[words.study_id] = f"no facts of the report: {known}; its texts are read by the provider's fallback"
+            found.append(claims)
+        return found
+
+    def _claims_of_known(self, known: Iterable[tuple[str, Reading]]) -> list[Claim]:
+        """What the readings of a study say, each of their sentences kept."""
         found: list[Claim] = []
-        for text in texts:
-            if not self.facts.knows(text):
-                continue
-            for sentence in self.facts.sentences(text):
+        for text, reading in known:
+            for sentence in reading.sentences(text):
                 if sentence.section in ("findings", "impression", "other"):
-                    here = (replace(s, start=s.start - sentence.start, end=s.end - sentence.start) for s in sentence.statements)
-                    self._statements[sentence.text] = tuple(here)
-                    self._claimed.pop(sentence.text, None)
-                    self._null.pop(sentence.text, None)
+                    self._keep(sentence)
                     found += claims_of(sentence.text, sentence.statements, self.ontology)
         return found
+
+    def _keep(self, sentence: StatedSentence) -> None:
+        """Note what a sentence of a report states. One that states other things in another report ("It is unchanged.") states nothing by
+        itself: what it means hangs on its neighbours, and each report has its own meaning of it already.
+        """
+        here = tuple(replace(s, start=s.start - sentence.start, end=s.end - sentence.start) for s in sentence.statements)
+        if sentence.text in self._told and self._told[sentence.text] != here:
+            here = ()
+        self._told[sentence.text] = self._statements[sentence.text] = here
+        self._claimed.pop(sentence.text, None)
+        self._null.pop(sentence.text, None)
 
     def claims(self, text: str) -> tuple[Claim, ...]:
         """What a text claims, each once; nothing where a removed word may have denied it ("XXXX pneumothorax")."""
@@ -279,6 +303,14 @@ class ReportPairs(PairBuilder):
         if negative.negated:
             return not _agree(negative.claims, read)
         return _agree(negative.claims, read)
+
+
+def _answer(facts: Provider, words: StudyWords) -> tuple[tuple[str, Reading], ...] | ProviderError:
+    """What a provider knows of a study, or why it gives no answer."""
+    try:
+        return facts.known(words.report, words.findings, words.impression)
+    except ProviderError as error:
+        return error
 
 
 def _agree(meant: Iterable[Claim], read: Iterable[Claim]) -> bool:

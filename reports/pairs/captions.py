@@ -5,14 +5,16 @@ Their wording is neither that of the evaluation prompts nor that of the syntheti
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
 from medvl.types import SourcedText, StudyWords, TextSource
 from reports.facts import LexiconFacts
 from reports.facts.ontology import Ontology, load_ontology
-from reports.facts.statements import FactSource
+from reports.facts.statements import FactSource, Statement
 from reports.pairs.truth import Claim, claims_of, with_disputes
+from reports.providers.base import Provider
 from reports.sentences import report_sentences
 
 _COUNTED = frozenset(
@@ -89,9 +91,9 @@ class HierarchicalCaptions(TextSource):
 
     def texts(self, report: str | None, findings: str | None, impression: str | None) -> tuple[str, ...]:
         """The captions of all findings, each once."""
-        sentences = report_sentences(report, findings, impression)
-        found = (claims_of(text, self.facts.facts(text), self.ontology) for text in sentences)
-        claims = with_disputes([claim for said in found for claim in said], self.ontology)
+        said = self._sentences(report, findings, impression)
+        found = (claims_of(text, statements, self.ontology) for text, statements in said)
+        claims = with_disputes([claim for claims in found for claim in claims], self.ontology)
         denied = {claim.finding for claim in claims if claim.disputed}
         shown = [
             claim
@@ -99,6 +101,18 @@ class HierarchicalCaptions(TextSource):
             if claim.state == "present" and claim.change != "resolved" and not denied & {claim.finding, *self._above(claim.finding)}
         ]
         return tuple(dict.fromkeys(caption for claim in shown for caption in hierarchy(claim, self.ontology)[: self.levels]))
+
+    def _sentences(self, report: str | None, findings: str | None, impression: str | None) -> Iterator[tuple[str, Iterable[Statement]]]:
+        """Sentences with what they state. A provider knows reports and sections, its fallback and a lexicon know sentences."""
+        source: FactSource | None = self.facts
+        if isinstance(source, Provider):
+            if known := source.known(report, findings, impression):
+                for text, reading in known:
+                    yield from ((s.text, s.statements) for s in reading.sentences(text) if s.section in ("findings", "impression", "other"))
+                return
+            source = source.fallback
+        if source is not None:
+            yield from ((text, source.facts(text)) for text in report_sentences(report, findings, impression))
 
     def _above(self, finding: str) -> tuple[str, ...]:
         return self.ontology.ancestors(finding) if finding in self.ontology.parents else ()

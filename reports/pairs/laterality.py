@@ -17,6 +17,11 @@ _OTHER = {
     "luq": "ruq",
     "llq": "rlq",
     "lij": "rij",
+    "lue": "rue",
+    "lle": "rle",
+    "lsc": "rsc",
+    "lscv": "rscv",
+    "levo": "dextro",
     "levoscoliosis": "dextroscoliosis",
     "levoscoliotic": "dextroscoliotic",
     "levocurvature": "dextrocurvature",
@@ -26,10 +31,12 @@ _OTHER = {
     "levocurve": "dextrocurve",
 }
 _SWAP = {**_OTHER, **{b: a for a, b in _OTHER.items()}}
-_LONG = "|".join(sorted((word for word in _SWAP if len(word) > 1), key=len, reverse=True))
+_LONG = "|".join(sorted((word for word in _SWAP if len(word) > 1 and word not in ("dextro", "levo")), key=len, reverse=True))
 _SIDE = re.compile(
     rf"(?<![A-Za-z])(?:(?P<stem>left|right)(?P<ending>wards?|most|[ -]?sided(?:ly)?|-?hand(?:ed)?)?|(?P<word>{_LONG})"
-    r"|(?P<letter>[LR])(?=\)|\.? (?:[a-z]|IJ|PICC|SC\b)))(?![A-Za-z])",
+    r"|(?P<turn>dextro|levo)(?=[ -](?:scolio|roto-?scolio|curv|convex))"
+    r"|(?P<letter>[LR])(?=\)|\.? (?:[a-z]|IJ|PICC|SC\b)|-(?:sided|IJ|PICC|SC|UE|LE)\b| ?[/<>=] ?[LR]\b)|(?<=[LR][/<>=])(?P<second>[LR])"
+    r"|(?<=[LR] [/<>=] )(?P<third>[LR]))(?![A-Za-z])",
     re.IGNORECASE,
 )
 _REFUSED = re.compile(
@@ -40,27 +47,34 @@ _REFUSED = re.compile(
     r"|\bmiddle lobe|\bRML\b|\blingul\w*|\b(?:minor|horizontal) fissure|\bazygos\b|\b[LR]VH\b|\b[LR]AE\b|\b[LR]V\b|\bLAD\b"
     r"|\b(?:dextro|levo)(?:card\w+|version\w*|position\w*|rotat\w+|phase\w*|transposition)|\bsitus\b|\bhand\w*\W+domina\w+"
     # sides that are no sides of the image
+    r"|\b[LR](?:MSB|MB|PA|VOT|CA|AO|PO|HD)\b|\b\d{1,2}[LR]\b"
     r"|\bright (?:now|away|angle)|\ball right\b|\bhas left\b|\bR/O\b",
     re.IGNORECASE,
 )
-_LONE_LETTER = re.compile(r"(?<![A-Za-z0-9/.'-])[LR](?![A-Za-z0-9/'-])")
+_LEFT_OVER = re.compile(
+    # a letter by itself, other than of a vertebra (L1, L-1, L-spine), and abbreviations that may begin with a side
+    r"(?<![A-Za-z0-9'])[LR](?![A-Za-z0-9']|-\d|-?spine|-?S\b)|(?<![A-Za-z])(?i:dextro|levo|sinistr|dexter)|(?<![A-Za-z0-9-])[LR][B-DF-HJ-NP-TV-Z]{1,3}(?![A-Za-z0-9])"
+)
+_NO_SIDE = frozenset({"LN", "LNS", "LP", "LDCT", "RT", "LT", "LR", "RF", "RR", "RSV", "RX", "LVL", "RBC", "RN", "RPT"})
+"""Abbreviations that begin like a side and are none."""
 
 
 def swap_left_and_right(text: str) -> str | None:
     """The text with sides changed: left and right, RUL and LUL, dextro- and levoscoliosis; capitals as they were.
 
     None where it cannot be written: the text names what has its name from a side ("left ventricle"), what one side lacks ("right middle
-    lobe", "lingula"), or a letter R or L of unclear meaning. A text without any side comes back as it is.
+    lobe", "lingula"), a letter R or L, or an abbreviation that begins with one, of unclear meaning. A text without any
+    side comes back as it is.
     """
     if _REFUSED.search(text):
         return None
     swapped = _SIDE.sub(_other_side, text)
-    left_over = _LONE_LETTER.search(_SIDE.sub("", text))
-    return None if left_over else swapped
+    left_over = (found[0] for found in _LEFT_OVER.finditer(_SIDE.sub("", text)))
+    return None if any(word not in _NO_SIDE for word in left_over) else swapped
 
 
 def _other_side(match: re.Match[str]) -> str:
-    word = match["stem"] or match["word"] or match["letter"]
+    word = next(match[group] for group in ("stem", "word", "turn", "letter", "second", "third") if match[group])
     return _like(word, _SWAP[word.lower()]) + (match["ending"] or "")
 
 

@@ -15,7 +15,7 @@ _PATTERNS = (
     r"(?:none|n/?a|not applicable|see (?:above|below|findings|impression|report|body of)|as (?:noted )?(?:above|described|stated))\b",
     r"(?:other|additional)? ?findings? (?:as|are) (?:as )?(?:above|described|detailed|noted)\b",
     r"(?:no|without) (?:relevant |available |previous |earlier |old )*(?:prior|comparison|previous|earlier|old)s?\b"
-    r"(?: (?:\w+ )?(?:study|studies|exams?|examinations?|images?|imaging|films?|radiographs?|x-?rays?|chest|ct|cts))*"
+    r"(?:(?: \w+){0,4} (?:study|studies|exams?|examinations?|images?|imaging|films?|radiographs?|x-?rays?|chest|ct|cts))?"
     r"(?: (?:is|are|was|were|available|for|comparison|at|this|time))*[ .]*$",
     # comparison with what is not here
     r"(?:comparison|reference) (?:is|was|has been)? ?(?:made|performed|done)?\b.*\b(?:to|with)\b",
@@ -31,7 +31,8 @@ _PATTERNS = (
     # what to do next
     r"(?:\W*(?:please|suggest|consider|advise|recommend)\b)",
     r".*\b(?:is|are|was|were|would be|may be|can be|could be|should be) (?:recommended|suggested|advised|advisable|warranted|helpful|"
-    r"of (?:value|benefit)|obtained|considered|performed)\b",
+    r"of (?:value|benefit)|obtained|performed)\b",
+    r".*\b(?:may|might|can|could|should) be considered(?: (?:if|for|to|when|in|as|at|given|with)\b|[ .]*$)",
     r"(?:clinical|radiographic|ct|imaging|close|short[ -]term|interval) ?(?:\w+ )?(?:correlation|follow[ -]?up)\b",
     r"(?:follow[ -]?up|further evaluation|attention on follow)",
     r"(?:correlate|correlation)\b",
@@ -46,13 +47,16 @@ _PATTERNS = (
     r"(?:ct|computed tomography|examination|exam|study|procedure|technique|indication|history|clinical (?:history|information))[ :]*[.]*$",
     r"(?:the )?(?:exam(?:ination)?|study|patient) (?:was|is) (?:performed|done|obtained|limited by|rotated)\b",
 )
+_LONGEST = 1000
+"""Characters; whatever is longer has content. The patterns take time that grows with the square of the length."""
+
 _NULL = re.compile("|".join(f"(?:{pattern})" for pattern in _PATTERNS), re.IGNORECASE)
 
 
 def has_no_visual_content(sentence: str) -> bool:
     """Whether the words speak of no image of the study; ask only of a sentence that states no finding.
 
-    Removed words (XXXX, ___) count as nothing. What no pattern knows is taken to have content.
+    Removed words (XXXX, ___) count as nothing. What no pattern knows, and what is very long, is taken to have content.
     """
     words = " ".join(PLACEHOLDER.sub(" ", sentence).split()).strip(" -:;,")
-    return not has_words(words) or _NULL.match(words) is not None
+    return not has_words(words) or (len(words) <= _LONGEST and _NULL.match(words) is not None)

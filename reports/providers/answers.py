@@ -56,6 +56,8 @@ class AskingProvider(Provider):
         fallback: see :class:`Provider`; asked for a text whose answer broke the format.
     """
 
+    asks = True
+
     stops_after = 10
     """How many texts one after the other may get no answer before :meth:`fill` stops."""
 

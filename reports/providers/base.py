@@ -1,7 +1,8 @@
 """Providers: sources of facts that were made elsewhere, each fact checked against the text before anyone sees it.
 
 A provider gives a :class:`Reading` of a text; the sentences, the minimal sentences and the audit follow from it. A fact whose words are
-not in the text is refused, as is one with a side or a size that its sentence does not give: language models make such things up.
+not in the text is refused, as is one with a size that its sentence does not give, or a side that neither its sentence nor what stands
+before it in the text names: language models make such things up.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from medvl.types import Fact
-from reports.facts.statements import FactSource, StatedSentence, Statement
+from reports.facts.statements import FactSource, StatedSentence, Statement, described
 from reports.providers.minimal import is_minimal, minimal_sentences
 from reports.providers.names import FindingNames
 from reports.providers.records import FactRecord, Rejection, ReportRecord, SentenceRecord
-from reports.providers.spans import CompactText, gives_size, names_other_side, stated_sentences
+from reports.providers.spans import CompactText, gives_size, names_other_side, names_side, stated_sentences
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,22 @@ class Reading:
     rejections: tuple[Rejection, ...] = ()
     whole: bool = False  # the statements are of the text as a whole, and of no sentence in it
 
+    def sentences(self, text: str) -> tuple[StatedSentence, ...]:
+        """Every sentence of the text that was read, in order, with its facts."""
+        if not self.whole:
+            return stated_sentences(text, self.statements, self.comparisons)
+        if not text.strip():
+            return ()
+        sections = {s.section for s in stated_sentences(text, ())}
+        section = sections.pop() if len(sections) == 1 else "other"
+        return (StatedSentence(" ".join(text.split()), 0, len(text), section, self.statements),)
+
+    def minimal_sentences(self, text: str) -> tuple[str, ...]:
+        """The minimal sentences of the text that was read: those made elsewhere, else made from the facts; each once, in order."""
+        if self.minimal is None:
+            return minimal_sentences(described(self.sentences(text)))
+        return tuple(dict.fromkeys(self.minimal))
+
 
 class Provider(FactSource):
     """Base of providers.
@@ -35,6 +52,9 @@ class Provider(FactSource):
     Args:
         fallback: asked for the sentences of a text that the provider does not know; without it, they state nothing.
     """
+
+    asks = False
+    """Whether a reading may cost a question to somebody."""
 
     def __init__(self, fallback: FactSource | None = None) -> None:
         self.fallback = fallback
@@ -52,18 +72,25 @@ class Provider(FactSource):
         reading = self.reading(text)
         if reading is None:
             return self.fallback.sentences(text) if self.fallback is not None else stated_sentences(text, ())
-        if reading.whole:
-            found = stated_sentences(text, reading.statements)
-            section = found[0].section if found and len({s.section for s in found}) == 1 else "other"
-            return (StatedSentence(" ".join(text.split()), 0, len(text), section, reading.statements),) if text.strip() else ()
-        return stated_sentences(text, reading.statements, reading.comparisons)
+        return reading.sentences(text)
+
+    def known(self, report: str | None, findings: str | None, impression: str | None) -> tuple[tuple[str, Reading], ...]:
+        """(text, reading) of what is known of a study: of its report, else of both sections with a blank line between, else of each.
+
+        A provider that asks is asked for the first of these that there is, and for no other.
+        """
+        sections = tuple(part for part in (findings, impression) if part and part.strip())
+        joined = ("\n\n".join(sections),) if len(sections) > 1 else ()
+        for choice in ((report,) if report and report.strip() else (), joined, sections):
+            found = tuple((text, reading) for text in choice if (reading := self.reading(text)) is not None)
+            if found or (choice and self.asks):
+                return found
+        return ()
 
     def minimal(self, text: str) -> tuple[str, ...]:
         """The minimal sentences of a text: those made elsewhere, else made from the facts; each once, in order."""
         reading = self.reading(text)
-        if reading is None or reading.minimal is None:
-            return minimal_sentences(self.facts(text))
-        return tuple(dict.fromkeys(reading.minimal))
+        return minimal_sentences(self.facts(text)) if reading is None else reading.minimal_sentences(text)
 
 
 @dataclass(frozen=True)
@@ -155,6 +182,8 @@ def _check(fact: FactRecord, text: CompactText, sentence: tuple[int, int], names
     words = text.text[sentence[0] : sentence[1]]
     if names_other_side(words, fact.side):
         return "the sentence names the other side only"
+    if not names_side(text, fact.side, sentence[1]):
+        return "neither the sentence nor the text before it names the side"
     if fact.size_mm is not None and not gives_size(words, fact.size_mm):
         return "the size is not in the sentence"
     made = Fact(finding, fact.state, fact.side, fact.location, fact.severity, fact.size_mm, fact.kind)

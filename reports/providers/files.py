@@ -10,6 +10,7 @@ some 200 bytes a report whatever the file's size.
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import logging
 import os
@@ -71,14 +72,20 @@ class JsonlFacts(Provider):
         places: dict[str, _Place] = {}
         rejections: list[Rejection] = []
         rows: dict[str, int] = {}
+        contents: dict[int, bytes] = {}  # line -> hash of what it says, for equal reports of two studies are no fault
         with self.path.open("rb") as file:
             self._stamp = _stamp(file)
             for place, data in _lines(file):
                 try:
-                    keys = _keys(_parse(data), studies, rows, place.row)
+                    line = _parse(data)
+                    keys = _keys(line, studies, rows, place.row)
                 except RecordError as error:
                     rejections += [Rejection(place.row, where, reason) for where, reason in error.faults]
                     continue
+                contents[place.row] = hashlib.sha256(line.model_dump_json(include={"sentences"}).encode()).digest()
+                others = {places[key].row for key in keys if key in places and contents[places[key].row] != contents[place.row]}
+                if others:
+                    rejections.append(Rejection(place.row, "", f"the text of line {min(others)} with other sentences; that one counts"))
                 for key in keys:
                     places.setdefault(key, place)
         self._places, self.rejections = places, tuple(rejections)

@@ -46,6 +46,17 @@ class CompactText:
             counts.append(seen)
         return tuple(counts)
 
+    @cached_property
+    def sides(self) -> dict[str, int]:
+        """Side -> offset in ``text`` where it is first named, by a word or by a place that only one side has."""
+        words, found = words_of(self.text), dict[str, int]()
+        one_sided = {place: side for side, place in _ONE_SIDED.items()}
+        for match in load_lexicon().attributes.find(words.forms):
+            for side in (match.value.side, one_sided.get(match.value.place or "")):
+                if side:
+                    found[side] = min(words.starts[match.first], found.get(side, len(self.text)))
+        return found
+
     def span(self, first: int, last: int) -> tuple[int, int]:
         """(start, end) in ``text`` of the compact characters ``first`` to ``last``, both included."""
         return self.places[first], self.places[last] + 1
@@ -84,6 +95,12 @@ def stated_sentences(text: str, statements: Iterable[Statement], comparisons: Se
         for section in section_spans(text)
         for start, end in ((section.body + a, section.body + b) for a, b in sentence_spans(text[section.body : section.end]))
     )
+
+
+def names_side(text: CompactText, side: str | None, end: int) -> bool:
+    """Whether the text names a side before the offset ``end``, in a sentence or for a section; both sides are bilateral. True of None."""
+    named = {one for one, first in text.sides.items() if first < end}
+    return side is None or side in named or "bilateral" in named or (side == "bilateral" and {"left", "right"} <= named)
 
 
 def names_other_side(words: str, side: str | None) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from medvl.types import TextSource
 from reports.facts.statements import FactSource, described
 from reports.providers.base import Provider
@@ -11,8 +13,8 @@ from reports.providers.minimal import minimal_sentences
 class MinimalSentences(TextSource):
     """The minimal sentences of a study, for recipes.
 
-    A study's report, findings and impression are tried until the source knows one: the report, both sections with a blank line between,
-    each section. A lexicon knows every text and is given the sections where there are any.
+    A provider gives what it knows of a study (:meth:`reports.providers.base.Provider.known`). A lexicon knows every text and is given the
+    sections where there are any.
 
     Args:
         source: what knows the facts: a lexicon, or a provider of facts made elsewhere.
@@ -27,23 +29,21 @@ class MinimalSentences(TextSource):
 
     def texts(self, report: str | None, findings: str | None, impression: str | None) -> tuple[str, ...]:
         """The different minimal sentences in their order."""
-        sections = tuple(part for part in (findings, impression) if part and part.strip())
-        whole = (report,) if report and report.strip() else ()
-        made = (sentence for text in self._known(whole, sections) for sentence in self._minimal(text))
-        wanted = tuple(dict.fromkeys(sentence for sentence in made if self._wanted(sentence)))
+        wanted = tuple(dict.fromkeys(sentence for sentence in self._made(report, findings, impression) if self._wanted(sentence)))
         return wanted or (self.otherwise.texts(report, findings, impression) if self.otherwise is not None else ())
 
-    def _known(self, whole: tuple[str, ...], sections: tuple[str, ...]) -> tuple[str, ...]:
-        if not isinstance(self.source, Provider):
-            return sections or whole
-        choices = (whole, ("\n\n".join(sections),), sections) if len(sections) > 1 else (whole, sections)
-        for choice in choices:
-            if known := tuple(text for text in choice if self.source.knows(text)):
-                return known
-        return () if self.source.fallback is None else sections or whole
-
-    def _minimal(self, text: str) -> tuple[str, ...]:
-        return self.source.minimal(text) if isinstance(self.source, Provider) else minimal_sentences(described(self.source.sentences(text)))
+    def _made(self, report: str | None, findings: str | None, impression: str | None) -> Iterator[str]:
+        source: FactSource | None = self.source
+        if isinstance(source, Provider):
+            if known := source.known(report, findings, impression):
+                for text, reading in known:
+                    yield from reading.minimal_sentences(text)
+                return
+            source = source.fallback
+        if source is not None:
+            sections = [part for part in (findings, impression) if part and part.strip()]
+            for text in sections or [part for part in (report,) if part and part.strip()]:
+                yield from minimal_sentences(described(source.sentences(text)))
 
     def _wanted(self, sentence: str) -> bool:
         _, verb, word = sentence.casefold().split()[:3]  # "there", "is" and "no", or "may" and "be"

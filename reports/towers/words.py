@@ -6,12 +6,15 @@ letters and digits, a number with its decimals, or one other sign. Shapes: M tex
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+_REACH, _SURE = 40, 4
+"""How many characters apart, both texts together, two places may be that belong together again, and how many must agree there: two after
+one character, more after more."""
 
 Span = tuple[int, int]
 Group = tuple[int, ...]
@@ -33,22 +36,40 @@ def origins(text: str, cleaned: str) -> list[int]:
     """For every character of ``cleaned`` the index in ``text`` that it came from, never falling; ``len(text)`` at the end is one more.
 
     Runs of white space made one, and small letters for capitals, are followed exactly. What else a cleaning did (entities, accents) is
-    found as the longest parts in common; a character of no such part gets the place of the one before it.
+    passed over to where the two next agree for a few characters, no further than a bound away; a character that came from none gets the
+    place of the one before it. The time grows with the length alone, whatever the texts.
     """
     kept = [i for i, c in enumerate(text) if not c.isspace() or (i > 0 and not text[i - 1].isspace())]
     while kept and text[kept[-1]].isspace():
         kept.pop()
     if len(kept) == len(cleaned) and all(_same(text[i], c) for i, c in zip(kept, cleaned, strict=True)):
         return [*kept, len(text)]
-    places = [-1] * len(cleaned)
-    for block in difflib.SequenceMatcher(None, text.lower(), cleaned.lower(), autojunk=False).get_matching_blocks():
-        for k in range(block.size):
-            if block.a + k < len(text) and block.b + k < len(cleaned):  # small letters may be more characters than the capital
-                places[block.b + k] = block.a + k
-    last = 0
-    for i, place in enumerate(places):
-        last = places[i] = max(last, place)
+    places, i, last = list[int](), 0, 0
+    while len(places) < len(cleaned):
+        j = len(places)
+        if not _agree(text, i, cleaned, j, 1):
+            skipped, made = next(
+                (
+                    (s, n - s)
+                    for n in range(1, _REACH)
+                    for s in range(n, -1, -1)
+                    if _agree(text, i + s, cleaned, j + n - s, min(n + 1, _SURE))
+                ),
+                (1, 1),
+            )
+            places += [last] * min(made, len(cleaned) - j)
+            i += skipped
+            continue
+        last = min(i, len(text) - 1)
+        places.append(last)
+        i += 1
     return [*places, len(text)]
+
+
+def _agree(text: str, i: int, cleaned: str, j: int, count: int) -> bool:
+    """Whether ``count`` characters from ``i`` and ``j`` on are the same, or as many as ``cleaned`` still has and at least one."""
+    rest = min(count, len(cleaned) - j)
+    return 0 < rest <= len(text) - i and all(_same(text[i + k], cleaned[j + k]) for k in range(rest))
 
 
 def _same(original: str, cleaned: str) -> bool:

@@ -247,11 +247,16 @@ def test_weights_that_are_none_are_refused(weight):
         info_nce_of_logits(torch.zeros(3, 3), weights)
 
 
-def test_masks_of_another_shape_and_a_batch_of_nothing_are_refused():
+def test_masks_of_another_shape_are_refused():
     logits, eye = torch.zeros(2, 2), torch.eye(2)
     with pytest.raises(ValueError, match=r"false_texts must be bool of shape \(2,\)"):
         info_nce_of_logits(logits, eye, None, torch.zeros(3, dtype=torch.bool))
     with pytest.raises(ValueError, match="ignore must be bool"):
         info_nce_of_logits(logits, eye, eye)
-    with pytest.raises(ValueError, match="no pair of the batch is left"):
-        info_nce_of_logits(logits, torch.zeros(2, 2), torch.ones(2, 2, dtype=torch.bool))
+
+
+def test_a_batch_of_which_nothing_is_left_costs_nothing_and_moves_nothing():
+    logits = torch.tensor([[1.0, math.inf], [2.0, 3.0]], requires_grad=True)
+    loss = info_nce_of_logits(logits, torch.zeros(2, 2), torch.ones(2, 2, dtype=torch.bool))
+    loss.backward()
+    assert loss.item() == 0 and logits.grad.tolist() == [[0, 0], [0, 0]]

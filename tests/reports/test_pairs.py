@@ -29,6 +29,7 @@ from reports.pairs.laterality import swap_left_and_right
 from reports.pairs.null import has_no_visual_content
 from reports.pairs.soft import cwcl_weights, label_similarity, soften, softmax_weights, text_similarity
 from reports.pairs.truth import Claim
+from reports.providers.answers import CallableFacts, ProviderError
 from reports.providers.files import JsonlFacts
 from reports.sentences import report_sentences
 from reports.synthetic import sentence_templates
@@ -203,6 +204,67 @@ def test_facts_made_elsewhere_are_found_by_whole_reports(tmp_path: Path) -> None
     assert [c.finding for c in builder.claims("Nothing else of note.")] == ["pneumothorax"]
 
 
+def answers(known: dict[str, list[tuple[str, str, str]]], calls: list[str]) -> CallableFacts:
+    """A source that is asked: text -> (sentence, finding, state); of other texts no answer is to be had."""
+
+    def function(text: str) -> dict[str, Any]:
+        calls.append(text)
+        if text not in known:
+            raise RuntimeError
+        said = [{"text": s, "facts": [{"finding": f, "state": state, "quote": s}]} for s, f, state in known[text]]
+        return {"sentences": said}
+
+    return CallableFacts(function, "mine", "1", fallback=LexiconFacts())
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (1, 2, 0), (2, 1, 0)])
+def test_a_sentence_that_leans_on_its_neighbours_means_nothing_alone(order: tuple[int, ...]) -> None:
+    """That "It is unchanged." is an effusion in one report and a nodule in another is true of each, and of no third."""
+    reports = {0: "Effusion. It is unchanged.", 1: "Nodule. It is unchanged.", 2: "Effusion and nodule."}
+    known = {
+        reports[0]: [("Effusion.", "pleural_effusion", "present"), ("It is unchanged.", "pleural_effusion", "present")],
+        reports[1]: [("Nodule.", "lung_nodule", "present"), ("It is unchanged.", "lung_nodule", "present")],
+        reports[2]: [("Effusion and nodule.", "pleural_effusion", "present")],
+    }
+    calls: list[str] = []
+    builder = ReportPairs(facts=answers(known, calls), strictness="finding")
+    _, positives, _ = batch(builder, {i: reports[i] for i in order})
+    by_study = dict(zip(order, positives, strict=True))
+    assert set(by_study[0]) == {"Effusion.", "It is unchanged.", "Effusion and nodule."}
+    assert set(by_study[1]) == {"Nodule.", "It is unchanged."}
+    assert set(by_study[2]) == {"Effusion and nodule.", "Effusion."}
+    assert sorted(calls) == sorted(reports.values())  # each report once, its parts never
+
+
+def test_a_source_that_gives_no_answer_is_listed_and_the_fallback_reads() -> None:
+    reports = {0: "There is a pleural effusion.", 1: "No pneumothorax."}
+    builder = ReportPairs(facts=answers({reports[0]: [(reports[0], "pleural_effusion", "present")]}, []))
+    batch(builder, reports)
+    assert list(builder.unread) == ["1"] and "RuntimeError" in builder.unread["1"] and "pneumothorax" not in builder.unread["1"]
+    assert [(c.finding, c.state) for c in builder.claims(reports[1])] == [("pneumothorax", "absent")]
+
+
+def test_a_source_that_never_answers_ends_the_preparation() -> None:
+    calls: list[str] = []
+    with pytest.raises(ProviderError):
+        batch(ReportPairs(facts=answers({}, calls)), {i: f"Report {i}." for i in range(50)})
+    assert len(calls) == 10
+
+
+def test_a_batch_of_texts_without_content_alone_is_no_fault() -> None:
+    made, positives, _ = batch(ReportPairs(without_content="ignore"), {0: "Comparison is made to the prior study.", 1: "None."})
+    assert made.ignore is not None and made.ignore.all() and positives == [{}, {}]
+    assert info_nce_of_logits(torch.zeros(made.positives.shape), made.positives, made.ignore) == 0
+
+
+def test_captions_of_facts_made_elsewhere() -> None:
+    report = "Fluid layers here. Nothing else."
+    calls: list[str] = []
+    captions = HierarchicalCaptions(answers({report: [("Fluid layers here.", "pleural_effusion", "present")]}, calls), levels=2)
+    assert captions.texts(report, "Fluid layers here.", "Nothing else.") == HierarchicalCaptions(levels=2).texts("Effusion.", None, None)
+    assert calls == [report]
+
+
 # ------------------------------------------------------------------------------------------------------------ soft targets
 
 
@@ -342,6 +404,11 @@ def test_no_sentence_of_the_templates_is_without_content() -> None:
         ("Fracture at L1 and L2.", "Fracture at L1 and L2."),
         ("Nodule (R) is calcified.", "Nodule (L) is calcified."),
         ("Right IJ catheter.", "Left IJ catheter."),
+        ("L-sided effusion, R-IJ line.", "R-sided effusion, L-IJ line."),
+        ("LUE PICC, RSC port.", "RUE PICC, LSC port."),
+        ("Effusions, L>R; L/R asymmetry.", "Effusions, R>L; R/L asymmetry."),
+        ("Mild dextro-scoliosis.", "Mild levo-scoliosis."),
+        ("Fusion of the L-spine, L-1 and LN seen.", "Fusion of the L-spine, L-1 and LN seen."),
     ],
 )
 def test_sides_are_swapped_in_words(text: str, expected: str) -> None:
@@ -355,7 +422,8 @@ def test_sides_are_swapped_in_words(text: str, expected: str) -> None:
         "The left ventricle is enlarged.", "Right middle lobe atelectasis.", "Consolidation in the lingula.", "RML opacity.",
         "Dextrocardia.", "Levocardia with situs inversus.", "The tip is in the right atrium.", "Enlarged left atrial appendage.",
         "Left main bronchus intubated.", "Fluid in the minor fissure.", "Azygos lobe.", "R/O pneumonia.", "The right heart border.",
-        "LAD stent.", "The patient has left the department.", "Seen on L.",
+        "LAD stent.", "The patient has left the department.", "Seen on L.", "Tip in the LMSB.", "Node of station 4R.", "Rotated R-wards.",
+        "Tip in RBCV.", "Levo-version.", "R: clear.",
     ],
 )  # fmt: skip
 def test_what_cannot_be_said_of_the_flipped_image_is_refused(text: str) -> None:
@@ -387,6 +455,27 @@ def test_templates_change_sides_as_their_facts_do() -> None:
 
 
 # -------------------------------------------------------------------------------------------------------------- several texts
+
+
+@pytest.mark.parametrize(
+    "text", ["no prior" + " study" * 150 + " x", "discussed with " * 60, "at 1 " * 190 + "x", "no comparison " * 70 + "x"]
+)
+def test_no_words_take_long_to_be_found_without_content(text: str) -> None:
+    """Among them some that a pattern could read in more ways than there are atoms: unless each is read in one, this never ends."""
+    assert not has_no_visual_content(text + " y" * 5)
+    assert not has_no_visual_content("None. " + text * 20)
+
+
+@pytest.mark.parametrize(
+    ("text", "null"),
+    [
+        ("The heart is considered normal.", False),
+        ("CT may be considered.", True),
+        ("Follow-up could be considered if symptoms persist.", True),
+    ],
+)
+def test_considered_is_a_plan_or_a_judgement(text: str, null: bool) -> None:
+    assert has_no_visual_content(text) is null
 
 
 def test_sources_are_mixed_with_their_names(tmp_path: Path) -> None:

@@ -159,6 +159,38 @@ def test_made_up_facts_are_refused_and_the_others_stay(tmp_path, changes, reason
     assert [s.fact.finding for s in reading.statements] == ["pneumothorax", "edema", "lung_nodule"]
 
 
+@pytest.mark.parametrize(
+    ("report", "side", "kept"),
+    [
+        ("There is an effusion.", "left", False),  # made up
+        ("The left lung: there is an effusion.", "left", True),
+        ("Left base is hazy. There is an effusion.", "left", True),  # named before
+        ("There is an effusion. The left base is clear.", "left", False),  # named after
+        ("Right base clear. Left base hazy. There is an effusion.", "bilateral", True),
+        ("Left base hazy. There is an effusion.", "bilateral", False),
+        ("Hazy lingula. There is an effusion.", "left", True),
+        ("Both bases hazy. There is an effusion.", "right", True),
+    ],
+)
+def test_a_side_is_named_in_the_sentence_or_before_it(tmp_path, report, side, kept):
+    sentence = "There is an effusion." if "There is" in report else report
+    sentence = report if report.startswith("The left lung") else sentence
+    fact = {"finding": "pleural_effusion", "state": "present", "side": side, "quote": "effusion"}
+    record = {"text_sha256": sha256(report), "sentences": [{"text": sentence, "facts": [fact]}]}
+    reading = JsonlFacts(jsonl(tmp_path / "facts.jsonl", record)).reading(report)
+    assert [s.fact.side for s in reading.statements] == [side] * kept
+    assert [r.reason for r in reading.rejections] == ["neither the sentence nor the text before it names the side"] * (not kept)
+
+
+def test_two_lines_of_one_text_are_one_if_they_say_the_same(tmp_path):
+    one = {"text_sha256": sha256(REPORT), **changed()}
+    other = {"text_sha256": sha256(REPORT), "sentences": []}
+    assert JsonlFacts(jsonl(tmp_path / "a.jsonl", one, one)).rejections == ()
+    source = JsonlFacts(jsonl(tmp_path / "b.jsonl", one, other))
+    assert source.rejections == (Rejection(2, "", "the text of line 1 with other sentences; that one counts"),)
+    assert len(source.reading(REPORT).statements) == 4
+
+
 def test_a_sentence_that_is_not_in_the_report_is_refused_with_its_facts(tmp_path):
     record = {"text_sha256": sha256(REPORT), "sentences": [{"text": "Large mass.", "facts": [{"finding": "mass", "state": "present"}]}]}
     reading = JsonlFacts(jsonl(tmp_path / "facts.jsonl", record)).reading(REPORT)

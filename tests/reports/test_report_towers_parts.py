@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -73,6 +74,35 @@ def test_characters_of_a_tidied_text_are_those_they_came_from(text: str) -> None
 def test_any_cleaning_has_a_place_for_every_character(text: str, cleaned: str) -> None:
     places = origins(text, cleaned)
     assert len(places) == len(cleaned) + 1 and places == sorted(places) and all(0 <= place <= len(text) for place in places)
+
+
+@pytest.mark.parametrize(
+    ("text", "cleaned"),
+    [
+        ("Nodule, 1.5 cm; T2 & FLAIR.", "nodule 15 cm t2 flair"),
+        ("Caf\u00e9 au lait &amp; more &lt;tests&gt; done", "cafe au lait & more <tests> done"),
+        ("a" * 50 + " &amp; b" * 20 + "c" * 50, "a" * 50 + " & b" * 20 + "c" * 50),
+    ],
+)
+def test_characters_stay_with_their_words_through_a_cleaning(text: str, cleaned: str) -> None:
+    places = origins(text, cleaned)
+    wrong = [i for i, c in enumerate(cleaned) if text[places[i]].lower() != c and c.isalnum() and c != "e"]
+    assert wrong == []
+
+
+def test_places_of_a_long_and_hostile_text_are_found_in_time_that_grows_with_it() -> None:
+    """Looking up characters is counted: some hundreds for each, whatever the texts; the longest common parts would take its square."""
+
+    class Counted(str):
+        looked_at = 0
+
+        def __getitem__(self, key: Any) -> str:
+            Counted.looked_at += 1
+            return super().__getitem__(key)
+
+    text = Counted("ab" * 10_000)
+    places = origins(text, "ba" * 5_000 + "c" * 5_000)
+    assert len(places) == 15_001 and Counted.looked_at < 1000 * 15_000
 
 
 def test_groups_are_averaged_row_by_row_and_gradients_flow() -> None:
