@@ -25,6 +25,34 @@ _BETWEEN_TWO = frozenset({"versus", "vs"})
 _PLAIN = frozenset({"present", "noted", "unchanged", "stable"})
 """Verbs that affirm even after a denial: "no effusion, calcifications are present"; "no mass, nodule was detected" denies both."""
 
+_AFTER_A_VERDICT = frozenset(
+    {
+        ",",
+        ";",
+        ".",
+        ")",
+        "(",
+        ":",
+        "?",
+        "and",
+        "or",
+        "but",
+        "on",
+        "in",
+        "at",
+        "by",
+        "with",
+        "within",
+        "given",
+        "due",
+        "from",
+        "as",
+        "though",
+    }
+    | {"although", "because", "since", "if"}
+)
+"""What may follow a word of doubt that closes what it says: "effusion possible, ...", "nodule suspected in the apex"."""
+
 _CONCEDING = frozenset({"while", "although", "though", "despite"})
 """Openings of a clause that ends at the first comma."""
 
@@ -63,6 +91,8 @@ class Assertions:
     ) -> None:
         inside = [set(positions) for positions in named]
         others = {cue.last for cue in cues if cue.value.kind == "other"}
+        firsts = {positions[0] for positions in named}
+        cues = [cue for cue in cues if forms[cue.first] != ":" or cue.value.direction == "before" or _is_answer(forms, cue, firsts)]
         outside = [c for c in longest(cues) if c.value.kind != "other" and not any(set(c.positions) <= words for words in inside)]
         kept = _apart([cue for cue in outside if cue.value.kind != "affirms"])
         taken = {position for cue in kept for position in cue.positions}
@@ -71,8 +101,8 @@ class Assertions:
         if forms and forms[0] in _CONCEDING and "," in forms:
             stops.append(forms.index(","))
         self._rules: list[_Rule] = []
-        starts = {p[0] for p in named} | others
-        forward = {cue.positions for cue in kept if cue.value.direction == "before" and _noun_follows(forms, cue, starts)}
+        hedges = [cue.last for cue in kept if cue.value == Cue("uncertain", "before")]
+        both_ways = {cue.positions for cue in kept if cue.value.direction == "before"}
         for cue in kept:
             kind, direction = cue.value.kind, cue.value.direction
             if kind not in _STRENGTH:
@@ -82,12 +112,12 @@ class Assertions:
                 if kind == "absent":
                     end = _end_of_list(forms, cue.last, end, named, affirming, describing)
                 self._rules.append(_Rule(kind, cue.first + 1, end, False))  # "no visible" may share a word with what it denies
-            elif cue.positions not in forward or forms[cue.first] in _BETWEEN_TWO or len(cue.positions) > 1:
+            elif forms[cue.first] in _BETWEEN_TWO or cue.positions not in both_ways or not _looks_forward(forms, cue, firsts):
                 answered = cue.first > 0 and forms[cue.first - 1] == ":"  # "Effusion: none"
                 until = _before_aside(forms, cue.first - answered)
                 start = max((stop + 1 for stop in stops if stop < until), default=0)
                 if forms[cue.first] in _BETWEEN_TWO:
-                    start = max([start, *(i + 1 for i in range(cue.first) if forms[i] in ("with", ","))])
+                    start = max([start, *(i + 1 for i in range(cue.first) if forms[i] in ("with", "and", ",") or i in hedges)])
                 start = max([start, *(other.last + 1 for other in affirming if other.last < until)])
                 if cue.first - 1 in others and not {"and", "or"} & set(forms[max(0, cue.first - 4) : cue.first]):
                     start = cue.first - 1
@@ -108,9 +138,22 @@ class Assertions:
         return next((stated for kind, stated in _STRENGTH.items() if kind in kinds), "present")
 
 
-def _noun_follows(forms: Sequence[str], cue: Match[Cue], nouns: Set[int]) -> bool:
-    """Whether what it may be about stands within three words of the cue: "emphysema with suspected bulla" leaves the first alone."""
-    return any(i in nouns and "," not in forms[cue.last : i] for i in range(cue.last + 1, cue.last + 5))
+def _is_answer(forms: Sequence[str], cue: Match[Cue], firsts: Set[int]) -> bool:
+    """Whether a cue after a colon answers what stands before it: "Effusion: not seen today", but not "Pleura: no effusion"."""
+    end = next((i for i in range(cue.last + 1, len(forms)) if forms[i] in (",", ";", ".")), len(forms))
+    return not any(cue.last < first < end for first in firsts)
+
+
+def _looks_forward(forms: Sequence[str], cue: Match[Cue], firsts: Set[int]) -> bool:
+    """Whether a word that may rule either way goes with the noun after it: "emphysema with suspected bulla", "scar and resolved effusion".
+
+    One of doubt does unless what follows closes a clause ("bulla suspected on the left"), one of denial if a finding follows.
+    """
+    if len(cue.positions) > 1 or cue.last + 1 == len(forms):
+        return False
+    if cue.value.kind == "uncertain":
+        return forms[cue.last + 1] not in _AFTER_A_VERDICT
+    return any(i in firsts and "," not in forms[cue.last : i] for i in range(cue.last + 1, cue.last + 5))
 
 
 def _before_aside(forms: Sequence[str], cue: int) -> int:
@@ -127,11 +170,20 @@ def _alternatives(forms: Sequence[str], named: Sequence[tuple[int, ...]], taken:
     for i, form in enumerate(forms):
         if form != "or" or i in taken or any(p[0] <= i <= p[-1] for p in named):
             continue
-        left = max((p for p in named if i - 2 <= p[-1] < i), key=lambda p: p[-1], default=None)
+        left = _named_before(i, 2, named)
         right = min((p for p in named if i < p[0] <= i + 4 and "," not in forms[i : p[0]]), default=None)
         if left and right:
             found += [(left[0], left[-1]), (right[0], right[-1])]
+        while left and right and forms[i - 1] == ",":  # a list of three and more
+            comma = max((k for k in range(max(0, left[0] - 3), left[0]) if forms[k] == ","), default=0)
+            left = _named_before(comma, 1, named) if comma else None
+            found += [(left[0], left[-1])] if left else []
     return found
+
+
+def _named_before(at: int, near: int, named: Sequence[tuple[int, ...]]) -> tuple[int, ...] | None:
+    """The finding that ends at most ``near`` words before a position, the last of them."""
+    return max((p for p in named if at - near <= p[-1] < at), key=lambda p: p[-1], default=None)
 
 
 def _is_verb(forms: Sequence[str], cue: Match[Cue]) -> bool:
@@ -162,6 +214,8 @@ def _end_of_list(
     first_named = min((positions[-1] for positions in named if positions[-1] > after), default=end)
     for i in range(first_named + 1, end):
         new = _begins_new(forms, i + 1, end, describing)
+        if forms[i] == "(" and (")" not in forms[i:end] or not any(p[0] > forms.index(")", i) for p in named)):
+            return i
         if forms[i] in (",", "-"):
             affirmed = any(i < cue.first < end and forms[cue.last] in _PLAIN for cue in affirming)
             if (new or affirmed) and not any(form in ("or", "nor", "/") for form in forms[i + 1 : end]):

@@ -77,7 +77,7 @@ class LexiconFacts(FactSource):
             if i and naming.value.findings[0] not in self.lexicon.fixed and _is_linked(namings[i - 1], naming, attributes):
                 owned[i] = _with_where(owned[i], owned[i - 1], naming)
             near, state = owned[i], _state(naming.value, assertions.of(naming.positions))
-            if state is None:
+            if state is None or _heads(naming, namings[i + 1 :], words.forms):
                 continue
             size = max((mm for position, mm in sizes if words.starts[region[0]] <= position < words.ends[region[1] - 1]), default=None)
             span = (words.starts[naming.first], words.ends[naming.last])
@@ -181,6 +181,11 @@ def _border(forms: Sequence[str], last: int, first: int) -> int:
     """Where what goes with the naming that ends at ``last`` gives way to what goes with the one that begins at ``first``."""
     between = range(last + 1, first)
     return next((i for i in reversed(between) if forms[i] in _JOINTS), last + 1)
+
+
+def _heads(naming: Match[Naming], later: Sequence[Match[Naming]], forms: Sequence[str]) -> bool:
+    """Whether a colon follows, and then what is said of the same finding: "Pleural effusion: no pleural effusion"."""
+    return forms[naming.last + 1 : naming.last + 2] == (":",) and any(m.value.findings == naming.value.findings for m in later)
 
 
 def _is_linked(before: Match[Naming], naming: Match[Naming], attributes: Sequence[Match[Attribute]]) -> bool:

@@ -85,6 +85,21 @@ def test_where_a_cue_stops(source, text, left, right):
         ("The catheter, which was seen in the prior study, was removed.", "catheter", "absent"),
         ("No mass was seen, but the effusion, which was small, has increased.", "pleural_effusion", "present"),
         ("Exclusion of a small pneumothorax is not possible.", "pneumothorax", "uncertain"),
+        ("Heart: No cardiomegaly.", "cardiomegaly", "absent"),
+        ("Pleura: negative for effusion.", "pleural_effusion", "absent"),
+        ("Pneumothorax: No evidence.", "pneumothorax", "absent"),
+        ("Pleural effusion: No pleural effusion.", "pleural_effusion", "absent"),
+        ("Effusion: none, nodule: 4 mm.", "lung_nodule", "present"),
+        ("COPD with almost completely resolved pleural air.", "copd", "present"),
+        ("COPD with almost completely resolved pleural air.", "pneumothorax", "present"),
+        ("Left scar and resolved effusion.", "scar", "present"),
+        ("Emphysema with suspected bullae.", "emphysema", "present"),
+        ("Nodule, malignancy cannot be excluded.", "lung_nodule", "present"),
+        ("Cardiomegaly and small effusion versus thickening.", "cardiomegaly", "present"),
+        ("No consolidation (blunting may represent a small effusion).", "pleural_effusion", "uncertain"),
+        ("No nodule (mass) or effusion.", "pleural_effusion", "absent"),
+        ("Consolidations were not detected in the previous examination.", "consolidation", "present"),
+        ("Effusion, atelectasis, scar, or pneumonia.", "atelectasis", "uncertain"),
     ],
 )
 def test_alternatives_reopened_denials_and_asides(source, text, finding, state):
@@ -254,20 +269,20 @@ def test_what_phantom_reports_say(source, finding):
 def test_probe_of_negation_and_uncertainty(source, split):
     """Accuracy on sentences written apart from the lexicon (see the file's header for how they are scored).
 
-    The bar is 0.95; the held-out half is at 0.94, and what it must not fall below stands here until it is met.
+    The bar is 0.95 on each.
     """
     known = load_ontology()
     every = yaml.safe_load(PROBE.read_text(encoding="utf-8"))["sentences"]
     more = yaml.safe_load(PROBE.with_name("negation_more.yaml").read_text(encoding="utf-8"))
     sentences = more if split == "more" else [s for s in every if s["split"] == split]
-    assert len(sentences) == {"dev": 200, "held_out": 100, "more": 320}[split]
+    assert len(sentences) == {"dev": 200, "held_out": 100, "more": 432}[split]
     wrong: Counter[str] = Counter()
     for one in sentences:
         kinds = {one["finding"], *known.descendants(one["finding"])}
         said = {s.fact.state for s in source.facts(one["text"]) if s.fact.finding in kinds}
         got = next((state for state in ("present", "uncertain", "absent") if state in said), "not_stated")
         wrong[one["why"]] += got != one["state"]
-    mistakes, allowed = sum(wrong.values()), {"dev": 10, "held_out": 6, "more": 16}[split]
+    mistakes, allowed = sum(wrong.values()), {"dev": 10, "held_out": 5, "more": 21}[split]
     del every, more, sentences, one  # a failure shows no held-out sentence
     assert mistakes <= allowed, {why: n for why, n in wrong.items() if n}
 
