@@ -279,12 +279,30 @@ class ReportEncoder(Configurable, nn.Module, abc.ABC):
         """Told before training which texts will come, so that a frozen trunk can embed them once."""
 
 
+@dataclass(frozen=True)
+class Product:
+    """Logits that need not be formed: a scale times the inner products of B images and M texts. Losses take them tile by tile."""
+
+    image: Tensor  # (B, D)
+    text: Tensor  # (M, D)
+    scale: Tensor  # scalar, the inverse of a temperature
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(B, M)."""
+        return len(self.image), len(self.text)
+
+    def dense(self) -> Tensor:
+        """(B, M) logits."""
+        return self.image @ self.text.T * self.scale
+
+
 class Similarity(Configurable, nn.Module, abc.ABC):
     """Base of similarities. ``parts`` are trained each under the objective; the score is their mean unless a subclass says otherwise."""
 
     @abc.abstractmethod
-    def parts(self, images: ImageFeatures, texts: TextFeatures) -> dict[str, Tensor]:
-        """Name -> (B, M) logits, float32."""
+    def parts(self, images: ImageFeatures, texts: TextFeatures) -> dict[str, Tensor | Product]:
+        """Name -> (B, M) logits, float32, or what makes them."""
 
     @abc.abstractmethod
     def maps(self, images: ImageFeatures, texts: TextFeatures) -> Tensor:
@@ -296,7 +314,12 @@ class Similarity(Configurable, nn.Module, abc.ABC):
 
     def forward(self, images: ImageFeatures, texts: TextFeatures) -> Tensor:
         """(B, M) scores: the mean of the parts."""
-        return torch.stack(list(self.parts(images, texts).values())).mean(0)
+        return torch.stack(list(self.logits(images, texts).values())).mean(0)
+
+    def logits(self, images: ImageFeatures, texts: TextFeatures) -> dict[str, Tensor]:
+        """:meth:`parts`, every one formed."""
+        parts = self.parts(images, texts).items()
+        return {name: part.dense() if isinstance(part, Product) else part for name, part in parts}
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from medvl.types import ImageFeatures, Similarity, TextFeatures
+from medvl.types import ImageFeatures, Product, Similarity, TextFeatures
 
 
 class Temperature(nn.Module):
@@ -40,9 +40,9 @@ class PooledSimilarity(Similarity):
         super().__init__()
         self.temperature = Temperature(temperature)
 
-    def parts(self, images: ImageFeatures, texts: TextFeatures) -> dict[str, Tensor]:
+    def parts(self, images: ImageFeatures, texts: TextFeatures) -> dict[str, Tensor | Product]:
         """One part, ``pooled``."""
-        return {"pooled": unit(images.pooled) @ unit(texts.pooled).T / self.temperature()}
+        return {"pooled": pooled_logits(images, texts, self.temperature())}
 
     def maps(self, images: ImageFeatures, texts: TextFeatures) -> Tensor:
         """Cosine of every token with the text."""
@@ -65,11 +65,11 @@ class TokenSimilarity(Similarity):
         self.token_temperature = Temperature(temperature)
         self.sharpness = Temperature(sharpness, low=1.0, high=100.0)
 
-    def parts(self, images: ImageFeatures, texts: TextFeatures) -> dict[str, Tensor]:
+    def parts(self, images: ImageFeatures, texts: TextFeatures) -> dict[str, Tensor | Product]:
         """Parts ``tokens`` and ``pooled``."""
         return {
             "tokens": self._soft_maximum(images, texts),
-            "pooled": unit(images.pooled) @ unit(texts.pooled).T / self.temperature(),
+            "pooled": pooled_logits(images, texts, self.temperature()),
         }
 
     def forward(self, images: ImageFeatures, texts: TextFeatures) -> Tensor:
@@ -109,9 +109,9 @@ class SliceSimilarity(Similarity):
         self.slice_temperature = Temperature(temperature)
         self.sharpness = Temperature(sharpness, low=1.0, high=100.0)
 
-    def parts(self, images: ImageFeatures, texts: TextFeatures) -> dict[str, Tensor]:
+    def parts(self, images: ImageFeatures, texts: TextFeatures) -> dict[str, Tensor | Product]:
         """Parts ``slices`` and ``pooled``."""
-        return {"slices": self(images, texts), "pooled": unit(images.pooled) @ unit(texts.pooled).T / self.temperature()}
+        return {"slices": self(images, texts), "pooled": pooled_logits(images, texts, self.temperature())}
 
     def forward(self, images: ImageFeatures, texts: TextFeatures) -> Tensor:
         """(B, M) scores: the part of the slices."""
@@ -126,6 +126,11 @@ class SliceSimilarity(Similarity):
     def maps(self, images: ImageFeatures, texts: TextFeatures) -> Tensor:
         """Cosine of every token with the text."""
         return lay_on_grid(token_cosines(images, texts), images)
+
+
+def pooled_logits(images: ImageFeatures, texts: TextFeatures, temperature: Tensor) -> Product:
+    """Cosines of the pooled vectors divided by a temperature, not formed."""
+    return Product(unit(images.pooled), unit(texts.pooled), 1 / temperature)
 
 
 def slice_scores(images: ImageFeatures, texts: TextFeatures) -> Tensor:

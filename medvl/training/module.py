@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from medvl.data.studies import StudyBatch
-from medvl.losses import MultiPositiveInfoNCE
+from medvl.losses import Objective
 from medvl.model import DualEncoder, load_part
 from medvl.training.data import StudyDataModule
 from medvl.types import ImageEncoder, ImageFeatures, ImageReader, ReportEncoder, Similarity
@@ -50,7 +50,7 @@ class AlignmentModule(L.LightningModule):
         image: ImageEncoder,
         report: ReportEncoder,
         similarity: Similarity,
-        loss: MultiPositiveInfoNCE,
+        loss: Objective,
         learning_rate: float = 1e-3,
         weight_decay: float = 0.05,
         warmup: float = 0.05,

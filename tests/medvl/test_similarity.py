@@ -39,7 +39,7 @@ def test_pooled_part_is_the_cosine_over_the_temperature(features):
 
 def test_token_part_is_the_log_mean_exp_of_valid_token_cosines(features):
     images, texts = features
-    part = TokenSimilarity(temperature=0.1, sharpness=7.0).parts(images, texts)["tokens"]
+    part = TokenSimilarity(temperature=0.1, sharpness=7.0).logits(images, texts)["tokens"]
     for i in range(B):
         for j in range(M):
             values = [cosine(t, texts.pooled[j]) for t, seen in zip(images.tokens[i], images.token_valid[i], strict=True) if seen]
@@ -49,7 +49,7 @@ def test_token_part_is_the_log_mean_exp_of_valid_token_cosines(features):
 
 def test_the_score_is_the_token_part(features):
     similarity = TokenSimilarity()
-    parts = similarity.parts(*features)
+    parts = similarity.logits(*features)
     assert set(parts) == {"tokens", "pooled"}
     torch.testing.assert_close(similarity(*features), parts["tokens"], rtol=0, atol=0)
 
@@ -77,7 +77,7 @@ def test_what_lies_on_padding_does_not_move_the_score(features):
 def test_one_token_per_image_makes_token_and_pooled_parts_equal():
     rng = torch.Generator().manual_seed(2)
     vectors = torch.randn(B, D, generator=rng)
-    parts = TokenSimilarity().parts(ImageFeatures(vectors, vectors[:, None], (1, 1)), TextFeatures(torch.randn(M, D, generator=rng)))
+    parts = TokenSimilarity().logits(ImageFeatures(vectors, vectors[:, None], (1, 1)), TextFeatures(torch.randn(M, D, generator=rng)))
     torch.testing.assert_close(parts["tokens"], parts["pooled"], rtol=1e-4, atol=1e-5)
 
 
@@ -128,7 +128,7 @@ def test_a_text_chooses_its_slices(volumes, sharpness):
     images, texts = volumes
     similarity = SliceSimilarity(temperature=0.1, sharpness=sharpness)
     logits, weights = sliced_reference(images.slices, SLICES_SEEN, texts.pooled, sharpness, 0.1)
-    parts = similarity.parts(images, texts)
+    parts = similarity.logits(images, texts)
     assert set(parts) == {"slices", "pooled"}
     np.testing.assert_allclose(parts["slices"].detach().numpy(), logits, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(similarity.weights(images, texts).detach().numpy(), weights, rtol=1e-4, atol=1e-5)
@@ -208,7 +208,7 @@ def test_padded_slices_do_not_move_the_score(volumes, fill):
 def test_one_slice_is_the_whole_study(volumes):
     images, texts = volumes
     one = images.replace(slices=images.pooled[:, None], slice_valid=None)
-    parts = SliceSimilarity().parts(one, texts)
+    parts = SliceSimilarity().logits(one, texts)
     torch.testing.assert_close(parts["slices"], parts["pooled"], rtol=1e-4, atol=1e-5)
 
 

@@ -29,7 +29,7 @@ def features(rng: torch.Generator) -> ImageFeatures:
 def test_the_null_image_is_its_vector_in_every_part_and_moves_no_other_row(similarity: Similarity) -> None:
     rng = torch.Generator().manual_seed(0)
     images, texts, null = features(rng), TextFeatures(torch.randn(6, 8, generator=rng)), torch.randn(8, generator=rng)
-    before, after = similarity.parts(images, texts), similarity.parts(with_null_image(images, null), texts)
+    before, after = similarity.logits(images, texts), similarity.logits(with_null_image(images, null), texts)
     for name, logits in before.items():
         torch.testing.assert_close(after[name][:3], logits)
         expected = cosine_similarity(null[None], texts.pooled) / 0.07  # a mean or maximum over equal tokens is the token

@@ -1,0 +1,226 @@
+"""Contrastive losses with any number of positives: an objective over the logits of a similarity.
+
+Shapes: B images, M texts, D embedding width. Logits are a (B, M) matrix, or a :class:`medvl.types.Product` of pooled vectors, from which no
+such matrix is formed; which pairs are positive is a :class:`medvl.losses.pairs.Pairs`. A named system is a choice of options here:
+
+    CLIP, ConVIRT, SupCon   the defaults (ConVIRT has a mean of directions with weights of its own)
+    MIL-NCE                 ``inside=True``
+    DCL                     ``denominator="negatives"``
+    CWCL                    float positives, ``soft="image"`` or ``"text"``
+    MedCLIP                 float positives that are a softmax, or :func:`soft_target_loss` of label vectors
+    SigLIP                  :func:`sigmoid_loss`
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from medvl.losses.pairs import Pairs, pairs_of
+from medvl.losses.statistics import Matmul, expected_logits, softplus_sum, statistics
+from medvl.types import Product
+
+Denominator = Literal["all", "negatives", "each"]
+Direction = Literal["both", "image", "text"]
+
+CHUNK = 512
+"""Rows of a tile by default: between 256 and 2048 the time hardly changes, and the memory is proportional."""
+
+
+def info_nce(
+    logits: Tensor | Product,
+    pairs: Pairs,
+    *,
+    inside: bool = False,
+    denominator: Denominator = "all",
+    direction: Direction = "both",
+    soft: Direction = "both",
+    chunk_size: int = CHUNK,
+    matmul: Matmul = "exact",
+) -> Tensor:
+    """InfoNCE with many positives; mean over images, over texts, or of both directions, in nats.
+
+    With s the logits, w the weights of the positives P_i of image i and Z_i = sum_k exp s_ik over the pairs that are not ignored:
+        outside the log   L_image = -1/B sum_i sum_j w_ij / (sum_k w_ik) (s_ij - log Z_i)
+        inside the log    L_image = -1/B sum_i (log sum_j w_ij exp s_ij - log Z_i)
+    and L_text the same on the transpose. A text made to be false that is true of no image of the batch stands in the images' denominators
+    and has no term of its own. What ``pairs`` drops is left out; where nothing is left the loss is 0, and so are its gradients.
+
+    Args:
+        logits: (B, M), or a product; computed in float32 at least.
+        inside: the sum over positives inside the log.
+        denominator: over ``all`` pairs of the line; over its ``negatives`` alone; or, for ``each`` positive, over it and the negatives, so
+            that the positives of an image do not compete.
+        direction: ``image`` (each image among the texts), ``text``, or the mean of both.
+        soft: in which directions weights below 1 count; in the other one, pairs with a weight of 1 and more are positives, and the rest
+            are negatives.
+        chunk_size, matmul: as :func:`medvl.losses.statistics.statistics`.
+    Raises:
+        ValueError: an unknown word; ``inside`` with ``each``; a line of positives alone, where the denominator is over negatives; a line
+            that has soft positives alone, in the direction that takes none.
+    Source: "Supervised Contrastive Learning", arXiv:2004.11362, eq. 2 (outside) and 3 (inside, there with a mean), in both directions;
+        inside: "End-to-End Learning of Visual Representations from Uncurated Instructional Videos", arXiv:1912.06430, eq. 1;
+        negatives: "Decoupled Contrastive Learning", arXiv:2110.06848, eq. 5; each: the columns of "RadZero", arXiv:2504.07416, which has
+        all in its rows; one-sided weights: "CWCL: Cross-Modal Transfer with Continuously Weighted Contrastive Loss", arXiv:2309.14580.
+    """
+    for name, value, known in (("denominator", denominator, Denominator), ("direction", direction, Direction), ("soft", soft, Direction)):
+        if value not in known.__args__:  # type: ignore[attr-defined]
+            raise ValueError(f"{name} is {value!r}, expected one of {', '.join(known.__args__)}")  # type: ignore[attr-defined]
+    if inside and denominator == "each":
+        raise ValueError("inside the log the positives of a line are one; their denominator is all or negatives, not each")
+    if logits.shape != pairs.shape:
+        raise ValueError(f"the logits have shape {tuple(logits.shape)}, the pairs {pairs.shape}")
+    logits, pairs = _used(logits, pairs)
+    if not len(pairs.rows):
+        return _nothing(logits)
+    excluded = pairs.ignored
+    if denominator != "all":
+        excluded = _by_row(torch.cat([excluded, torch.stack([pairs.rows, pairs.columns], 1)]))
+    row, column, at = statistics(logits, excluded, pairs.rows, pairs.columns, chunk_size, matmul)
+    losses = []
+    for name, line, lse in (("image", pairs.rows, row), ("text", pairs.columns, column)):
+        if direction in ("both", name):
+            weights = pairs.weights if soft in ("both", name) else (pairs.weights >= 1).to(pairs.weights.dtype)
+            losses.append(_mean_loss(line, lse, at, weights.to(at.dtype), inside, denominator, name))
+    return torch.stack(losses).mean()
+
+
+def _mean_loss(line: Tensor, lse: Tensor, at: Tensor, weights: Tensor, inside: bool, denominator: Denominator, name: str) -> Tensor:
+    """Mean over the lines that have a positive.
+
+    Args:
+        line: (K,) of each positive the row, or the column.
+        lse: (lines,) log-sum-exps of the denominators.
+        at: (K,) logits of the positives.
+    """
+    stated = torch.bincount(line, minlength=len(lse)) > 0
+    sums = torch.zeros_like(lse).index_add(0, line, weights)
+    if (stated & (sums == 0)).any():
+        raise ValueError(f"{name}s: one has soft positives alone, in a direction that takes none; give each a pair of weight 1")
+    if denominator == "negatives" and (stated & (lse < -1e29)).any():
+        raise ValueError(f"a line of the {name}s has no negative, so the denominator over negatives is empty; use all or each")
+    if inside:
+        matched = _log_sums(at + weights.log(), line, len(lse))
+    else:
+        found = at - torch.logaddexp(at, lse[line]) if denominator == "each" else at
+        matched = torch.zeros_like(lse).index_add(0, line, weights * found) / sums.clamp_min(torch.finfo(sums.dtype).tiny)
+    losses = -matched if denominator == "each" else lse - matched
+    return torch.where(stated, losses, 0).sum() / stated.sum()
+
+
+def _log_sums(values: Tensor, line: Tensor, lines: int) -> Tensor:
+    """(lines,) log-sum-exp of the values of each line."""
+    top = values.detach().new_full((lines,), -torch.inf).scatter_reduce(0, line, values.detach(), "amax")
+    top = torch.where(top.isfinite(), top, 0)
+    sums = torch.zeros_like(top).index_add(0, line, (values - top[line]).exp())
+    return torch.where(sums > 0, sums, 1).log() + top
+
+
+def sigmoid_loss(logits: Tensor | Product, bias: Tensor, pairs: Pairs, *, chunk_size: int = CHUNK, matmul: Matmul = "exact") -> Tensor:
+    """Each pair judged by itself, with any number of positives; summed over texts, mean over images, in nats.
+
+    With z = s + bias and targets w (the weights of the positives, 0 elsewhere):
+        L = -1/B sum_ij w_ij log sigmoid(z_ij) + (1 - w_ij) log sigmoid(-z_ij)   over the pairs that are not ignored.
+
+    Args:
+        bias: scalar; starts at -10 (SigLIP), for next to all pairs are negative.
+        others: as :func:`info_nce`. A false text needs no positive.
+    Raises:
+        ValueError: a weight above 1.
+    Source: "Sigmoid Loss for Language Image Pre-Training", arXiv:2303.15343, sec. 3.2, there with one positive each.
+    """
+    if logits.shape != pairs.shape:
+        raise ValueError(f"the logits have shape {tuple(logits.shape)}, the pairs {pairs.shape}")
+    if (pairs.weights > 1).any():
+        raise ValueError("weights above 1: here they are the probabilities of a match; divide by the largest")
+    logits, pairs = _used(logits, pairs)
+    if not len(pairs.used_rows):
+        return _nothing(logits)
+    at = torch.stack([pairs.rows, pairs.columns], 1)
+    return softplus_sum(logits, bias, pairs.ignored, at, pairs.weights, chunk_size, matmul) / len(pairs.used_rows)
+
+
+def soft_target_loss(
+    logits: Tensor | Product,
+    image_labels: Tensor,
+    text_labels: Tensor,
+    temperature: float = 1.0,
+    direction: Direction = "both",
+    *,
+    chunk_size: int = CHUNK,
+    matmul: Matmul = "exact",
+) -> Tensor:
+    """Cross-entropy with targets that are a softmax of label similarities, over texts and over images; mean of both, in nats.
+
+        t_ij = exp(l_i . m_j / temperature) / sum_k exp(l_i . m_k / temperature),   L_image = -1/B sum_ij t_ij (s_ij - log sum_k exp s_ik)
+
+    Args:
+        image_labels, text_labels: (B, C) and (M, C), l and m: what each is labelled with. No gradient goes to them.
+        others: as :func:`info_nce`. For a product the targets are made in tiles too.
+    Raises:
+        ValueError: labels of another number, or an unknown direction.
+    Source: "MedCLIP", arXiv:2210.10163, eqs. 2 to 5; its code has a temperature of 1 and labels that are not normalised.
+    """
+    if direction not in Direction.__args__:  # type: ignore[attr-defined]
+        raise ValueError(f"direction is {direction!r}, expected one of both, image, text")
+    labels = Product(image_labels.detach().to(_exact(logits)), text_labels.detach().to(_exact(logits)), torch.tensor(1 / temperature))
+    labels = replace(labels, scale=labels.scale.to(labels.image))
+    if labels.shape != tuple(logits.shape):
+        raise ValueError(f"labels of {labels.shape[0]} images and {labels.shape[1]} texts, the logits have shape {tuple(logits.shape)}")
+    none = torch.zeros(0, 2, dtype=torch.long, device=labels.image.device)
+    row, column, _ = statistics(logits, none, none[:, 0], none[:, 1], chunk_size, matmul)
+    of_row, of_column = expected_logits(logits, labels, chunk_size)
+    losses = {"image": (row - of_row).mean(), "text": (column - of_column).mean()}
+    return torch.stack([loss for name, loss in losses.items() if direction in ("both", name)]).mean()
+
+
+def _exact(logits: Tensor | Product) -> torch.dtype:
+    given = logits.image.dtype if isinstance(logits, Product) else logits.dtype
+    return torch.float64 if given == torch.float64 else torch.float32
+
+
+def info_nce_of_logits(logits: Tensor, positives: Tensor, ignore: Tensor | None = None, false_texts: Tensor | None = None) -> Tensor:
+    """:func:`info_nce` of a matrix, its pairs given as :func:`medvl.losses.pairs.pairs_of` takes them."""
+    return info_nce(logits, pairs_of(positives, (len(logits), logits.shape[1]), ignore, false_texts))
+
+
+def multi_positive_info_nce(image: Tensor, text: Tensor, positives: Tensor, temperature: Tensor | float, chunk_size: int = CHUNK) -> Tensor:
+    """Symmetric InfoNCE where a study may have any number of positive sentences; mean of both directions, in nats.
+
+    With s_ij = <image_i, text_j> / temperature, :func:`info_nce` of s.
+
+    Args:
+        image: (B, D), L2-normalised.
+        text: (M, D), L2-normalised; M counts the different sentences of the whole batch.
+        positives: (B, M) bool or float weights, or (K, 2) integer pairs (image, text).
+        temperature: the divisor (0.07), not its inverse.
+        chunk_size: rows of a tile of logits; 0 forms the (B, M) matrix.
+    Raises:
+        ValueError: as :func:`medvl.losses.pairs.pairs_of`.
+    """
+    scale = 1 / torch.as_tensor(temperature, dtype=image.dtype if image.dtype == torch.float64 else torch.float32, device=image.device)
+    return info_nce(Product(image, text, scale), pairs_of(positives, (len(image), len(text))), chunk_size=chunk_size)
+
+
+def _used(logits: Tensor | Product, pairs: Pairs) -> tuple[Tensor | Product, Pairs]:
+    """Without the rows and columns that are dropped."""
+    if pairs.all_used:
+        return logits, pairs
+    if isinstance(logits, Product):
+        return replace(logits, image=logits.image[pairs.used_rows], text=logits.text[pairs.used_columns]), pairs.compact()
+    return logits[pairs.used_rows][:, pairs.used_columns], pairs.compact()
+
+
+def _nothing(logits: Tensor | Product) -> Tensor:
+    """0, with a graph, so that an optimiser and other ranks go on."""
+    if isinstance(logits, Product):
+        return 0 * (logits.image.sum() + logits.text.sum() + logits.scale).float()
+    return 0 * torch.where(logits.isfinite(), logits, 0).sum().float()
+
+
+def _by_row(pairs: Tensor) -> Tensor:
+    """Sorted by row."""
+    return pairs[torch.argsort(pairs[:, 0], stable=True)]
