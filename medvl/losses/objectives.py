@@ -166,7 +166,11 @@ def soft_target_loss(
     """
     if direction not in Direction.__args__:  # type: ignore[attr-defined]
         raise ValueError(f"direction is {direction!r}, expected one of both, image, text")
-    labels = Product(image_labels.detach().to(_exact(logits)), text_labels.detach().to(_exact(logits)), torch.tensor(1 / temperature))
+    labels = Product(
+        image_labels.detach().to(_exact(logits)),
+        text_labels.detach().to(_exact(logits)),
+        torch.tensor(1 / temperature, dtype=torch.float64),
+    )
     labels = replace(labels, scale=labels.scale.to(labels.image))
     if labels.shape != tuple(logits.shape):
         raise ValueError(f"labels of {labels.shape[0]} images and {labels.shape[1]} texts, the logits have shape {tuple(logits.shape)}")

@@ -76,7 +76,7 @@ def softplus_sum(
         return _SoftplusSum.apply(*vectors, excluded, pairs, weights, chunk_size, matmul == "bfloat16")
     scores = (logits.dense() if isinstance(logits, Product) else logits) + bias
     scores = scores if scores.dtype == torch.float64 else scores.float()
-    losses = F.softplus(scores)
+    losses = -F.logsigmoid(-scores)  # softplus itself is cut off above 20
     if len(excluded):
         losses = losses.index_put((excluded[:, 0], excluded[:, 1]), losses.new_tensor(0.0))
     return losses.sum() - (weights.to(scores.dtype) * scores[pairs[:, 0], pairs[:, 1]]).sum()
@@ -231,8 +231,15 @@ class _Statistics(torch.autograd.Function):
             return *_of_vectors(ctx, tiles, of_image, of_text, (image, text, scale)), None, None, None, None, None
 
 
+_SPARE_ROWS = 32
+"""Rows of a tile that are worked on at a time where a copy is needed."""
+
+
 class _SoftplusSum(torch.autograd.Function):
-    """See :func:`softplus_sum`. The loss is a plain sum, so the gradients are made on the way forward and no tile is made twice."""
+    """See :func:`softplus_sum`. The loss is a plain sum, so the gradients are made on the way forward and no tile is made twice.
+
+    They are handed over once, not copied: a graph that is kept serves no second backward pass.
+    """
 
     @staticmethod
     def forward(
@@ -254,33 +261,35 @@ class _SoftplusSum(torch.autograd.Function):
             of_image, of_text = (torch.empty_like(tiles.image), torch.zeros_like(tiles.text)) if wanted else (None, None)
             weights, offset = weights.to(tiles.image.dtype), bias.detach().to(tiles.image.dtype)
             total, of_bias = tiles.image.new_zeros(()), tiles.image.new_zeros(())
-            spare = torch.empty_like(tiles.buffer)
+            spare = torch.empty_like(tiles.buffer[:_SPARE_ROWS])
             for start in tiles.starts():
                 tile = tiles.logits(start).add_(offset)
                 here, i, j = positive.of(start)
                 total -= (weights[here] * tile[i, j]).sum()
                 _, out_i, out_j = left_out.of(start)
                 tile[out_i, out_j] = _ABSENT  # adds nothing, and its sigmoid is 0
-                total += torch.clamp_min(tile, 0, out=spare[: len(tile)]).sum()
-                total += torch.abs(tile, out=spare[: len(tile)]).neg_().exp_().log1p_().sum()
+                for part in tile.split(_SPARE_ROWS):
+                    total += torch.clamp_min(part, 0, out=spare[: len(part)]).sum()
+                    total += torch.abs(part, out=spare[: len(part)]).neg_().exp_().log1p_().sum()
                 if of_image is not None and of_text is not None:
                     tile.sigmoid_()
                     tile.index_put_((i, j), -weights[here], accumulate=True)
                     of_bias += tile.sum()
                     tiles.take_back(tile, start, of_image, of_text)
             if of_image is not None and of_text is not None:
-                of_scale = (of_image * tiles.image).sum()
-                ctx.save_for_backward(of_image.mul_(tiles.scale), of_text.mul_(tiles.scale), of_scale, of_bias)
+                of_scale = torch.dot(of_image.flatten(), tiles.image.flatten())
+                ctx.found = (of_image.mul_(tiles.scale), of_text.mul_(tiles.scale), of_scale, of_bias)
         ctx.types = [x.dtype for x in (image, text, scale, bias)]
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, of_total: Tensor) -> tuple[Tensor | None, ...]:
-        found = [
-            (of_total * g).to(t) if need else None for g, t, need in zip(ctx.saved_tensors, ctx.types, ctx.needs_input_grad, strict=False)
-        ]
-        return *found, None, None, None, None, None
+        if ctx.found is None:
+            raise RuntimeError("the sigmoid loss serves one backward pass; call it again, or take chunk_size=0 to keep its graph")
+        made, ctx.found = ctx.found, None
+        needed = zip(made, ctx.types, ctx.needs_input_grad, strict=False)
+        return *(g.mul_(of_total).to(t) if need else None for g, t, need in needed), None, None, None, None, None
 
 
 class _Expected(torch.autograd.Function):
@@ -331,6 +340,6 @@ class _Expected(torch.autograd.Function):
 
 def _of_vectors(ctx: Any, tiles: _Tiles, of_image: Tensor, of_text: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
     """Gradients of image, text and scale from those before the scale."""
-    of_scale = (of_image * tiles.image).sum() if ctx.needs_input_grad[2] else None
+    of_scale = torch.dot(of_image.flatten(), tiles.image.flatten()) if ctx.needs_input_grad[2] else None
     found = (of_image.mul_(tiles.scale), of_text.mul_(tiles.scale), of_scale)
     return tuple(g.to(x.dtype) if need and g is not None else None for g, x, need in zip(found, inputs, ctx.needs_input_grad, strict=False))

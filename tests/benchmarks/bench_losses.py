@@ -54,9 +54,9 @@ def clip(image: Tensor, text: Tensor, scale: Tensor, pairs: Tensor) -> Tensor:
 
 def siglip(image: Tensor, text: Tensor, scale: Tensor, pairs: Tensor) -> Tensor:
     """open_clip's loss of one process."""
-    import open_clip
+    from open_clip.loss import SigLipLoss
 
-    return open_clip.SigLipLoss(rank=0, world_size=1)(image, text, scale, torch.tensor(BIAS))
+    return SigLipLoss(rank=0, world_size=1)(image, text, scale, torch.tensor(BIAS))
 
 
 def masked(image: Tensor, text: Tensor, scale: Tensor, pairs: Tensor) -> Tensor:

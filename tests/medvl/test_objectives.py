@@ -155,7 +155,7 @@ def leaves_of(image, text, scale):
     return [
         torch.from_numpy(image).requires_grad_(),
         torch.from_numpy(text).requires_grad_(),
-        torch.tensor(scale).double().requires_grad_(),
+        torch.tensor(scale, dtype=torch.float64, requires_grad=True),
     ]
 
 
@@ -330,6 +330,17 @@ def test_a_batch_of_which_nothing_is_left_gives_no_gradient_to_vectors():
         value = loss({"pooled": Product(*leaves)}, torch.zeros(3, 2), torch.ones(3, 2, dtype=torch.bool))["loss"]
         value.backward()
         assert value.item() == 0 and not any(leaf.grad.any() for leaf in leaves)
+
+
+def test_the_sigmoid_loss_says_that_its_graph_serves_once():
+    image, text, positives = random_batch()
+    value = MultiPositiveSigmoid()({"pooled": Product(image.requires_grad_(), text, torch.tensor(1.0))}, positives)["loss"]
+    value.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="one backward pass"):
+        value.backward()
+    plain = MultiPositiveSigmoid(chunk_size=0)({"pooled": Product(image, text, torch.tensor(1.0))}, positives)["loss"]
+    plain.backward(retain_graph=True)
+    plain.backward()
 
 
 # ------------------------------------------------------------------------------------------------------------ memory
