@@ -21,7 +21,7 @@ from medvl.data.manifest import read_manifest
 from medvl.data.studies import Collate, Draw, StudyDataset, drawn, mirrored
 from medvl.model import packed
 from medvl.training.data import StudyDataModule
-from medvl.types import ImageBatch, PairBuilder, PairStudy, SourcedText, StudyWords, TextPairs, TextSource, equal_text_pairs
+from medvl.types import ImageBatch, KnownStudy, PairBuilder, PairStudy, SourcedText, StudyWords, TextPairs, TextSource, equal_text_pairs
 from modalities.xray.reader import XrayReader
 from reports.text_source import ReportSentences
 
@@ -268,6 +268,20 @@ def test_a_checkpoint_of_other_pairs_is_refused(table: Path) -> None:
         plain.load_state_dict(paired.state_dict())
     older = {name: value for name, value in plain.state_dict().items() if name not in ("pairs", "flip")}
     plain.load_state_dict(older)
+
+
+def test_reports_that_could_not_be_read_are_listed_and_stay(table: Path, tmp_path: Path) -> None:
+    class Forgetful(Swapper):
+        def prepare(self, studies: Sequence[KnownStudy]) -> None:
+            self.unread = {studies[0].words[0].study_id: "no answer"}
+
+    plain, data = module(table), module(table, pairs=Forgetful())
+    assert data.write_skipped(tmp_path) > plain.write_skipped(tmp_path / "plain")
+    unread = data.sets["train"].studies()[0].words[0].study_id
+    with (tmp_path / "rejected.csv").open(newline="") as file:
+        listed = [row for row in csv.DictReader(file) if row["reason"] == "no answer"]
+    assert listed and {row["study_id"] for row in listed} == {unread}
+    assert len(data.sets["train"]) == len(plain.sets["train"])
 
 
 def test_the_slices_of_a_volume_are_flipped_within() -> None:
