@@ -26,37 +26,16 @@ _PLAIN = frozenset({"present", "noted", "unchanged", "stable"})
 """Verbs that affirm even after a denial: "no effusion, calcifications are present"; "no mass, nodule was detected" denies both."""
 
 _AFTER_A_VERDICT = frozenset(
-    {
-        ",",
-        ";",
-        ".",
-        ")",
-        "(",
-        ":",
-        "?",
-        "and",
-        "or",
-        "but",
-        "on",
-        "in",
-        "at",
-        "by",
-        "with",
-        "within",
-        "given",
-        "due",
-        "from",
-        "as",
-        "though",
-    }
-    | {"although", "because", "since", "if"}
-)
+    {",", ";", ".", ")", "(", ":", "?", "and", "or", "but", "on", "in", "at", "by", "with", "within", "given", "due", "from", "as",
+     "though", "although", "because", "since", "if"}
+)  # fmt: skip
 """What may follow a word of doubt that closes what it says: "effusion possible, ...", "nodule suspected in the apex"."""
 
 _CONCEDING = frozenset({"while", "although", "though", "despite"})
 """Openings of a clause that ends at the first comma."""
 
 _RELATIVE = frozenset({"which", "who"})
+"""Openings of a clause that may stand between two commas and part a noun from its verb."""
 
 _STRENGTH: dict[CueKind, Stated] = {"unstated": "unstated", "reopened": "uncertain", "absent": "absent", "uncertain": "uncertain"}
 """Kinds of cues that decide a state, the strongest first."""
@@ -89,41 +68,56 @@ class Assertions:
     def __init__(
         self, forms: Sequence[str], cues: Sequence[Match[Cue]], named: Sequence[tuple[int, ...]], describing: frozenset[int]
     ) -> None:
+        self._forms, self._named, self._describing = forms, named, describing
+        self._firsts = {positions[0] for positions in named}
+        self._others = {cue.last for cue in cues if cue.value.kind == "other"}
         inside = [set(positions) for positions in named]
-        others = {cue.last for cue in cues if cue.value.kind == "other"}
-        firsts = {positions[0] for positions in named}
-        cues = [cue for cue in cues if forms[cue.first] != ":" or cue.value.direction == "before" or _is_answer(forms, cue, firsts)]
-        outside = [c for c in longest(cues) if c.value.kind != "other" and not any(set(c.positions) <= words for words in inside)]
+        usable = [cue for cue in cues if forms[cue.first] != ":" or cue.value.direction == "before" or _is_answer(forms, cue, self._firsts)]
+        outside = [c for c in longest(usable) if c.value.kind != "other" and not any(set(c.positions) <= words for words in inside)]
         kept = _apart([cue for cue in outside if cue.value.kind != "affirms"])
         taken = {position for cue in kept for position in cue.positions}
-        affirming = [c for c in outside if c.value.kind == "affirms" and taken.isdisjoint(c.positions) and _is_verb(forms, c)]
-        stops = [cue.first for cue in kept if cue.value.kind == "stop"]
+        self._affirming = [c for c in outside if c.value.kind == "affirms" and taken.isdisjoint(c.positions) and _is_verb(forms, c)]
+        self._stops = [cue.first for cue in kept if cue.value.kind == "stop"]
         if forms and forms[0] in _CONCEDING and "," in forms:
-            stops.append(forms.index(","))
-        self._rules: list[_Rule] = []
-        hedges = [cue.last for cue in kept if cue.value == Cue("uncertain", "before")]
-        both_ways = {cue.positions for cue in kept if cue.value.direction == "before"}
-        for cue in kept:
-            kind, direction = cue.value.kind, cue.value.direction
-            if kind not in _STRENGTH:
-                continue
-            if direction == "before":
-                end = min((stop for stop in stops if stop > cue.last), default=len(forms))
-                if kind == "absent":
-                    end = _end_of_list(forms, cue.last, end, named, affirming, describing)
-                self._rules.append(_Rule(kind, cue.first + 1, end, False))  # "no visible" may share a word with what it denies
-            elif forms[cue.first] in _BETWEEN_TWO or cue.positions not in both_ways or not _looks_forward(forms, cue, firsts):
-                answered = cue.first > 0 and forms[cue.first - 1] == ":"  # "Effusion: none"
-                until = _before_aside(forms, cue.first - answered)
-                start = max((stop + 1 for stop in stops if stop < until), default=0)
-                if forms[cue.first] in _BETWEEN_TWO:
-                    start = max([start, *(i + 1 for i in range(cue.first) if forms[i] in ("with", "and", ",") or i in hedges)])
-                start = max([start, *(other.last + 1 for other in affirming if other.last < until)])
-                if cue.first - 1 in others and not {"and", "or"} & set(forms[max(0, cue.first - 4) : cue.first]):
-                    start = cue.first - 1
-                self._rules.append(_Rule(kind, start, cue.first, True))
+            self._stops.append(forms.index(","))
+        self._hedges = {cue.last for cue in kept if cue.value == Cue("uncertain", "before")}
+        forward = {cue.positions for cue in kept if cue.value.direction == "before"}
+        rules = [self._rule(cue, cue.positions in forward) for cue in kept if cue.value.kind in _STRENGTH]
+        self._rules = [rule for rule in rules if rule is not None]
         self._rules += [_Rule("uncertain", first, last + 1, False) for first, last in _alternatives(forms, named, taken)]
         self._within = [(cue.value.kind, cue.positions) for cue in kept if cue.value.kind in ("absent", "uncertain")]
+
+    def _rule(self, cue: Match[Cue], either_way: bool) -> _Rule | None:
+        """What a cue rules; None for one that looks back and belongs to the noun after it.
+
+        Args:
+            either_way: the same words are a cue that looks forward too.
+        """
+        kind = cue.value.kind
+        if cue.value.direction == "before":
+            return _Rule(kind, cue.first + 1, self._end(cue), False)  # "no visible" may share a word with what it denies
+        if either_way and self._forms[cue.first] not in _BETWEEN_TWO and _looks_forward(self._forms, cue, self._firsts):
+            return None
+        return _Rule(kind, self._start(cue), cue.first, True)
+
+    def _end(self, cue: Match[Cue]) -> int:
+        """Where the rule of a cue that looks forward ends."""
+        end = min((stop for stop in self._stops if stop > cue.last), default=len(self._forms))
+        if cue.value.kind != "absent":
+            return end
+        return _end_of_list(self._forms, cue.last, end, self._named, self._affirming, self._describing)
+
+    def _start(self, cue: Match[Cue]) -> int:
+        """Where the rule of a cue that looks back starts."""
+        forms = self._forms
+        if cue.first - 1 in self._others and not {"and", "or"} & set(forms[max(0, cue.first - 4) : cue.first]):
+            return cue.first - 1
+        answered = cue.first > 0 and forms[cue.first - 1] == ":"  # "Effusion: none"
+        until = _before_aside(forms, cue.first - answered)
+        borders = [stop for stop in self._stops if stop < until] + [verb.last for verb in self._affirming if verb.last < until]
+        if forms[cue.first] in _BETWEEN_TWO:
+            borders += [i for i in range(cue.first) if forms[i] in ("with", "and", ",") or i in self._hedges]
+        return max((border + 1 for border in borders), default=0)
 
     def of(self, positions: tuple[int, ...]) -> Stated:
         """What is said of a finding whose words are at ``positions``, by the strongest cue that rules it.

@@ -38,6 +38,11 @@ class StatedSentence:
     statements: tuple[Statement, ...] = ()
     compares: bool = False  # speaks of change to a prior study, or of none ("unchanged")
 
+    @property
+    def describes_image(self) -> bool:
+        """Whether it stands in findings, impression, or no section: where a report says what the image shows."""
+        return self.section in ("findings", "impression", "other")
+
 
 class FactSource(Configurable, abc.ABC):
     """Base of what knows which facts a text states: a lexicon, a file made elsewhere, a callable."""
@@ -57,5 +62,5 @@ class FactSource(Configurable, abc.ABC):
 def described(sentences: Iterable[StatedSentence]) -> Iterator[Statement]:
     """The statements of the sentences in findings, impression, or without a section: what a report says of the image."""
     for sentence in sentences:
-        if sentence.section in ("findings", "impression", "other"):
+        if sentence.describes_image:
             yield from sentence.statements

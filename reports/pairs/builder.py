@@ -126,25 +126,23 @@ class ReportPairs(PairBuilder):
             claims: list[Claim] = []
             for words in study.words:
                 known = _answer(self.facts, words)
-                in_a_row = in_a_row + 1 if isinstance(known, ProviderError) else 0
-                if not isinstance(known, ProviderError):
-                    claims += self._claims_of_known(known)
-                elif known.final or in_a_row >= AskingProvider.stops_after:
-                    raise known
-                else:
-                    self.unread[words.study_id] = f"no facts of the report: {known}; its texts are read by the provider's fallback"
+                if isinstance(known, ProviderError):
+                    in_a_row += 1
+                    if known.final or in_a_row >= AskingProvider.stops_after:
+                        raise known
+                    self._note_unread(words, str(known))
+                    continue
+                in_a_row = 0
+                if self.facts.asks and not known and any((words.report, words.findings, words.impression)):
+                    self._note_unread(words, "the answer breaks the format")
+                for sentence in (one for text, reading in known for one in reading.image_sentences(text)):
+                    self._keep(sentence)
+                    claims += claims_of(sentence.text, sentence.statements, self.ontology)
             found.append(claims)
         return found
 
-    def _claims_of_known(self, known: Iterable[tuple[str, Reading]]) -> list[Claim]:
-        """What the readings of a study say, each of their sentences kept."""
-        found: list[Claim] = []
-        for text, reading in known:
-            for sentence in reading.sentences(text):
-                if sentence.section in ("findings", "impression", "other"):
-                    self._keep(sentence)
-                    found += claims_of(sentence.text, sentence.statements, self.ontology)
-        return found
+    def _note_unread(self, words: StudyWords, reason: str) -> None:
+        self.unread[words.study_id] = f"no facts of the report: {reason}; its texts are read by the provider's fallback"
 
     def _keep(self, sentence: StatedSentence) -> None:
         """Note what a sentence of a report states. One that states other things in another report ("It is unchanged.") states nothing by

@@ -93,7 +93,7 @@ class HierarchicalCaptions(TextSource):
         """The captions of all findings, each once."""
         said = self._sentences(report, findings, impression)
         found = (claims_of(text, statements, self.ontology) for text, statements in said)
-        claims = with_disputes([claim for claims in found for claim in claims], self.ontology)
+        claims = with_disputes([claim for stated in found for claim in stated], self.ontology)
         denied = {claim.finding for claim in claims if claim.disputed}
         shown = [
             claim
@@ -107,8 +107,7 @@ class HierarchicalCaptions(TextSource):
         source: FactSource | None = self.facts
         if isinstance(source, Provider):
             if known := source.known(report, findings, impression):
-                for text, reading in known:
-                    yield from ((s.text, s.statements) for s in reading.sentences(text) if s.section in ("findings", "impression", "other"))
+                yield from ((one.text, one.statements) for text, reading in known for one in reading.image_sentences(text))
                 return
             source = source.fallback
         if source is not None:

@@ -21,7 +21,6 @@ _OTHER = {
     "lle": "rle",
     "lsc": "rsc",
     "lscv": "rscv",
-    "levo": "dextro",
     "levoscoliosis": "dextroscoliosis",
     "levoscoliotic": "dextroscoliotic",
     "levocurvature": "dextrocurvature",
@@ -31,12 +30,14 @@ _OTHER = {
     "levocurve": "dextrocurve",
 }
 _SWAP = {**_OTHER, **{b: a for a, b in _OTHER.items()}}
-_LONG = "|".join(sorted((word for word in _SWAP if len(word) > 1 and word not in ("dextro", "levo")), key=len, reverse=True))
+_LONG = "|".join(sorted((word for word in _SWAP if len(word) > 1), key=len, reverse=True))
+_TURNS = {"levo": "dextro", "dextro": "levo"}
+"""Prefixes that are written apart: "levo-scoliosis"."""
 _SIDE = re.compile(
     rf"(?<![A-Za-z])(?:(?P<stem>left|right)(?P<ending>wards?|most|[ -]?sided(?:ly)?|-?hand(?:ed)?)?|(?P<word>{_LONG})"
     r"|(?P<turn>dextro|levo)(?=[ -](?:scolio|roto-?scolio|curv|convex))"
-    r"|(?P<letter>[LR])(?=\)|\.? (?:[a-z]|IJ|PICC|SC\b)|-(?:sided|IJ|PICC|SC|UE|LE)\b| ?[/<>=] ?[LR]\b)|(?<=[LR][/<>=])(?P<second>[LR])"
-    r"|(?<=[LR] [/<>=] )(?P<third>[LR]))(?![A-Za-z])",
+    r"|(?P<compared>[LR] ?[/<>=] ?[LR])"  # "L > R"
+    r"|(?P<letter>[LR])(?=\)|\.? (?:[a-z]|IJ|PICC|SC\b)|-(?:sided|IJ|PICC|SC|UE|LE)\b))(?![A-Za-z])",
     re.IGNORECASE,
 )
 _REFUSED = re.compile(
@@ -53,8 +54,10 @@ _REFUSED = re.compile(
 )
 _LEFT_OVER = re.compile(
     # a letter by itself, other than of a vertebra (L1, L-1, L-spine), and abbreviations that may begin with a side
-    r"(?<![A-Za-z0-9'])[LR](?![A-Za-z0-9']|-\d|-?spine|-?S\b)|(?<![A-Za-z])(?i:dextro|levo|sinistr|dexter)|(?<![A-Za-z0-9-])[LR][B-DF-HJ-NP-TV-Z]{1,3}(?![A-Za-z0-9])"
+    r"(?<![A-Za-z0-9'])[LR](?![A-Za-z0-9']|-\d|-?spine|-?S\b)|(?<![A-Za-z])(?i:dextro|levo|sinistr|dexter)"
+    r"|(?<![A-Za-z0-9-])[LR][B-DF-HJ-NP-TV-Z]{1,3}(?![A-Za-z0-9])"
 )
+_LETTERS = str.maketrans("LRlr", "RLrl")
 _NO_SIDE = frozenset({"LN", "LNS", "LP", "LDCT", "RT", "LT", "LR", "RF", "RR", "RSV", "RX", "LVL", "RBC", "RN", "RPT"})
 """Abbreviations that begin like a side and are none."""
 
@@ -63,8 +66,8 @@ def swap_left_and_right(text: str) -> str | None:
     """The text with sides changed: left and right, RUL and LUL, dextro- and levoscoliosis; capitals as they were.
 
     None where it cannot be written: the text names what has its name from a side ("left ventricle"), what one side lacks ("right middle
-    lobe", "lingula"), a letter R or L, or an abbreviation that begins with one, of unclear meaning. A text without any
-    side comes back as it is.
+    lobe", "lingula"), a letter R or L, or an abbreviation that begins with one, of unclear meaning. A text without any side comes back
+    as it is.
     """
     if _REFUSED.search(text):
         return None
@@ -74,8 +77,10 @@ def swap_left_and_right(text: str) -> str | None:
 
 
 def _other_side(match: re.Match[str]) -> str:
-    word = next(match[group] for group in ("stem", "word", "turn", "letter", "second", "third") if match[group])
-    return _like(word, _SWAP[word.lower()]) + (match["ending"] or "")
+    if match["compared"]:
+        return match["compared"].translate(_LETTERS)
+    word = match["stem"] or match["word"] or match["turn"] or match["letter"]
+    return _like(word, (_SWAP | _TURNS)[word.lower()]) + (match["ending"] or "")
 
 
 def _like(model: str, word: str) -> str:

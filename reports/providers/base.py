@@ -39,6 +39,10 @@ class Reading:
         section = sections.pop() if len(sections) == 1 else "other"
         return (StatedSentence(" ".join(text.split()), 0, len(text), section, self.statements),)
 
+    def image_sentences(self, text: str) -> tuple[StatedSentence, ...]:
+        """Those of :meth:`sentences` that describe the image."""
+        return tuple(sentence for sentence in self.sentences(text) if sentence.describes_image)
+
     def minimal_sentences(self, text: str) -> tuple[str, ...]:
         """The minimal sentences of the text that was read: those made elsewhere, else made from the facts; each once, in order."""
         if self.minimal is None:

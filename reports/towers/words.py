@@ -48,15 +48,7 @@ def origins(text: str, cleaned: str) -> list[int]:
     while len(places) < len(cleaned):
         j = len(places)
         if not _agree(text, i, cleaned, j, 1):
-            skipped, made = next(
-                (
-                    (s, n - s)
-                    for n in range(1, _REACH)
-                    for s in range(n, -1, -1)
-                    if _agree(text, i + s, cleaned, j + n - s, min(n + 1, _SURE))
-                ),
-                (1, 1),
-            )
+            skipped, made = _apart(text, i, cleaned, j)
             places += [last] * min(made, len(cleaned) - j)
             i += skipped
             continue
@@ -64,6 +56,12 @@ def origins(text: str, cleaned: str) -> list[int]:
         places.append(last)
         i += 1
     return [*places, len(text)]
+
+
+def _apart(text: str, i: int, cleaned: str, j: int) -> tuple[int, int]:
+    """How many characters from ``i`` and ``j`` on lie before the nearest place where the two agree; one each if none is near."""
+    ways = ((skipped, n - skipped) for n in range(1, _REACH) for skipped in range(n, -1, -1))
+    return next(((s, m) for s, m in ways if _agree(text, i + s, cleaned, j + m, min(s + m + 1, _SURE))), (1, 1))
 
 
 def _agree(text: str, i: int, cleaned: str, j: int, count: int) -> bool:

@@ -244,6 +244,14 @@ def test_a_source_that_gives_no_answer_is_listed_and_the_fallback_reads() -> Non
     assert [(c.finding, c.state) for c in builder.claims(reports[1])] == [("pneumothorax", "absent")]
 
 
+def test_an_answer_that_breaks_the_format_is_listed_and_ends_nothing() -> None:
+    facts = CallableFacts(lambda text: {"Zebra": 1}, "mine", "1", fallback=LexiconFacts())
+    builder = ReportPairs(facts=facts)
+    batch(builder, {i: f"Effusion {i}." for i in range(20)})
+    assert len(builder.unread) == 20 and "breaks the format" in builder.unread["7"] and "Zebra" not in builder.unread["7"]
+    assert [c.finding for c in builder.claims("Effusion 3.")] == ["pleural_effusion"]
+
+
 def test_a_source_that_never_answers_ends_the_preparation() -> None:
     calls: list[str] = []
     with pytest.raises(ProviderError):
