@@ -11,9 +11,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from medvl.losses.objectives import CHUNK, Denominator, Direction, info_nce, sigmoid_loss
+from medvl.losses.objectives import Denominator, Direction, info_nce, sigmoid_loss
 from medvl.losses.pairs import Pairs, pairs_of
-from medvl.losses.statistics import Matmul
+from medvl.losses.statistics import CHUNK, Matmul
 from medvl.types import Product
 
 

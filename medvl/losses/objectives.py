@@ -14,20 +14,17 @@ such matrix is formed; which pairs are positive is a :class:`medvl.losses.pairs.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from medvl.losses.pairs import Pairs, pairs_of
-from medvl.losses.statistics import Matmul, expected_logits, softplus_sum, statistics
+from medvl.losses.statistics import CHUNK, Matmul, expected_logits, is_empty, no_pairs, softplus_sum, statistics
 from medvl.types import Product
 
 Denominator = Literal["all", "negatives", "each"]
 Direction = Literal["both", "image", "text"]
-
-CHUNK = 512
-"""Rows of a tile by default: between 256 and 2048 the time hardly changes, and the memory is proportional."""
 
 
 def info_nce(
@@ -60,26 +57,27 @@ def info_nce(
         chunk_size, matmul: as :func:`medvl.losses.statistics.statistics`.
     Raises:
         ValueError: an unknown word; ``inside`` with ``each``; a line of positives alone, where the denominator is over negatives; a line
-            that has soft positives alone, in the direction that takes none.
+            that has soft positives alone, in the direction that takes none; one-sided ``soft`` with another denominator than ``all``.
     Source: "Supervised Contrastive Learning", arXiv:2004.11362, eq. 2 (outside) and 3 (inside, there with a mean), in both directions;
         inside: "End-to-End Learning of Visual Representations from Uncurated Instructional Videos", arXiv:1912.06430, eq. 1;
         negatives: "Decoupled Contrastive Learning", arXiv:2110.06848, eq. 5; each: the columns of "RadZero", arXiv:2504.07416, which has
         all in its rows; one-sided weights: "CWCL: Cross-Modal Transfer with Continuously Weighted Contrastive Loss", arXiv:2309.14580.
     """
     for name, value, known in (("denominator", denominator, Denominator), ("direction", direction, Direction), ("soft", soft, Direction)):
-        if value not in known.__args__:  # type: ignore[attr-defined]
-            raise ValueError(f"{name} is {value!r}, expected one of {', '.join(known.__args__)}")  # type: ignore[attr-defined]
+        _check_word(name, value, known)
+    if soft != "both" and denominator != "all":
+        raise ValueError(f"soft is {soft!r}, which makes negatives of soft positives: it goes with denominator all, not {denominator}")
     if inside and denominator == "each":
         raise ValueError("inside the log the positives of a line are one; their denominator is all or negatives, not each")
     if logits.shape != pairs.shape:
         raise ValueError(f"the logits have shape {tuple(logits.shape)}, the pairs {pairs.shape}")
     logits, pairs = _used(logits, pairs)
-    if not len(pairs.rows):
+    if not len(pairs.positive):
         return _nothing(logits)
     excluded = pairs.ignored
     if denominator != "all":
-        excluded = _by_row(torch.cat([excluded, torch.stack([pairs.rows, pairs.columns], 1)]))
-    row, column, at = statistics(logits, excluded, pairs.rows, pairs.columns, chunk_size, matmul)
+        excluded = _by_row(torch.cat([excluded, pairs.positive]))
+    row, column, at = statistics(logits, excluded, pairs.positive, chunk_size, matmul)
     losses = []
     for name, line, lse in (("image", pairs.rows, row), ("text", pairs.columns, column)):
         if direction in ("both", name):
@@ -100,7 +98,7 @@ def _mean_loss(line: Tensor, lse: Tensor, at: Tensor, weights: Tensor, inside: b
     sums = torch.zeros_like(lse).index_add(0, line, weights)
     if (stated & (sums == 0)).any():
         raise ValueError(f"{name}s: one has soft positives alone, in a direction that takes none; give each a pair of weight 1")
-    if denominator == "negatives" and (stated & (lse < -1e29)).any():
+    if denominator == "negatives" and (stated & is_empty(lse)).any():
         raise ValueError(f"a line of the {name}s has no negative, so the denominator over negatives is empty; use all or each")
     if inside:
         matched = _log_sums(at + weights.log(), line, len(lse))
@@ -139,8 +137,7 @@ def sigmoid_loss(logits: Tensor | Product, bias: Tensor, pairs: Pairs, *, chunk_
     logits, pairs = _used(logits, pairs)
     if not len(pairs.used_rows):
         return _nothing(logits)
-    at = torch.stack([pairs.rows, pairs.columns], 1)
-    return softplus_sum(logits, bias, pairs.ignored, at, pairs.weights, chunk_size, matmul) / len(pairs.used_rows)
+    return softplus_sum(logits, bias, pairs.ignored, pairs.positive, pairs.weights, chunk_size, matmul) / len(pairs.used_rows)
 
 
 def soft_target_loss(
@@ -164,26 +161,24 @@ def soft_target_loss(
         ValueError: labels of another number, or an unknown direction.
     Source: "MedCLIP", arXiv:2210.10163, eqs. 2 to 5; its code has a temperature of 1 and labels that are not normalised.
     """
-    if direction not in Direction.__args__:  # type: ignore[attr-defined]
-        raise ValueError(f"direction is {direction!r}, expected one of both, image, text")
-    labels = Product(
-        image_labels.detach().to(_exact(logits)),
-        text_labels.detach().to(_exact(logits)),
-        torch.tensor(1 / temperature, dtype=torch.float64),
-    )
-    labels = replace(labels, scale=labels.scale.to(labels.image))
+    _check_word("direction", direction, Direction)
+    given = logits.image if isinstance(logits, Product) else logits
+    dtype = torch.float64 if given.dtype == torch.float64 else torch.float32
+    vectors = (image_labels.detach().to(dtype), text_labels.detach().to(dtype))
+    labels = Product(*vectors, torch.tensor(1 / temperature, dtype=dtype, device=given.device))
     if labels.shape != tuple(logits.shape):
         raise ValueError(f"labels of {labels.shape[0]} images and {labels.shape[1]} texts, the logits have shape {tuple(logits.shape)}")
-    none = torch.zeros(0, 2, dtype=torch.long, device=labels.image.device)
-    row, column, _ = statistics(logits, none, none[:, 0], none[:, 1], chunk_size, matmul)
+    none = no_pairs(given.device)
+    row, column, _ = statistics(logits, none, none, chunk_size, matmul)
     of_row, of_column = expected_logits(logits, labels, chunk_size)
     losses = {"image": (row - of_row).mean(), "text": (column - of_column).mean()}
     return torch.stack([loss for name, loss in losses.items() if direction in ("both", name)]).mean()
 
 
-def _exact(logits: Tensor | Product) -> torch.dtype:
-    given = logits.image.dtype if isinstance(logits, Product) else logits.dtype
-    return torch.float64 if given == torch.float64 else torch.float32
+def _check_word(name: str, value: str, known: object) -> None:
+    """Raise for a value that is none of a Literal's."""
+    if value not in get_args(known):
+        raise ValueError(f"{name} is {value!r}, expected one of {', '.join(get_args(known))}")
 
 
 def info_nce_of_logits(logits: Tensor, positives: Tensor, ignore: Tensor | None = None, false_texts: Tensor | None = None) -> Tensor:

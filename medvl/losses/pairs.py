@@ -17,13 +17,22 @@ class Pairs:
     """Positive and ignored pairs of B images and M texts, each pair once, in the order of rows, then columns."""
 
     shape: tuple[int, int]  # (B, M)
-    rows: Tensor  # (K,) int64, images of the positive pairs
-    columns: Tensor  # (K,) int64, their texts
+    positive: Tensor  # (K, 2) int64, image and text
     weights: Tensor  # (K,) float, above 0
     ignored: Tensor  # (L, 2) int64, pairs of which it is not known whether they match, those of rows and columns out of use left out
     used_rows: Tensor  # (B,) bool, False: the image is dropped
     used_columns: Tensor  # (M,) bool, False: the text is dropped
     false_texts: Tensor  # (M,) bool, made to be false: no term of their own where they have no positive
+
+    @property
+    def rows(self) -> Tensor:
+        """(K,) int64, images of the positive pairs."""
+        return self.positive[:, 0]
+
+    @property
+    def columns(self) -> Tensor:
+        """(K,) int64, texts of the positive pairs."""
+        return self.positive[:, 1]
 
     @property
     def all_used(self) -> bool:
@@ -34,13 +43,12 @@ class Pairs:
         """The pairs of what is used, renumbered."""
         if self.all_used:
             return self
-        row, column = (used.long().cumsum(0) - 1 for used in (self.used_rows, self.used_columns))
+        numbers = [used.long().cumsum(0) - 1 for used in (self.used_rows, self.used_columns)]
         return replace(
             self,
             shape=(int(self.used_rows.sum()), int(self.used_columns.sum())),
-            rows=row[self.rows],
-            columns=column[self.columns],
-            ignored=torch.stack([row[self.ignored[:, 0]], column[self.ignored[:, 1]]], dim=1),
+            positive=torch.stack([numbers[d][self.positive[:, d]] for d in (0, 1)], dim=1),
+            ignored=torch.stack([numbers[d][self.ignored[:, d]] for d in (0, 1)], dim=1),
             used_rows=self.used_rows[self.used_rows],
             used_columns=self.used_columns[self.used_columns],
             false_texts=self.false_texts[self.used_columns],
@@ -74,7 +82,7 @@ def pairs_of(positives: Tensor, shape: tuple[int, int], ignore: Tensor | None = 
     false = none if false_texts is None else false_texts
     _check_each_has_a_positive(true, (used_rows, used_columns & ~false))
     ignored = ignored[used_rows[ignored[:, 0]] & used_columns[ignored[:, 1]]]
-    return Pairs((b, m), true[:, 0], true[:, 1], weights, ignored, used_rows, used_columns, false)
+    return Pairs((b, m), true, weights, ignored, used_rows, used_columns, false)
 
 
 def _positives(positives: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:

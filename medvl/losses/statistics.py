@@ -20,6 +20,9 @@ from medvl.types import Product
 
 Matmul = Literal["exact", "bfloat16"]
 
+CHUNK = 512
+"""Rows of a tile by default: between 256 and 2048 the time hardly changes, and the memory is proportional."""
+
 _ABSENT = -1e30
 """Stands for minus infinity, whose differences are no numbers."""
 
@@ -28,28 +31,25 @@ _SAFE_SPAN = 80.0
 
 
 def statistics(
-    logits: Tensor | Product, excluded: Tensor, rows: Tensor, columns: Tensor, chunk_size: int = 512, matmul: Matmul = "exact"
+    logits: Tensor | Product, excluded: Tensor, pairs: Tensor, chunk_size: int = CHUNK, matmul: Matmul = "exact"
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-sum-exp of every row (B,) and of every column (M,) without the excluded pairs, and the logits of the given pairs (K,).
 
     Args:
         logits: (B, M), or a product that makes them.
         excluded: (L, 2) int64, sorted by row. A line of nothing but excluded pairs has a very low log-sum-exp and no gradient.
-        rows, columns: (K,) int64, sorted by row.
+        pairs: (K, 2) int64, sorted by row.
         chunk_size: rows of a tile; 0 forms the whole matrix and leaves it to autograd.
         matmul: ``bfloat16`` rounds the vectors of a product for its tiles: some times faster where the hardware has it, and not exact
             (gradients of aligned pairs were some percent off).
     Raises:
         ValueError: a negative chunk size.
     """
-    if chunk_size < 0:
-        raise ValueError(f"chunk_size is {chunk_size}, expected 0 for the plain form, or the rows of a tile")
-    if isinstance(logits, Product) and chunk_size:
-        return _Statistics.apply(logits.image, logits.text, logits.scale, excluded, rows, columns, chunk_size, matmul == "bfloat16")
-    scores = logits.dense() if isinstance(logits, Product) else logits
-    scores = scores if scores.dtype == torch.float64 else scores.float()
+    if isinstance(logits, Product) and _in_tiles(chunk_size):
+        return _Statistics.apply(logits.image, logits.text, logits.scale, excluded, pairs, chunk_size, matmul == "bfloat16")
+    scores = _formed(logits)
     kept = scores.index_put((excluded[:, 0], excluded[:, 1]), scores.new_tensor(_ABSENT)) if len(excluded) else scores
-    return kept.logsumexp(1), kept.logsumexp(0), scores[rows, columns]
+    return kept.logsumexp(1), kept.logsumexp(0), scores[pairs[:, 0], pairs[:, 1]]
 
 
 def softplus_sum(
@@ -58,7 +58,7 @@ def softplus_sum(
     excluded: Tensor,
     pairs: Tensor,
     weights: Tensor,
-    chunk_size: int = 512,
+    chunk_size: int = CHUNK,
     matmul: Matmul = "exact",
 ) -> Tensor:
     """sum_ij softplus(s_ij + bias) without the excluded pairs, less sum_p w_p (s_p + bias) over the given pairs.
@@ -69,34 +69,57 @@ def softplus_sum(
         bias: scalar.
         others: as :func:`statistics`.
     """
-    if chunk_size < 0:
-        raise ValueError(f"chunk_size is {chunk_size}, expected 0 for the plain form, or the rows of a tile")
-    if isinstance(logits, Product) and chunk_size:
+    if isinstance(logits, Product) and _in_tiles(chunk_size):
         vectors = (logits.image, logits.text, logits.scale, bias)
         return _SoftplusSum.apply(*vectors, excluded, pairs, weights, chunk_size, matmul == "bfloat16")
-    scores = (logits.dense() if isinstance(logits, Product) else logits) + bias
-    scores = scores if scores.dtype == torch.float64 else scores.float()
+    scores = _formed(logits) + bias
     losses = -F.logsigmoid(-scores)  # softplus itself is cut off above 20
     if len(excluded):
         losses = losses.index_put((excluded[:, 0], excluded[:, 1]), losses.new_tensor(0.0))
     return losses.sum() - (weights.to(scores.dtype) * scores[pairs[:, 0], pairs[:, 1]]).sum()
 
 
-def expected_logits(logits: Tensor | Product, targets: Product, chunk_size: int = 512) -> tuple[Tensor, Tensor]:
+def expected_logits(logits: Tensor | Product, targets: Product, chunk_size: int = CHUNK) -> tuple[Tensor, Tensor]:
     """Mean logit of each row (B,) under the softmax of its targets over texts, and of each column (M,) under that over images.
 
     Args:
         targets: logits of the targets, which get no gradient.
         others: as :func:`statistics`.
     """
-    if isinstance(logits, Product) and chunk_size:
-        none = torch.zeros(0, 2, dtype=torch.long, device=targets.image.device)
-        row, column, _ = statistics(targets, none, none[:, 0], none[:, 1], chunk_size)
+    if isinstance(logits, Product) and _in_tiles(chunk_size):
+        none = no_pairs(targets.image.device)
+        row, column, _ = statistics(targets, none, none, chunk_size)
         vectors = (logits.image, logits.text, logits.scale)
         return _Expected.apply(*vectors, targets.image, targets.text, targets.scale, row, column, chunk_size)
-    scores, wanted = logits.dense() if isinstance(logits, Product) else logits, targets.dense()
-    scores = scores if scores.dtype == torch.float64 else scores.float()
+    scores, wanted = _formed(logits), targets.dense()
     return (wanted.softmax(1) * scores).sum(1), (wanted.softmax(0) * scores).sum(0)
+
+
+def no_pairs(device: torch.device) -> Tensor:
+    """(0, 2) int64."""
+    return torch.zeros(0, 2, dtype=torch.long, device=device)
+
+
+def is_empty(log_sum_exps: Tensor) -> Tensor:
+    """Which of the log-sum-exps of :func:`statistics` are of nothing."""
+    return log_sum_exps <= _ABSENT / 2
+
+
+def _in_tiles(chunk_size: int) -> bool:
+    """Whether no matrix is to be formed.
+
+    Raises:
+        ValueError: a negative number of rows.
+    """
+    if chunk_size < 0:
+        raise ValueError(f"chunk_size is {chunk_size}, expected 0 for the plain form, or the rows of a tile")
+    return chunk_size > 0
+
+
+def _formed(logits: Tensor | Product) -> Tensor:
+    """(B, M), in float32 at least."""
+    scores = logits.dense() if isinstance(logits, Product) else logits
+    return scores if scores.dtype == torch.float64 else scores.float()
 
 
 class _Tiles:
@@ -111,6 +134,11 @@ class _Tiles:
 
     def starts(self) -> range:
         return range(0, len(self.image), self.size)
+
+    def within(self, pairs: Tensor) -> _Within:
+        """The pairs (K, 2), to be asked for by tile."""
+        edges = torch.tensor([*self.starts(), len(self.image)], device=pairs.device)
+        return _Within(pairs, edges, self.size)
 
     def logits(self, start: int) -> Tensor:
         """(b, M), in the buffer: gone with the next tile."""
@@ -141,13 +169,15 @@ class _Tiles:
 
 
 class _Within:
-    """Pairs sorted by row, found by tile."""
+    """Pairs sorted by row, found by tile.
 
-    def __init__(self, pairs: Tensor, tiles: _Tiles) -> None:
-        self.pairs = pairs
-        edges = torch.tensor([*tiles.starts(), len(tiles.image)], device=pairs.device)
+    Args:
+        edges: (tiles + 1,) int64, the first row of every tile, and the number of rows.
+    """
+
+    def __init__(self, pairs: Tensor, edges: Tensor, size: int) -> None:
+        self.pairs, self.size = pairs, size
         self.cuts = torch.searchsorted(pairs[:, 0].contiguous(), edges).tolist()
-        self.size = tiles.size
 
     def of(self, start: int) -> tuple[slice, Tensor, Tensor]:
         """Which pairs are in the tile, their rows in it, and their columns."""
@@ -166,20 +196,19 @@ class _Statistics(torch.autograd.Function):
         text: Tensor,
         scale: Tensor,
         excluded: Tensor,
-        rows: Tensor,
-        columns: Tensor,
+        pairs: Tensor,
         chunk_size: int,
         rounded: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         with torch.autocast(image.device.type, enabled=False):
             tiles = _Tiles(image, text, scale, chunk_size, rounded)
-            asked, left_out = _Within(torch.stack([rows, columns], 1), tiles), _Within(excluded, tiles)
+            asked, left_out = tiles.within(pairs), tiles.within(excluded)
             shift = tiles.span()
             shared = bool(2 * shift < _SAFE_SPAN)
             row = tiles.image.new_empty(len(image))
             top = tiles.image.new_full((len(text),), _ABSENT)
             total = tiles.image.new_zeros(len(text))
-            at = tiles.image.new_empty(len(rows))
+            at = tiles.image.new_empty(len(pairs))
             for start in tiles.starts():
                 tile = tiles.logits(start)
                 here, i, j = asked.of(start)
@@ -199,20 +228,20 @@ class _Statistics(torch.autograd.Function):
                 row, column = (sums.log_().add_(shift).clamp_min_(_ABSENT) for sums in (row, total))
             else:
                 column = top + total.log()
-        ctx.save_for_backward(image, text, scale, excluded, rows, columns, row, column)
+        ctx.save_for_backward(image, text, scale, excluded, pairs, row, column)
         ctx.chunk_size, ctx.rounded, ctx.shift = chunk_size, rounded, shift if shared else None
         return row, column, at
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, of_row: Tensor, of_column: Tensor, of_at: Tensor) -> tuple[Tensor | None, ...]:
-        image, text, scale, excluded, rows, columns, row, column = ctx.saved_tensors
+        image, text, scale, excluded, pairs, row, column = ctx.saved_tensors
         with torch.autocast(image.device.type, enabled=False):
             tiles = _Tiles(image, text, scale, ctx.chunk_size, ctx.rounded)
-            asked, left_out = _Within(torch.stack([rows, columns], 1), tiles), _Within(excluded, tiles)
+            asked, left_out = tiles.within(pairs), tiles.within(excluded)
             of_image, of_text = torch.empty_like(tiles.image), torch.zeros_like(tiles.text)
-            of_row, of_column = (torch.where(lse <= _ABSENT / 2, 0, g) for lse, g in ((row, of_row), (column, of_column)))
-            row, column = (torch.where(lse <= _ABSENT / 2, 0, lse) for lse in (row, column))
+            of_row, of_column = (torch.where(is_empty(lse), 0, g) for lse, g in ((row, of_row), (column, of_column)))
+            row, column = (torch.where(is_empty(lse), 0, lse) for lse in (row, column))
             other = torch.empty_like(tiles.buffer)
             for start in tiles.starts():
                 tile = tiles.logits(start)
@@ -228,7 +257,7 @@ class _Statistics(torch.autograd.Function):
                 here, i, j = asked.of(start)
                 tile.index_put_((i, j), of_at[here].to(tile.dtype), accumulate=True)
                 tiles.take_back(tile, start, of_image, of_text)
-            return *_of_vectors(ctx, tiles, of_image, of_text, (image, text, scale)), None, None, None, None, None
+            return *_of_vectors(ctx, tiles, of_image, of_text, (image, text, scale)), None, None, None, None
 
 
 _SPARE_ROWS = 32
@@ -257,7 +286,7 @@ class _SoftplusSum(torch.autograd.Function):
         wanted = any(ctx.needs_input_grad[:4])
         with torch.autocast(image.device.type, enabled=False):
             tiles = _Tiles(image, text, scale, chunk_size, rounded)
-            positive, left_out = _Within(pairs, tiles), _Within(excluded, tiles)
+            positive, left_out = tiles.within(pairs), tiles.within(excluded)
             of_image, of_text = (torch.empty_like(tiles.image), torch.zeros_like(tiles.text)) if wanted else (None, None)
             weights, offset = weights.to(tiles.image.dtype), bias.detach().to(tiles.image.dtype)
             total, of_bias = tiles.image.new_zeros(()), tiles.image.new_zeros(())
