@@ -141,6 +141,12 @@ class TextFeatures:
     pooled: Tensor  # (M, D)
     tokens: Tensor | None = None  # (M, L, D); None if the tower keeps none
     token_valid: Tensor | None = None  # (M, L) bool, False on padding
+    concepts: Tensor | None = None  # (M, L) int64: which concept of its text (0, 1, ...) a token is of, -1 none; None: not known
+
+    def rows(self, start: int, stop: int) -> TextFeatures:
+        """The texts from ``start`` to before ``stop``."""
+        parts = {one.name: getattr(self, one.name) for one in fields(self)}
+        return replace(self, **{name: part[start:stop] for name, part in parts.items() if part is not None})
 
 
 @dataclass(frozen=True)
@@ -306,7 +312,8 @@ class Similarity(Configurable, nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def maps(self, images: ImageFeatures, texts: TextFeatures) -> Tensor:
-        """(B, M, *grid) cosine of every token with the text, in [-1, 1]; NaN where a token saw only padding.
+        """(B, M, *grid) how well every token fits the text, in [-1, 1], a cosine unless a subclass says otherwise; NaN where a token saw
+        only padding.
 
         Raises:
             ValueError: the image tower keeps no tokens.

@@ -1,5 +1,6 @@
 """Report towers: a text trunk of Hugging Face or open_clip and a small trained head; a frozen trunk's embeddings are cached."""
 
+from reports.towers.concepts import ConceptReportEncoder as ConceptReportEncoder
 from reports.towers.huggingface import HuggingFaceReportEncoder as HuggingFaceReportEncoder
 from reports.towers.huggingface import MiniLmReportEncoder as MiniLmReportEncoder
 from reports.towers.huggingface import model_folder as model_folder
