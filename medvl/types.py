@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -91,6 +92,15 @@ class ImageBatch:
         parts = {one.name: getattr(self, one.name) for one in fields(self)}
         return replace(self, **{name: part.to(device) for name, part in parts.items() if part is not None})
 
+    def studies(self, start: int, stop: int) -> ImageBatch:
+        """The images of the studies from ``start`` to before ``stop``, renumbered from 0."""
+        parts = {one.name: getattr(self, one.name) for one in fields(self)}
+        if self.study is None:
+            return replace(self, **{name: part[start:stop] for name, part in parts.items() if part is not None})
+        chosen = (self.study >= start) & (self.study < stop)
+        found = replace(self, **{name: part[chosen] for name, part in parts.items() if part is not None})
+        return replace(found, study=self.study[chosen] - start)
+
     def grouped(self, counts: Sequence[int]) -> ImageBatch:
         """The same images as those of B studies, which have ``counts`` of them one after the other.
 
@@ -147,6 +157,37 @@ class TextFeatures:
         """The texts from ``start`` to before ``stop``."""
         parts = {one.name: getattr(self, one.name) for one in fields(self)}
         return replace(self, **{name: part[start:stop] for name, part in parts.items() if part is not None})
+
+
+def join_texts(parts: Sequence[TextFeatures]) -> TextFeatures:
+    """Features of several batches as one; texts of fewer tokens than the longest are padded.
+
+    Raises:
+        ValueError: no batch at all.
+    """
+    if not parts:
+        raise ValueError("no texts were given")
+    if any(part.tokens is None for part in parts):
+        return TextFeatures(torch.cat([part.pooled for part in parts]))
+    tokens = [part.tokens for part in parts if part.tokens is not None]
+    more = [max(one.shape[1] for one in tokens) - one.shape[1] for one in tokens]
+
+    def joined(values: Sequence[Tensor | None], fill: int) -> Tensor | None:
+        found = [value for value in values if value is not None]
+        return (
+            torch.cat([pad(value, (0, n), value=fill) for value, n in zip(found, more, strict=True)]) if len(found) == len(parts) else None
+        )
+
+    valid = [
+        one.new_ones(one.shape[:2], dtype=torch.bool) if p.token_valid is None else p.token_valid
+        for one, p in zip(tokens, parts, strict=True)
+    ]
+    return TextFeatures(
+        torch.cat([part.pooled for part in parts]),
+        torch.cat([pad(one, (0, 0, 0, n)) for one, n in zip(tokens, more, strict=True)]),
+        joined(valid, False),
+        joined([part.concepts for part in parts], -1),
+    )
 
 
 @dataclass(frozen=True)

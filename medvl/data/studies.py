@@ -13,6 +13,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
@@ -37,8 +38,29 @@ Views = Literal["image", "study"]
 
 
 @dataclass(frozen=True)
+class Share:
+    """How the processes of a run divide one batch between them: each its part of the items and of the texts, in the order of ranks."""
+
+    rank: int
+    items: tuple[int, ...]  # of each process
+    texts: tuple[int, ...]  # of each process, to encode; they may be none
+
+    @property
+    def here(self) -> tuple[int, int]:
+        """First and one past the last item of this process."""
+        first = sum(self.items[: self.rank])
+        return first, first + self.items[self.rank]
+
+    @property
+    def texts_here(self) -> tuple[int, int]:
+        """First and one past the last text that this process encodes."""
+        first = sum(self.texts[: self.rank])
+        return first, first + self.texts[self.rank]
+
+
+@dataclass(frozen=True)
 class StudyBatch:
-    """B items with the M different texts of the batch."""
+    """B items with the M different texts of the batch. Of a batch shared between processes, ``images`` are those of this one alone."""
 
     images: ImageBatch  # its ``study`` says which item each image is of
     texts: TextBatch
@@ -48,6 +70,7 @@ class StudyBatch:
     ignore: Tensor | None = None  # (B, M) bool, see medvl.types.TextPairs for this and what follows
     false_texts: Tensor | None = None  # (M,) bool
     null_texts: Tensor | None = None  # (M,) bool
+    share: Share | None = None  # None: one process has the whole batch
 
     def to(self, device: torch.device | str) -> StudyBatch:
         """The same batch on another device."""
@@ -60,10 +83,12 @@ class StudyBatch:
 class Item:
     """One image, or the images of one study, with the sentences drawn for it."""
 
-    samples: tuple[ImageSample, ...]
+    samples: tuple[ImageSample, ...]  # none of an item that another process has
     sourced: tuple[SourcedText, ...]
     row: int  # of the manifest, of the first image
     epoch: int
+    frontal: bool = False  # every image is a volume, or a radiograph from the front or the back: a flip turns it into the other side
+    rank: int = 0  # of the process that has it
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -77,6 +102,8 @@ class Draw:
 
     epoch: int
     index: int
+    rank: int = 0  # of the process that has it
+    words_only: bool = False  # another process has its images
 
 
 @dataclass(frozen=True)
@@ -135,6 +162,7 @@ class StudyDataset(Dataset[Item]):
         ]
         self.reader, self.sentences_per_image, self.seed, self.views = reader, sentences_per_image, seed, views
         self._cache: dict[int, ImageSample] | None = {} if cache else None
+        self._frontal: dict[int, bool] = {}  # by image, as far as they have been read
         self.items = self._items()
 
     def __len__(self) -> int:
@@ -168,6 +196,7 @@ class StudyDataset(Dataset[Item]):
         kept_images: list[StudyImage] = []
         kept_texts: list[tuple[SourcedText, ...]] = []
         cache: dict[int, ImageSample] = {}
+        self._frontal = {}
         for image, texts in zip(self.images, self.sourced, strict=True):
             try:
                 sample = self.reader.read(image.path)
@@ -176,6 +205,7 @@ class StudyDataset(Dataset[Item]):
             else:
                 if self._cache is not None:
                     cache[len(kept_images)] = replace(sample, pixels=sample.pixels.half())
+                self._frontal[len(kept_images)] = _is_frontal(as_listed(sample, image))
                 kept_images.append(image)
                 kept_texts.append(texts)
             progress()
@@ -201,7 +231,10 @@ class StudyDataset(Dataset[Item]):
         texts, row = self.sourced[indices[0]], self.images[indices[0]].row
         if self.sentences_per_image is not None and len(texts) > self.sentences_per_image:
             texts = drawn(texts, self.sentences_per_image, generator(self.seed, "sentences", draw.epoch, row))
-        return Item(tuple(as_listed(self.sample(i), self.images[i]) for i in indices), texts, row, draw.epoch)
+        if draw.words_only and all(i in self._frontal for i in indices):
+            return Item((), texts, row, draw.epoch, all(self._frontal[i] for i in indices), draw.rank)
+        samples = tuple(as_listed(self.sample(i), self.images[i]) for i in indices)
+        return Item(() if draw.words_only else samples, texts, row, draw.epoch, all(map(_is_frontal, samples)), draw.rank)
 
 
 class Collate:
@@ -233,14 +266,16 @@ class Collate:
         self.pairs, self.flip, self.training = pairs, flip, training
 
     def __call__(self, items: Sequence[Item]) -> StudyBatch:
-        images = self.reader.collate([sample for item in items for sample in item.samples]).grouped([len(item.samples) for item in items])
+        here = [i for i, item in enumerate(items) if item.samples]
+        images = self.reader.collate([sample for i in here for sample in items[i].samples])
+        images = images.grouped([len(items[i].samples) for i in here])
         key = [f"{item.epoch}:{item.row}" for item in items]
         flipped = self._flipped(items, generator(self.seed, "flip", *key)) if self.flip else [False] * len(items)
-        if any(flipped):
+        if any(flipped[i] for i in here):
             assert images.study is not None
-            images = mirrored(images, torch.tensor(flipped)[images.study])
+            images = mirrored(images, torch.tensor([flipped[i] for i in here])[images.study])
         if self.augment is not None:
-            images = self.augment(images, generator(self.seed, "augment", *key))
+            images = self.augment(images, generator(self.seed, "augment", *(key[i] for i in here)))
         studies = [PairStudy(item.row, item.sourced, flip) for item, flip in zip(items, flipped, strict=True)]
         if self.pairs is None:
             made = equal_text_pairs(studies)
@@ -255,18 +290,27 @@ class Collate:
             made.ignore,
             made.false_texts,
             made.null_texts,
+            _share(items, here, len(made.texts)),
         )
 
     def _flipped(self, items: Sequence[Item], rng: np.random.Generator) -> list[bool]:
         assert self.pairs is not None
         chosen = rng.random(len(items)) < self.flip
         return [
-            bool(wanted) and all(_is_frontal(sample) for sample in item.samples) and all(map(self._can_mirror, item.texts))
-            for wanted, item in zip(chosen, items, strict=True)
+            bool(wanted) and item.frontal and all(map(self._can_mirror, item.texts)) for wanted, item in zip(chosen, items, strict=True)
         ]
 
     def _can_mirror(self, text: str) -> bool:
         return self.pairs is not None and self.pairs.mirrored(text) is not None
+
+
+def _share(items: Sequence[Item], here: Sequence[int], texts: int) -> Share | None:
+    """How a batch is shared, by the items whose images are ``here``; None where all are."""
+    if len(here) == len(items):
+        return None
+    world = max(item.rank for item in items) + 1
+    sizes = [texts // world + (rank < texts % world) for rank in range(world)]
+    return Share(items[here[0]].rank, tuple(sum(item.rank == rank for item in items) for rank in range(world)), tuple(sizes))
 
 
 def drawn(texts: Sequence[SourcedText], count: int, rng: np.random.Generator) -> tuple[SourcedText, ...]:
@@ -327,18 +371,22 @@ def _is_frontal(sample: ImageSample) -> bool:
 class EpochBatches(Sampler[list[Draw]]):
     """Shuffled batches that are a pure function of (seed, epoch); ``start`` skips what a resumed epoch has already seen.
 
+    A batch is one for all processes: each is given all its draws, those of others for their words alone, so that it can be paired whole.
+
     Args:
         count: items in the data set.
-        batch_size: items per batch; the last, smaller batch of an epoch is dropped unless it is the only one.
+        batch_size: items per batch and process.
         seed: of the shuffle.
-        rank, world_size: this process's share of each epoch.
+        rank, world_size: which share of each batch is this process's.
+        drop_last: leave out the last, smaller batch of an epoch unless it is the only one. Else it is shared out as evenly as can be; it is
+            left out all the same where it has not an item for every process.
     """
 
-    def __init__(self, count: int, batch_size: int, seed: int = 0, *, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(self, count: int, batch_size: int, seed: int = 0, *, rank: int = 0, world_size: int = 1, drop_last: bool = True) -> None:
         if count < world_size:
             raise ValueError(f"{count} items cannot be shared between {world_size} processes")
-        self.batch_size = min(batch_size, count // world_size)
-        self.count, self.seed, self.rank, self.world_size = count, seed, rank, world_size
+        self.batch_size = min(batch_size, count // world_size) * world_size
+        self.count, self.seed, self.rank, self.world_size, self.drop_last = count, seed, rank, world_size, drop_last
         self.epoch, self.start = 0, 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -346,14 +394,19 @@ class EpochBatches(Sampler[list[Draw]]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.count // (self.batch_size * self.world_size)
+        whole, rest = divmod(self.count, self.batch_size)
+        return whole + (not self.drop_last and rest >= self.world_size)
+
+    def order(self) -> NDArray[np.intp]:
+        """The items of this epoch in the order they are served in."""
+        return generator(self.seed, "order", self.epoch).permutation(self.count)
 
     def __iter__(self) -> Iterator[list[Draw]]:
-        order = generator(self.seed, "order", self.epoch).permutation(self.count)
+        order = self.order()
         start, self.start = self.start, 0
         for batch in range(start, len(self)):
-            first = (batch * self.world_size + self.rank) * self.batch_size
-            yield [Draw(self.epoch, int(i)) for i in order[first : first + self.batch_size]]
+            shares = np.array_split(order[batch * self.batch_size : (batch + 1) * self.batch_size], self.world_size)
+            yield [Draw(self.epoch, int(i), rank, rank != self.rank) for rank, share in enumerate(shares) for i in share]
 
 
 def by_study(images: Sequence[StudyImage]) -> dict[str, list[int]]:

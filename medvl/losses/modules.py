@@ -29,8 +29,8 @@ class Objective(nn.Module, abc.ABC):
         self.weights = weights
 
     @abc.abstractmethod
-    def of(self, logits: Tensor | Product, pairs: Pairs) -> Tensor:
-        """The loss of one part."""
+    def of(self, logits: Tensor | Product, pairs: Pairs, name: str) -> Tensor:
+        """The loss of the part of that name."""
 
     def forward(
         self,
@@ -38,12 +38,13 @@ class Objective(nn.Module, abc.ABC):
         positives: Tensor,
         ignore: Tensor | None = None,
         false_texts: Tensor | None = None,
+        here: tuple[int, int] | None = None,
     ) -> dict[str, Tensor]:
         """Loss of every part and their weighted mean under the key ``loss``.
 
         Args:
-            parts: name -> (B, M) logits, as a :class:`medvl.types.Similarity` gives them.
-            positives, ignore, false_texts: as :func:`medvl.losses.pairs.pairs_of` takes them.
+            parts: name -> (B, M) logits, as a :class:`medvl.types.Similarity` gives them; with ``here`` those of its images alone.
+            positives, ignore, false_texts, here: as :func:`medvl.losses.pairs.pairs_of` takes them.
         Raises:
             ValueError: a weight that names no part, or as ``pairs_of`` and the loss itself.
         """
@@ -54,8 +55,9 @@ class Objective(nn.Module, abc.ABC):
         shapes = {tuple(part.shape) for part in parts.values()}
         if len(shapes) != 1:
             raise ValueError(f"parts of different shapes: {sorted(shapes)}")
-        pairs = pairs_of(positives, shapes.pop(), ignore, false_texts)  # type: ignore[arg-type]
-        losses = {name: self.of(parts[name], pairs) for name, weight in weights.items() if weight}
+        rows, columns = shapes.pop()
+        pairs = pairs_of(positives, (rows if here is None else len(positives), columns), ignore, false_texts, here)
+        losses = {name: self.of(parts[name], pairs, name) for name, weight in weights.items() if weight}
         total = sum(weights[name] for name in losses)
         return {**losses, "loss": torch.stack([weights[name] / total * value for name, value in losses.items()]).sum()}
 
@@ -65,31 +67,52 @@ class MultiPositiveInfoNCE(Objective):
 
     Args:
         weights: see :class:`Objective`.
+        denominator: one for both directions, or one for each (``{image: all, text: each}`` as in RadZero).
+        direction: one for all parts, or by the name of the part (``{image: image, text: text}`` of a
+            :class:`medvl.nn.local.TokenwiseSimilarity`, as in FILIP); a part that is not named is trained in both.
+        image_share: weight of the images' direction where there are both, the rest being that of the texts (ConVIRT, arXiv:2010.00747:
+            0.75).
         others: see :func:`medvl.losses.info_nce`.
+    Raises:
+        ValueError: a share outside 0 to 1, or a denominator for something else than images and texts.
     """
 
     def __init__(
         self,
         weights: dict[str, float] | None = None,
         inside: bool = False,
-        denominator: Denominator = "all",
-        direction: Direction = "both",
+        denominator: Denominator | dict[str, Denominator] = "all",
+        direction: Direction | dict[str, Direction] = "both",
         soft: Direction = "both",
+        image_share: float = 0.5,
         chunk_size: int = CHUNK,
         matmul: Matmul = "exact",
     ) -> None:
         super().__init__(weights)
-        self.inside, self.denominator, self.direction, self.soft = inside, denominator, direction, soft
+        if not 0 <= image_share <= 1:
+            raise ValueError(f"image_share is {image_share}, expected 0 to 1")
+        if isinstance(denominator, dict) and set(denominator) != {"image", "text"}:
+            raise ValueError(f"denominators are given for {sorted(denominator)}, expected image and text")
+        self.denominators = denominator if isinstance(denominator, dict) else {"image": denominator, "text": denominator}
+        self.inside, self.direction, self.soft, self.image_share = inside, direction, soft, image_share
         self.chunk_size, self.matmul = chunk_size, matmul
 
-    def of(self, logits: Tensor | Product, pairs: Pairs) -> Tensor:
-        """The loss of one part."""
+    def of(self, logits: Tensor | Product, pairs: Pairs, name: str) -> Tensor:
+        """The loss of the part of that name."""
+        direction = self.direction.get(name, "both") if isinstance(self.direction, dict) else self.direction
+        image, text = self.denominators["image"], self.denominators["text"]
+        if direction != "both" or (image == text and self.image_share == 0.5):  # one pass over the logits serves both
+            return self._one(logits, pairs, direction, text if direction == "text" else image)
+        shares = {"image": self.image_share, "text": 1 - self.image_share}
+        return torch.stack([share * self._one(logits, pairs, side, self.denominators[side]) for side, share in shares.items()]).sum()  # type: ignore[arg-type]
+
+    def _one(self, logits: Tensor | Product, pairs: Pairs, direction: Direction, denominator: Denominator) -> Tensor:
         return info_nce(
             logits,
             pairs,
             inside=self.inside,
-            denominator=self.denominator,
-            direction=self.direction,
+            denominator=denominator,
+            direction=direction,
             soft=self.soft,
             chunk_size=self.chunk_size,
             matmul=self.matmul,
@@ -112,6 +135,6 @@ class MultiPositiveSigmoid(Objective):
         self.bias = nn.Parameter(torch.tensor(bias))
         self.chunk_size, self.matmul = chunk_size, matmul
 
-    def of(self, logits: Tensor | Product, pairs: Pairs) -> Tensor:
-        """The loss of one part."""
+    def of(self, logits: Tensor | Product, pairs: Pairs, name: str) -> Tensor:
+        """The loss of the part of that name."""
         return sigmoid_loss(logits, self.bias, pairs, chunk_size=self.chunk_size, matmul=self.matmul)

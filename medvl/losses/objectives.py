@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from medvl.losses.pairs import Pairs, pairs_of
-from medvl.losses.statistics import CHUNK, Matmul, expected_logits, is_empty, no_pairs, softplus_sum, statistics
+from medvl.losses.ranks import log_sum_exp_over_ranks, sum_over_ranks
+from medvl.losses.statistics import CHUNK, Matmul, absent, expected_logits, is_empty, no_pairs, softplus_sum, statistics
 from medvl.types import Product
 
 Denominator = Literal["all", "negatives", "each"]
@@ -69,44 +70,54 @@ def info_nce(
         raise ValueError(f"soft is {soft!r}, which makes negatives of soft positives: it goes with denominator all, not {denominator}")
     if inside and denominator == "each":
         raise ValueError("inside the log the positives of a line are one; their denominator is all or negatives, not each")
-    if logits.shape != pairs.shape:
-        raise ValueError(f"the logits have shape {tuple(logits.shape)}, the pairs {pairs.shape}")
+    _check_shape(logits, pairs)
     logits, pairs = _used(logits, pairs)
     if not len(pairs.positive):
         return _nothing(logits)
-    excluded = pairs.ignored
+    positive, weights, excluded = pairs.of_here()
     if denominator != "all":
-        excluded = _by_row(torch.cat([excluded, pairs.positive]))
-    row, column, at = statistics(logits, excluded, pairs.positive, chunk_size, matmul)
-    losses = []
-    for name, line, lse in (("image", pairs.rows, row), ("text", pairs.columns, column)):
-        if direction in ("both", name):
-            weights = pairs.weights if soft in ("both", name) else (pairs.weights >= 1).to(pairs.weights.dtype)
-            losses.append(_mean_loss(line, lse, at, weights.to(at.dtype), inside, denominator, name))
+        excluded = _by_row(torch.cat([excluded, positive]))
+    row, column, at = statistics(logits, excluded, positive, chunk_size, matmul)
+    sharp = (weights >= 1).to(weights.dtype)
+    by_image, by_text = (weights if soft in ("both", name) else sharp for name in ("image", "text"))
+    across, losses = pairs.here is not None, []
+    if direction != "text":
+        found, stated = _losses(positive[:, 0], row, at, by_image.to(at.dtype), inside, denominator, "image", across=False)
+        losses.append(sum_over_ranks(found.sum(), across) / len(pairs.rows.unique()))
+    if direction != "image":
+        column = log_sum_exp_over_ranks(column, across)
+        found, stated = _losses(positive[:, 1], column, at, by_text.to(at.dtype), inside, denominator, "text", across)
+        losses.append(found.sum() / stated.sum())
     return torch.stack(losses).mean()
 
 
-def _mean_loss(line: Tensor, lse: Tensor, at: Tensor, weights: Tensor, inside: bool, denominator: Denominator, name: str) -> Tensor:
-    """Mean over the lines that have a positive.
+def _losses(
+    line: Tensor, lse: Tensor, at: Tensor, weights: Tensor, inside: bool, denominator: Denominator, name: str, across: bool
+) -> tuple[Tensor, Tensor]:
+    """(lines,) losses, 0 where a line has no positive, and (lines,) which have one.
 
     Args:
         line: (K,) of each positive the row, or the column.
         lse: (lines,) log-sum-exps of the denominators.
         at: (K,) logits of the positives.
+        across: other processes have positives of the same lines.
     """
-    stated = torch.bincount(line, minlength=len(lse)) > 0
-    sums = torch.zeros_like(lse).index_add(0, line, weights)
+    sums, count = torch.zeros_like(lse).index_add(0, line, weights), torch.bincount(line, minlength=len(lse)).to(lse.dtype)
+    if across:
+        sums, count = sum_over_ranks(torch.stack([sums, count]).detach())
+    stated = count > 0
     if (stated & (sums == 0)).any():
         raise ValueError(f"{name}s: one has soft positives alone, in a direction that takes none; give each a pair of weight 1")
     if denominator == "negatives" and (stated & is_empty(lse)).any():
         raise ValueError(f"a line of the {name}s has no negative, so the denominator over negatives is empty; use all or each")
     if inside:
-        matched = _log_sums(at + weights.log(), line, len(lse))
+        matched = log_sum_exp_over_ranks(_log_sums(at + weights.log(), line, len(lse)), across)
     else:
         found = at - torch.logaddexp(at, lse[line]) if denominator == "each" else at
-        matched = torch.zeros_like(lse).index_add(0, line, weights * found) / sums.clamp_min(torch.finfo(sums.dtype).tiny)
+        matched = sum_over_ranks(torch.zeros_like(lse).index_add(0, line, weights * found), across)
+        matched = matched / sums.clamp_min(torch.finfo(sums.dtype).tiny)
     losses = -matched if denominator == "each" else lse - matched
-    return torch.where(stated, losses, 0).sum() / stated.sum()
+    return torch.where(stated, losses, 0), stated
 
 
 def _log_sums(values: Tensor, line: Tensor, lines: int) -> Tensor:
@@ -114,7 +125,7 @@ def _log_sums(values: Tensor, line: Tensor, lines: int) -> Tensor:
     top = values.detach().new_full((lines,), -torch.inf).scatter_reduce(0, line, values.detach(), "amax")
     top = torch.where(top.isfinite(), top, 0)
     sums = torch.zeros_like(top).index_add(0, line, (values - top[line]).exp())
-    return torch.where(sums > 0, sums, 1).log() + top
+    return torch.where(sums > 0, torch.where(sums > 0, sums, 1).log() + top, absent(top))
 
 
 def sigmoid_loss(logits: Tensor | Product, bias: Tensor, pairs: Pairs, *, chunk_size: int = CHUNK, matmul: Matmul = "exact") -> Tensor:
@@ -130,14 +141,15 @@ def sigmoid_loss(logits: Tensor | Product, bias: Tensor, pairs: Pairs, *, chunk_
         ValueError: a weight above 1.
     Source: "Sigmoid Loss for Language Image Pre-Training", arXiv:2303.15343, sec. 3.2, there with one positive each.
     """
-    if logits.shape != pairs.shape:
-        raise ValueError(f"the logits have shape {tuple(logits.shape)}, the pairs {pairs.shape}")
+    _check_shape(logits, pairs)
     if (pairs.weights > 1).any():
         raise ValueError("weights above 1: here they are the probabilities of a match; divide by the largest")
     logits, pairs = _used(logits, pairs)
     if not len(pairs.used_rows):
         return _nothing(logits)
-    return softplus_sum(logits, bias, pairs.ignored, pairs.positive, pairs.weights, chunk_size, matmul) / len(pairs.used_rows)
+    positive, weights, ignored = pairs.of_here()
+    total = softplus_sum(logits, bias, ignored, positive, weights, chunk_size, matmul)
+    return sum_over_ranks(total, pairs.here is not None) / len(pairs.used_rows)
 
 
 def soft_target_loss(
@@ -149,6 +161,7 @@ def soft_target_loss(
     *,
     chunk_size: int = CHUNK,
     matmul: Matmul = "exact",
+    across: bool = False,
 ) -> Tensor:
     """Cross-entropy with targets that are a softmax of label similarities, over texts and over images; mean of both, in nats.
 
@@ -156,6 +169,7 @@ def soft_target_loss(
 
     Args:
         image_labels, text_labels: (B, C) and (M, C), l and m: what each is labelled with. No gradient goes to them.
+        across: other processes have other images and the same texts.
         others: as :func:`info_nce`. For a product the targets are made in tiles too.
     Raises:
         ValueError: labels of another number, or an unknown direction.
@@ -170,9 +184,16 @@ def soft_target_loss(
         raise ValueError(f"labels of {labels.shape[0]} images and {labels.shape[1]} texts, the logits have shape {tuple(logits.shape)}")
     none = no_pairs(given.device)
     row, column, _ = statistics(logits, none, none, chunk_size, matmul)
-    of_row, of_column = expected_logits(logits, labels, chunk_size)
-    losses = {"image": (row - of_row).mean(), "text": (column - of_column).mean()}
+    of_row, of_column = expected_logits(logits, labels, chunk_size, across)
+    column = log_sum_exp_over_ranks(column, across)
+    images = sum_over_ranks(torch.tensor(float(len(row)), dtype=row.dtype, device=row.device), across)
+    losses = {"image": sum_over_ranks((row - of_row).sum(), across) / images, "text": (column - of_column).mean()}
     return torch.stack([loss for name, loss in losses.items() if direction in ("both", name)]).mean()
+
+
+def _check_shape(logits: Tensor | Product, pairs: Pairs) -> None:
+    if tuple(logits.shape) != pairs.logits_shape:
+        raise ValueError(f"the logits have shape {tuple(logits.shape)}, the pairs {pairs.logits_shape}")
 
 
 def _check_word(name: str, value: str, known: object) -> None:
@@ -208,9 +229,10 @@ def _used(logits: Tensor | Product, pairs: Pairs) -> tuple[Tensor | Product, Pai
     """Without the rows and columns that are dropped."""
     if pairs.all_used:
         return logits, pairs
+    rows = pairs.used_rows if pairs.here is None else pairs.used_rows[slice(*pairs.here)]
     if isinstance(logits, Product):
-        return replace(logits, image=logits.image[pairs.used_rows], text=logits.text[pairs.used_columns]), pairs.compact()
-    return logits[pairs.used_rows][:, pairs.used_columns], pairs.compact()
+        return replace(logits, image=logits.image[rows], text=logits.text[pairs.used_columns]), pairs.compact()
+    return logits[rows][:, pairs.used_columns], pairs.compact()
 
 
 def _nothing(logits: Tensor | Product) -> Tensor:

@@ -23,6 +23,7 @@ class Pairs:
     used_rows: Tensor  # (B,) bool, False: the image is dropped
     used_columns: Tensor  # (M,) bool, False: the text is dropped
     false_texts: Tensor  # (M,) bool, made to be false: no term of their own where they have no positive
+    here: tuple[int, int] | None = None  # first and one past the last image that this process has logits of; None: it has all
 
     @property
     def rows(self) -> Tensor:
@@ -39,11 +40,26 @@ class Pairs:
         """Whether nothing is dropped."""
         return bool(self.used_rows.all()) and bool(self.used_columns.all())
 
+    @property
+    def logits_shape(self) -> tuple[int, int]:
+        """Of the logits that this process has."""
+        return self.shape if self.here is None else (self.here[1] - self.here[0], self.shape[1])
+
+    def of_here(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Positive pairs, their weights and ignored pairs of the images that this process has, which are numbered from 0."""
+        if self.here is None:
+            return self.positive, self.weights, self.ignored
+        first, stop = self.here
+        mine, left_out = ((pairs[:, 0] >= first) & (pairs[:, 0] < stop) for pairs in (self.positive, self.ignored))
+        offset = torch.tensor([first, 0], device=self.positive.device)
+        return self.positive[mine] - offset, self.weights[mine], self.ignored[left_out] - offset
+
     def compact(self) -> Pairs:
         """The pairs of what is used, renumbered."""
         if self.all_used:
             return self
         numbers = [used.long().cumsum(0) - 1 for used in (self.used_rows, self.used_columns)]
+        here = None if self.here is None else (int(self.used_rows[: self.here[0]].sum()), int(self.used_rows[: self.here[1]].sum()))
         return replace(
             self,
             shape=(int(self.used_rows.sum()), int(self.used_columns.sum())),
@@ -52,17 +68,26 @@ class Pairs:
             used_rows=self.used_rows[self.used_rows],
             used_columns=self.used_columns[self.used_columns],
             false_texts=self.false_texts[self.used_columns],
+            here=here,
         )
 
 
-def pairs_of(positives: Tensor, shape: tuple[int, int], ignore: Tensor | None = None, false_texts: Tensor | None = None) -> Pairs:
+def pairs_of(
+    positives: Tensor,
+    shape: tuple[int, int],
+    ignore: Tensor | None = None,
+    false_texts: Tensor | None = None,
+    here: tuple[int, int] | None = None,
+) -> Pairs:
     """Check what a batch says of its pairs.
 
     Args:
         positives: (B, M) bool; or (B, M) float weights, finite, 0 and more; or (K, 2) integer, the pairs (image, text). Told apart by type.
-        shape: (B, M).
+        shape: (B, M), of all processes.
         ignore: (B, M) bool or (L, 2) integer: pairs that leave the loss. A row or column that is ignored whole is dropped.
         false_texts: (M,) bool, texts made to be false (hard negatives).
+        here: the images, first and one past the last, whose logits this process has, where others have the rest; None: all. Processes in
+            the order of ranks share all images without a gap, and each is told of all pairs.
     Raises:
         ValueError: a type, shape or index that does not fit, a weight below 0 or not finite, a pair both positive and ignored, a row or
             column without a positive that is neither dropped nor a false text.
@@ -82,7 +107,9 @@ def pairs_of(positives: Tensor, shape: tuple[int, int], ignore: Tensor | None = 
     false = none if false_texts is None else false_texts
     _check_each_has_a_positive(true, (used_rows, used_columns & ~false))
     ignored = ignored[used_rows[ignored[:, 0]] & used_columns[ignored[:, 1]]]
-    return Pairs((b, m), true, weights, ignored, used_rows, used_columns, false)
+    if here is not None and not 0 <= here[0] <= here[1] <= b:
+        raise ValueError(f"images {here[0]} to {here[1]} are said to be here, of {b}")
+    return Pairs((b, m), true, weights, ignored, used_rows, used_columns, false, here)
 
 
 def _positives(positives: Tensor, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:

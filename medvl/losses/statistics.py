@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from medvl.losses.ranks import log_sum_exp_over_ranks, sum_over_ranks
 from medvl.types import Product
 
 Matmul = Literal["exact", "bfloat16"]
@@ -49,7 +50,7 @@ def statistics(
         return _Statistics.apply(logits.image, logits.text, logits.scale, excluded, pairs, chunk_size, matmul == "bfloat16")
     scores = _formed(logits)
     kept = scores.index_put((excluded[:, 0], excluded[:, 1]), scores.new_tensor(_ABSENT)) if len(excluded) else scores
-    return kept.logsumexp(1), kept.logsumexp(0), scores[pairs[:, 0], pairs[:, 1]]
+    return kept.logsumexp(1), kept.logsumexp(0).clamp_min(_ABSENT), scores[pairs[:, 0], pairs[:, 1]]
 
 
 def softplus_sum(
@@ -79,25 +80,38 @@ def softplus_sum(
     return losses.sum() - (weights.to(scores.dtype) * scores[pairs[:, 0], pairs[:, 1]]).sum()
 
 
-def expected_logits(logits: Tensor | Product, targets: Product, chunk_size: int = CHUNK) -> tuple[Tensor, Tensor]:
+def expected_logits(logits: Tensor | Product, targets: Product, chunk_size: int = CHUNK, across: bool = False) -> tuple[Tensor, Tensor]:
     """Mean logit of each row (B,) under the softmax of its targets over texts, and of each column (M,) under that over images.
 
     Args:
         targets: logits of the targets, which get no gradient.
+        across: the columns are shared with other processes.
         others: as :func:`statistics`.
     """
+    none = no_pairs(targets.image.device)
+    row, column, _ = statistics(targets, none, none, chunk_size)
+    column = log_sum_exp_over_ranks(column, across)
+    of_row, of_column = _expected(logits, targets, row, column, chunk_size)
+    return of_row, sum_over_ranks(of_column, across)
+
+
+def _expected(logits: Tensor | Product, targets: Product, row: Tensor, column: Tensor, chunk_size: int) -> tuple[Tensor, Tensor]:
+    """Sums of the rows and columns of logits times exp(targets - their log-sum-exps)."""
     if isinstance(logits, Product) and _in_tiles(chunk_size):
-        none = no_pairs(targets.image.device)
-        row, column, _ = statistics(targets, none, none, chunk_size)
         vectors = (logits.image, logits.text, logits.scale)
         return _Expected.apply(*vectors, targets.image, targets.text, targets.scale, row, column, chunk_size)
     scores, wanted = _formed(logits), targets.dense()
-    return (wanted.softmax(1) * scores).sum(1), (wanted.softmax(0) * scores).sum(0)
+    return ((wanted - row[:, None]).exp() * scores).sum(1), ((wanted - column).exp() * scores).sum(0)
 
 
 def no_pairs(device: torch.device) -> Tensor:
     """(0, 2) int64."""
     return torch.zeros(0, 2, dtype=torch.long, device=device)
+
+
+def absent(like: Tensor) -> Tensor:
+    """Log-sum-exps of nothing."""
+    return torch.full_like(like, _ABSENT)
 
 
 def is_empty(log_sum_exps: Tensor) -> Tensor:
@@ -227,7 +241,7 @@ class _Statistics(torch.autograd.Function):
             if shared:
                 row, column = (sums.log_().add_(shift).clamp_min_(_ABSENT) for sums in (row, total))
             else:
-                column = top + total.log()
+                column = (top + total.log()).clamp_min_(_ABSENT)
         ctx.save_for_backward(image, text, scale, excluded, pairs, row, column)
         ctx.chunk_size, ctx.rounded, ctx.shift = chunk_size, rounded, shift if shared else None
         return row, column, at

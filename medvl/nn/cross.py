@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from medvl.nn.local import image_tokens, masked_softmax, over_texts, text_words, wide, words_of
-from medvl.nn.similarity import Temperature, lay_on_grid, unit
+from medvl.nn.local import image_tokens, masked_softmax, over_texts, text_words, words_of
+from medvl.nn.similarity import Temperature, lay_on_grid, unit, wide
 from medvl.types import ImageFeatures, Product, Similarity, TextFeatures
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from medvl.nn.similarity import Temperature, lay_on_grid, pooled_logits, token_cosines, unit
+from medvl.nn.similarity import Temperature, lay_on_grid, pooled_logits, token_cosines, unit, wide
 from medvl.types import ImageFeatures, Product, Similarity, TextFeatures
 
 BUDGET = 2**24
@@ -284,11 +284,6 @@ def with_concepts(texts: TextFeatures) -> TextFeatures:
 def masked_softmax(scores: Tensor, valid: Tensor) -> Tensor:
     """Softmax over the last axis, in float32 at least, 0 where not valid."""
     return wide(scores).masked_fill(~valid, -torch.inf).softmax(-1)
-
-
-def wide(x: Tensor) -> Tensor:
-    """In float32 at least."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def _mean_of_best(cosines: Tensor, valid: Tensor, real: Tensor) -> Tensor:

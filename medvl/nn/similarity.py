@@ -82,7 +82,7 @@ class TokenSimilarity(Similarity):
         count = (
             torch.full_like(scaled[:, :1, 0], scaled.shape[-1]) if images.token_valid is None else images.token_valid.sum(1, keepdim=True)
         )
-        soft_max = (scaled.logsumexp(-1).float() - count.float().log()) / sharpness
+        soft_max = (wide(scaled.logsumexp(-1)) - wide(count).log()) / sharpness
         return soft_max / self.token_temperature()
 
     def maps(self, images: ImageFeatures, texts: TextFeatures) -> Tensor:
@@ -162,8 +162,7 @@ def slice_logits(similarity: Similarity, images: ImageFeatures, texts: TextFeatu
 
 def _slice_cosines(images: ImageFeatures, texts: TextFeatures) -> Tensor:
     """(B, M, S), 0 on padding: a NaN there would come back through whatever the scores are multiplied with."""
-    scores = unit(texts.pooled) @ _unit_slices(images).transpose(1, 2)
-    return scores if scores.dtype == torch.float64 else scores.float()
+    return wide(unit(texts.pooled) @ _unit_slices(images).transpose(1, 2))
 
 
 def _unit_slices(images: ImageFeatures) -> Tensor:
@@ -186,7 +185,12 @@ def _slice_valid(images: ImageFeatures) -> Tensor:
 
 def unit(x: Tensor) -> Tensor:
     """L2-normalised along the last axis, in float32 at least."""
-    return F.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1)
+    return F.normalize(wide(x), dim=-1)
+
+
+def wide(x: Tensor) -> Tensor:
+    """In float32 at least."""
+    return x if x.dtype == torch.float64 else x.float()
 
 
 def token_cosines(images: ImageFeatures, texts: TextFeatures, scale: Tensor | float = 1.0) -> Tensor:

@@ -48,7 +48,7 @@ class StudyDataModule(L.LightningDataModule):
         splits: fractions to split by patient where the table has no split column.
         modality: which rows to use.
         allow_outside: accept paths that leave the table's folder.
-        batch_size: items per batch and process.
+        batch_size: items per batch and process, all under one loss; the model's ``micro_batch`` says how many are encoded at once.
         sentences_per_image: drawn per item and epoch; None takes all.
         augment: changes training images; None leaves them.
         cache: true or ``memory`` keeps preprocessed images in memory, rounded to half precision; a folder, or a
@@ -61,6 +61,7 @@ class StudyDataModule(L.LightningDataModule):
             Validation and test batches are paired by it too, without what it leaves to chance.
         flip: chance that a training item is flipped left to right together with the sides in its texts; needs ``pairs``. 0, for a flipped
             chest is that of a situs inversus: heart, aortic arch and stomach lie where next to no patient has them, and no text says so.
+        drop_last: leave out the last, smaller batch of an epoch.
     Raises:
         ValueError: a ``flip`` that is no chance, or without ``pairs``.
     """
@@ -83,6 +84,7 @@ class StudyDataModule(L.LightningDataModule):
         views: Views = "image",
         pairs: PairBuilder | None = None,
         flip: float = 0.0,
+        drop_last: bool = True,
     ) -> None:
         super().__init__()
         check_flip(flip, pairs)
@@ -91,7 +93,7 @@ class StudyDataModule(L.LightningDataModule):
         self.splits, self.modality, self.allow_outside = splits, modality, allow_outside
         self.batch_size, self.sentences_per_image, self.augment = batch_size, sentences_per_image, augment
         self.cache, self.workers, self.seed, self.views = cache, workers, seed, views
-        self.pairs, self.flip = pairs, flip
+        self.pairs, self.flip, self.drop_last = pairs, flip, drop_last
         self.sets: dict[str, StudyDataset] = {}
         self.manifest: Manifest | None = None
 
@@ -156,7 +158,13 @@ class StudyDataModule(L.LightningDataModule):
         Raises:
             ValueError: another table, batch size or seed than the checkpoint was written with.
         """
-        state_dict = {"views": "image", "pairs": None, "flip": 0.0, **state_dict}  # all that there was before checkpoints said
+        state_dict = {
+            "views": "image",
+            "pairs": None,
+            "flip": 0.0,
+            "drop_last": True,
+            **state_dict,
+        }  # all that there was before checkpoints said
         differing = sorted(name for name, value in self._identity().items() if state_dict.get(name) != value)
         if differing:
             raise ValueError(
@@ -168,7 +176,7 @@ class StudyDataModule(L.LightningDataModule):
         assert self.manifest is not None
         counts = {"manifest": self.manifest.sha256, "images": len(self.sets["train"])}
         paired = {"flip": self.flip, "pairs": None if self.pairs is None else self.pairs.spec()}
-        drawn = {"sentences_per_image": self.sentences_per_image, "views": self.views, **paired}
+        drawn = {"sentences_per_image": self.sentences_per_image, "views": self.views, "drop_last": self.drop_last, **paired}
         return {**counts, "batch_size": self.batch_size, "seed": self.seed, **drawn}
 
     def batches_per_epoch(self, world_size: int = 1) -> int:
@@ -181,14 +189,18 @@ class StudyDataModule(L.LightningDataModule):
             raise ValueError(
                 f"{self.manifest_path}: no usable {self.modality} image in split 'train'; see {REJECTED} for what was left out"
             )
-        return len(EpochBatches(len(self.sets["train"]), self.batch_size, world_size=world_size))
+        return len(self._batches(0, world_size))
+
+    def _batches(self, rank: int, world_size: int) -> EpochBatches:
+        sizes = (len(self.sets["train"]), self.batch_size, self.seed)
+        return EpochBatches(*sizes, rank=rank, world_size=world_size, drop_last=self.drop_last)
 
     def train_dataloader(self) -> StudyLoader:
         """Batches of the epoch that the trainer is in, from the step that it is at; Lightning asks anew every epoch."""
         data = self.sets["train"]
         trainer = self.trainer
         rank, world = (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
-        batches = EpochBatches(len(data), self.batch_size, self.seed, rank=rank, world_size=world)
+        batches = self._batches(rank, world)
         if trainer is not None:
             done = trainer.global_step * trainer.accumulate_grad_batches
             batches.epoch, batches.start = divmod(done, len(batches))

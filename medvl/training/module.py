@@ -19,9 +19,11 @@ from torch.optim import Optimizer
 
 from medvl.data.studies import StudyBatch
 from medvl.losses import Objective
+from medvl.losses.ranks import texts_of_ranks
 from medvl.model import DualEncoder, load_part
 from medvl.training.data import StudyDataModule
-from medvl.types import ImageEncoder, ImageFeatures, ImageReader, ReportEncoder, Similarity
+from medvl.training.passes import encode_images, encode_texts
+from medvl.types import ImageEncoder, ImageFeatures, ImageReader, ReportEncoder, Similarity, TextFeatures
 
 
 class AlignmentModule(L.LightningModule):
@@ -41,8 +43,10 @@ class AlignmentModule(L.LightningModule):
             to lie in that run's space (locked-text tuning, after LiT, arXiv:2111.07991, which locks the images).
         null_target: learn a null image beside the images of each batch: the one positive of texts without visual content
             (``null_texts`` of the batch), a negative of every other. It is no part of the model that is saved.
+        micro_batch: studies encoded at once, where the batch under the loss is larger: its parts are encoded twice, the second time with
+            gradients (:mod:`medvl.training.passes`). None: the whole batch at once.
     Raises:
-        ValueError: a name that is no part.
+        ValueError: a name that is no part, or a ``micro_batch`` below 1.
     """
 
     def __init__(
@@ -59,6 +63,7 @@ class AlignmentModule(L.LightningModule):
         start: dict[str, str] | None = None,
         locked: list[str] | None = None,
         null_target: bool = False,
+        micro_batch: int | None = None,
     ) -> None:
         super().__init__()
         self.image, self.report, self.similarity, self.loss = image, report, similarity, loss
@@ -66,6 +71,9 @@ class AlignmentModule(L.LightningModule):
         self.warmup, self.final_rate, self.seed = warmup, final_rate, seed
         self.start = {name: (self._part(name, "start"), Path(folder)) for name, folder in (start or {}).items()}
         self.locked = self._lock(locked or ())
+        if micro_batch is not None and micro_batch < 1:
+            raise ValueError(f"micro_batch is {micro_batch}, expected at least 1, or null for the whole batch at once")
+        self.micro_batch = micro_batch
         self.null_image = nn.Parameter(torch.randn(image.embed_dim) * image.embed_dim**-0.5) if null_target else None
 
     def take_start(self) -> None:
@@ -118,21 +126,43 @@ class AlignmentModule(L.LightningModule):
         return self._step(batch, "test")
 
     def _step(self, batch: StudyBatch, stage: str) -> Tensor:
-        images, positives, ignore = self.image(batch.images), batch.positives, batch.ignore
+        images, texts = self._features(batch)
+        positives, ignore = batch.positives, batch.ignore
         if self.null_image is not None:
-            images = with_null_image(images, self.null_image)
+            images = self._with_null(images, batch)
             positives, ignore = with_null_row(batch)
         elif batch.null_texts is not None and batch.null_texts.any():
             raise ValueError(
                 "the batch has texts to be aligned with a null image, and the model has none: set model.null_target to true, or "
                 "data.init_args.pairs.init_args.without_content to ignore or drop"
             )
-        parts = self.similarity.parts(images, self.report(batch.texts))
-        losses = self.loss(parts, positives, ignore, batch.false_texts)
+        parts = self.similarity.parts(images, texts)
+        losses = self.loss(parts, positives, ignore, batch.false_texts, _here(batch, len(images.pooled)))
         count = batch.positives.shape[0]
         self.log_dict({f"{stage}/{name}": value.detach() for name, value in losses.items()}, batch_size=count, sync_dist=stage != "train")
         self.log(f"{stage}_loss", losses["loss"].detach(), prog_bar=True, logger=False, batch_size=count, sync_dist=stage != "train")
         return losses["loss"]
+
+    def _features(self, batch: StudyBatch) -> tuple[ImageFeatures, TextFeatures]:
+        """Of the batch's images, and of all its texts: of a shared batch each process encodes some, and is given those of the others.
+
+        The towers run before anything is exchanged, so that on the way back what is exchanged comes first, in the same order everywhere.
+        """
+        images = encode_images(self.image, batch.images, self.micro_batch)
+        parts = 1 if self.micro_batch is None else -(-len(images.pooled) // self.micro_batch)
+        texts, share = batch.texts.texts, batch.share
+        if share is None:
+            return images, encode_texts(self.report, texts, parts, self.device)
+        first, stop = share.texts_here
+        found = encode_texts(self.report, texts[first:stop] or texts[:1], parts, self.device)
+        return images, texts_of_ranks(found.rows(0, stop - first), share.texts)
+
+    def _with_null(self, images: ImageFeatures, batch: StudyBatch) -> ImageFeatures:
+        """With the null image below the last of the batch, which the last process has."""
+        assert self.null_image is not None
+        if batch.share is None or batch.share.rank == len(batch.share.items) - 1:
+            return with_null_image(images, self.null_image)
+        return images.replace(pooled=images.pooled + 0 * self.null_image.sum())  # no weight may go without a gradient
 
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
@@ -174,6 +204,11 @@ class AlignmentModule(L.LightningModule):
         total = self.total_steps()
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, total, self.warmup, self.final_rate))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def _here(batch: StudyBatch, count: int) -> tuple[int, int] | None:
+    """First and one past the last of the ``count`` images that a process has of a shared batch; None where it has all."""
+    return None if batch.share is None else (batch.share.here[0], batch.share.here[0] + count)
 
 
 def with_null_image(images: ImageFeatures, null: Tensor) -> ImageFeatures:

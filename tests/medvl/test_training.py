@@ -125,14 +125,27 @@ def test_draws_are_a_function_of_seed_epoch_and_image(studies):
 def test_batches_cover_an_epoch_once_and_ranks_share_it():
     whole = [d.index for batch in EpochBatches(24, 4, seed=3) for d in batch]
     assert sorted(whole) == list(range(24))
-    shares = [[d.index for batch in EpochBatches(24, 4, seed=3, rank=r, world_size=2) for d in batch] for r in range(2)]
-    assert sorted(shares[0] + shares[1]) == list(range(24))
+    shares = [[d for batch in EpochBatches(24, 4, seed=3, rank=r, world_size=2) for d in batch] for r in range(2)]
+    assert [d.index for d in shares[0]] == [d.index for d in shares[1]] == whole  # each is told of every item
+    own = [[d.index for d in share if not d.words_only] for share in shares]
+    assert sorted(own[0] + own[1]) == list(range(24)) and len(own[0]) == len(own[1])
     later = EpochBatches(24, 4, seed=3)
     later.epoch, later.start = 0, 2
     assert [d.index for batch in later for d in batch] == whole[8:]
     other = EpochBatches(24, 4, seed=3)
     other.set_epoch(1)
     assert [d.index for batch in other for d in batch] != whole
+
+
+@pytest.mark.parametrize(("count", "world_size", "last"), [(23, 1, [3]), (23, 2, [4, 3]), (18, 2, [1, 1]), (17, 2, None), (16, 2, None)])
+def test_the_last_batch_is_shared_out_as_evenly_as_can_be(count, world_size, last):
+    """Batches of 4 a process; a last one with less than an item a process is left out."""
+    batches = [list(EpochBatches(count, 4, rank=r, world_size=world_size, drop_last=False)) for r in range(world_size)]
+    kept = list(EpochBatches(count, 4, world_size=world_size))
+    assert [len(found) for found in batches] == [len(kept) + (last is not None)] * world_size
+    for r in range(world_size):
+        assert [sum(not d.words_only for d in batch) for batch in batches[r]] == [4] * len(kept) + ([last[r]] if last else [])
+        assert [[d.index for d in batch] for batch in batches[r][: len(kept)]] == [[d.index for d in batch] for batch in kept]
 
 
 def test_augmentation_keeps_left_and_right_and_marks_what_came_from_outside():
