@@ -1,0 +1,115 @@
+"""Two processes of a run against one with the same batches: what they pair, and the weights that they end with."""
+
+import csv
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+
+from medvl.data.manifest import read_manifest
+from medvl.data.studies import Collate, EpochBatches, StudyDataset
+from modalities.xray.reader import XrayReader
+from reports.pairs import HardNegatives, ReportPairs
+from reports.text_source import ReportSentences
+
+SENTENCES = [
+    "There is a small left pleural effusion. The heart is normal in size.",
+    "No pneumothorax. Lungs are clear.",
+    "Small left pleural effusion. No pleural effusion on the right.",
+    "Consolidation in the right upper lobe. Mild cardiomegaly.",
+    "Large right pleural effusion. The heart is not enlarged.",
+]
+
+
+@pytest.fixture(scope="module")
+def phantoms(tmp_path_factory):
+    """A table of 19 noise films with reports."""
+    folder, rng = tmp_path_factory.mktemp("ddp"), np.random.default_rng(0)
+    lines = []
+    for i in range(19):
+        Image.fromarray(rng.integers(0, 255, (32, 32), dtype=np.uint8)).save(folder / f"{i}.png")
+        lines.append([f"s{i}", f"p{i}", "xray", f"{i}.png", "PA", "train", SENTENCES[i % 5]])
+    with (folder / "manifest.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["study_id", "patient_id", "modality", "path", "view", "split", "findings"], *lines])
+    return folder / "manifest.csv"
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_processes_agree_on_the_pairs_of_a_batch(phantoms, world_size):
+    """With flips, hard negatives and drawn sentences: all that is left to chance."""
+    pairs = ReportPairs(negatives=HardNegatives(per_study=1))
+    rows = read_manifest(phantoms).select(split="train", modality="xray")[:15]
+    data = StudyDataset(rows, XrayReader(size=32), ReportSentences(), sentences_per_image=2, cache=True, pairs=pairs)
+    data.drop_unreadable()
+    pairs.prepare(data.studies())
+    collate = Collate(data.reader, None, 0, pairs, 0.5, training=True)
+
+    def batches(rank, world_size, size):
+        plan = EpochBatches(len(data), size, seed=1, rank=rank, world_size=world_size, drop_last=False)
+        return [collate([data[draw] for draw in draws]) for draws in plan]
+
+    whole = batches(0, 1, 2 * world_size)
+    shares = [batches(rank, world_size, 2) for rank in range(world_size)]
+    assert all(len(found) == len(whole) for found in shares)
+    assert whole[0].share is None and len({tuple(w.texts.texts) for w in whole}) > 1
+    for k, one in enumerate(whole):
+        parts = [found[k] for found in shares]
+        for rank, part in enumerate(parts):
+            assert part.texts == one.texts and part.rows == one.rows and part.share.rank == rank
+            torch.testing.assert_close(part.positives, one.positives)
+            torch.testing.assert_close(part.false_texts, one.false_texts)
+            assert part.share.here[1] - part.share.here[0] == len(part.images.pixels)
+            assert sum(part.share.texts) == len(one.texts.texts)
+        torch.testing.assert_close(torch.cat([part.images.pixels for part in parts]), one.images.pixels)
+
+
+@pytest.mark.slow
+def test_two_processes_end_with_the_weights_of_one(phantoms, tmp_path):
+    recipe = {
+        "trainer": {"max_epochs": 2, "accelerator": "cpu", "enable_progress_bar": False, "limit_val_batches": 0, "log_every_n_steps": 1},
+        "model": {
+            "image": {
+                "class_path": "modalities.xray.towers.TimmEncoder",
+                "init_args": {"name": "test_vit", "embed_dim": 16, "image_size": 32},
+            },
+            "report": {
+                "class_path": "reports.towers.MiniLmReportEncoder",
+                "init_args": {"embed_dim": 16, "tokens": "words", "keep_tokens": True},
+            },
+            "similarity": {"class_path": "medvl.nn.local.WordRegionSimilarity"},
+            "loss": {"class_path": "medvl.losses.MultiPositiveInfoNCE"},
+        },
+        "data": {
+            "class_path": "medvl.training.data.StudyDataModule",
+            "init_args": {
+                "manifest": str(phantoms),
+                "reader": {"class_path": "modalities.xray.reader.XrayReader", "init_args": {"size": 32}},
+                "texts": {"class_path": "reports.text_source.ReportSentences"},
+                "pairs": {"class_path": "reports.pairs.ReportPairs"},
+                "drop_last": False,
+            },
+        },
+        "keep_best": False,
+    }
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    runs = {
+        "one": ["--data.init_args.batch_size", "8"],
+        "two": ["--data.init_args.batch_size", "4", "--trainer.devices", "2", "--trainer.strategy", "ddp", "--model.micro_batch", "3"],
+    }
+    for name, more in runs.items():
+        command = [sys.executable, "-m", "medvl", "fit", "--config", "recipe.yaml", "--out", name, *more]
+        done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=500)
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in runs)
+    apart = torch.cat([(one[name] - two[name]).abs().flatten() for name in one if one[name].is_floating_point()])
+    assert (apart > 1e-4).float().mean() < 1e-3  # where a gradient is next to nothing, Adam steps by its sign
+    with_loss = [pd.read_csv(next((tmp_path / name).glob("logs/*/metrics.csv")))["train/loss"].dropna() for name in runs]
+    assert len(with_loss[0]) == 6
+    np.testing.assert_allclose(with_loss[0], with_loss[1], rtol=1e-4)
