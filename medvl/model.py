@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import medvl
@@ -391,6 +392,20 @@ def join(parts: Sequence[ImageFeatures]) -> ImageFeatures:
 
     names = ("tokens", "token_valid", *(name for kind in SEQUENCES for name in (f"{kind}s", f"{kind}_weights", f"{kind}_valid")))
     return ImageFeatures(pooled=torch.cat([part.pooled for part in parts]), grid=parts[0].grid, **{name: cat(name) for name in names})
+
+
+def beside(one: ImageFeatures, other: ImageFeatures) -> ImageFeatures:
+    """Features of images of one kind, then those of another: tokens are padded to the longer of the two and have no grid."""
+    pooled = torch.cat([one.pooled, other.pooled])
+    if one.tokens is None or other.tokens is None:
+        return ImageFeatures(pooled)
+    longest = max(one.tokens.shape[1], other.tokens.shape[1])
+    tokens, valid = [], []
+    for given, seen in ((one.tokens, one.token_valid), (other.tokens, other.token_valid)):
+        more = longest - given.shape[1]
+        tokens.append(F.pad(given, (0, 0, 0, more)))
+        valid.append(F.pad(given.new_ones(given.shape[:2], dtype=torch.bool) if seen is None else seen, (0, more)))
+    return ImageFeatures(pooled, torch.cat(tokens), token_valid=torch.cat(valid))
 
 
 def _lengths(parts: Sequence[ImageFeatures], kind: str) -> set[int]:

@@ -79,6 +79,8 @@ class ImageBatch:
     ``view`` is (I,) int64 for X-ray, see :func:`view_index`; None: not known.
     ``study`` is (I,) int64, the study 0 .. B-1 that each image is of, every study with at least one; None: each image stands for itself,
     so that B = I. Only towers that pool views (:attr:`ImageEncoder.pools_views`) look at it.
+    ``others`` are images of another kind (CT beside radiographs), whose studies follow those of the first; None: there are none. Towers
+    are given one kind at a time (:func:`medvl.training.passes.encode_images`).
     """
 
     pixels: Tensor
@@ -86,6 +88,13 @@ class ImageBatch:
     position_mm: Tensor | None = None
     view: Tensor | None = None
     study: Tensor | None = None
+    others: ImageBatch | None = None
+
+    @property
+    def count(self) -> int:
+        """B, of both kinds."""
+        own = len(self.pixels) if self.study is None else int(self.study.max()) + 1
+        return own if self.others is None else own + self.others.count
 
     def to(self, device: torch.device | str) -> ImageBatch:
         """The same batch on another device."""
@@ -93,7 +102,7 @@ class ImageBatch:
         return replace(self, **{name: part.to(device) for name, part in parts.items() if part is not None})
 
     def studies(self, start: int, stop: int) -> ImageBatch:
-        """The images of the studies from ``start`` to before ``stop``, renumbered from 0."""
+        """The images of the studies from ``start`` to before ``stop``, renumbered from 0; of a batch of one kind."""
         parts = {one.name: getattr(self, one.name) for one in fields(self)}
         if self.study is None:
             return replace(self, **{name: part[start:stop] for name, part in parts.items() if part is not None})

@@ -29,12 +29,14 @@ from medvl.types import (
     SourcedText,
     StudyWords,
     TextBatch,
+    TextPairs,
     TextSource,
     UnreadableImageError,
     equal_text_pairs,
 )
 
 Views = Literal["image", "study"]
+Links = Literal["none", "ignore", "positive"]
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,8 @@ class Item:
     epoch: int
     frontal: bool = False  # every image is a volume, or a radiograph from the front or the back: a flip turns it into the other side
     rank: int = 0  # of the process that has it
+    patient: int = 0  # a number that items of one patient share
+    modality: str = "xray"
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -182,10 +186,18 @@ class StudyDataset(Dataset[Item]):
             for indices in self.items
         ]
 
+    @property
+    def modalities(self) -> list[str]:
+        """Of each item."""
+        return [self.images[indices[0]].modality for indices in self.items]
+
     def _items(self) -> list[list[int]]:
         """Indices of each item's images."""
-        if self.views == "study":
-            return list(by_study(self.images).values())
+        numbers: dict[str, int] = {}
+        self.patients = [numbers.setdefault(image.patient_id, len(numbers)) for image in self.images]
+        if self.views == "study":  # of films: each volume of a study is an item
+            found = by_study(self.images).items()
+            return [part for (_, kind), group in found for part in ([[i] for i in group] if kind == "ct" else [group])]
         return [[i] for i in range(len(self.images))]
 
     def drop_unreadable(self, progress: Callable[[], None] = lambda: None) -> None:
@@ -231,10 +243,11 @@ class StudyDataset(Dataset[Item]):
         texts, row = self.sourced[indices[0]], self.images[indices[0]].row
         if self.sentences_per_image is not None and len(texts) > self.sentences_per_image:
             texts = drawn(texts, self.sentences_per_image, generator(self.seed, "sentences", draw.epoch, row))
+        whose = (self.patients[indices[0]], self.images[indices[0]].modality)
         if draw.words_only and all(i in self._frontal for i in indices):
-            return Item((), texts, row, draw.epoch, all(self._frontal[i] for i in indices), draw.rank)
+            return Item((), texts, row, draw.epoch, all(self._frontal[i] for i in indices), draw.rank, *whose)
         samples = tuple(as_listed(self.sample(i), self.images[i]) for i in indices)
-        return Item(() if draw.words_only else samples, texts, row, draw.epoch, all(map(_is_frontal, samples)), draw.rank)
+        return Item(() if draw.words_only else samples, texts, row, draw.epoch, all(map(_is_frontal, samples)), draw.rank, *whose)
 
 
 class Collate:
@@ -248,6 +261,7 @@ class Collate:
         flip: chance that an item is flipped left to right, its texts with it; needs ``pairs``, which writes them. An item is left as it is
             where a text of it cannot be written, and where an image of it is a radiograph not known to be frontal.
         training: whether ``pairs`` may leave anything to chance.
+        links: what the texts of one study are to another study of the same patient, see :func:`linked`.
     Raises:
         ValueError: a ``flip`` that is no chance, or without ``pairs``.
     """
@@ -260,27 +274,29 @@ class Collate:
         pairs: PairBuilder | None = None,
         flip: float = 0.0,
         training: bool = False,
+        links: Links = "none",
     ) -> None:
         check_flip(flip, pairs)
+        self.links = links
         self.reader, self.augment, self.seed = reader, augment, seed
         self.pairs, self.flip, self.training = pairs, flip, training
 
     def __call__(self, items: Sequence[Item]) -> StudyBatch:
+        if all(item.samples for item in items):
+            items = sorted(items, key=_kind)  # radiographs, then volumes
         here = [i for i, item in enumerate(items) if item.samples]
-        images = self.reader.collate([sample for i in here for sample in items[i].samples])
-        images = images.grouped([len(items[i].samples) for i in here])
         key = [f"{item.epoch}:{item.row}" for item in items]
         flipped = self._flipped(items, generator(self.seed, "flip", *key)) if self.flip else [False] * len(items)
-        if any(flipped[i] for i in here):
-            assert images.study is not None
-            images = mirrored(images, torch.tensor([flipped[i] for i in here])[images.study])
-        if self.augment is not None:
-            images = self.augment(images, generator(self.seed, "augment", *(key[i] for i in here)))
+        kinds = [[i for i in here if _kind(items[i]) == kind] for kind in sorted({_kind(items[i]) for i in here})]
+        images, *others = [self._images([items[i] for i in kind], [flipped[i] for i in kind], [key[i] for i in kind]) for kind in kinds]
         studies = [PairStudy(item.row, item.sourced, flip) for item, flip in zip(items, flipped, strict=True)]
         if self.pairs is None:
             made = equal_text_pairs(studies)
         else:
             made = self.pairs.pairs(studies, generator(self.seed, "pairs", *key) if self.training else None)
+        made = linked(made, items, self.links)
+        if others:
+            images = replace(images, others=others[0])
         return StudyBatch(
             images,
             TextBatch(tuple(one.text for one in made.texts)),
@@ -292,6 +308,15 @@ class Collate:
             made.null_texts,
             _share(items, here, len(made.texts)),
         )
+
+    def _images(self, items: Sequence[Item], flipped: Sequence[bool], key: Sequence[str]) -> ImageBatch:
+        """The images of items of one kind."""
+        images = self.reader.collate([sample for item in items for sample in item.samples])
+        images = images.grouped([len(item.samples) for item in items])
+        if any(flipped):
+            assert images.study is not None
+            images = mirrored(images, torch.tensor(flipped)[images.study])
+        return images if self.augment is None else self.augment(images, generator(self.seed, "augment", *key))
 
     def _flipped(self, items: Sequence[Item], rng: np.random.Generator) -> list[bool]:
         assert self.pairs is not None
@@ -311,6 +336,36 @@ def _share(items: Sequence[Item], here: Sequence[int], texts: int) -> Share | No
     world = max(item.rank for item in items) + 1
     sizes = [texts // world + (rank < texts % world) for rank in range(world)]
     return Share(items[here[0]].rank, tuple(sum(item.rank == rank for item in items) for rank in range(world)), tuple(sizes))
+
+
+def _kind(item: Item) -> int:
+    """2 of a radiograph, 3 of a volume."""
+    return item.samples[0].pixels.ndim - 1
+
+
+def linked(pairs: TextPairs, items: Sequence[Item], links: Links) -> TextPairs:
+    """The pairs, with what the texts that are true of one study are to a study of the same patient in another modality.
+
+    Args:
+        links: ``none``: what ``pairs`` says; ``ignore``: where it says nothing they leave the loss, for a CT shows what a film of the same
+            patient may show or not; ``positive``: they are true of it too, for studies known to be of one time.
+    """
+    if links == "none":
+        return pairs
+    patients, kinds = torch.tensor([[item.patient, item.modality == "ct"] for item in items]).T
+    other = (patients[:, None] == patients) & (kinds[:, None] != kinds)
+    positives = pairs.positives
+    reached = (other.to(torch.float32) @ (positives > 0).to(torch.float32) > 0) & ~(positives > 0)
+    if pairs.false_texts is not None:
+        reached &= ~pairs.false_texts
+    if pairs.null_texts is not None:
+        reached &= ~pairs.null_texts
+    ignore = torch.zeros_like(reached) if pairs.ignore is None else pairs.ignore
+    if links == "ignore":
+        return replace(pairs, ignore=ignore | reached)
+    return replace(
+        pairs, positives=torch.where(reached, 1, positives).to(positives.dtype), ignore=None if pairs.ignore is None else ignore & ~reached
+    )
 
 
 def drawn(texts: Sequence[SourcedText], count: int, rng: np.random.Generator) -> tuple[SourcedText, ...]:
@@ -409,11 +464,53 @@ class EpochBatches(Sampler[list[Draw]]):
             yield [Draw(self.epoch, int(i), rank, rank != self.rank) for rank, share in enumerate(shares) for i in share]
 
 
-def by_study(images: Sequence[StudyImage]) -> dict[str, list[int]]:
-    """Study id -> indices of its images; studies and images in the order given."""
-    found: dict[str, list[int]] = {}
+class MixedBatches(EpochBatches):
+    """Batches with so many items of each group (radiographs, CT) in each process's share; otherwise as :class:`EpochBatches`.
+
+    An epoch is over when the group that takes longest has been served once; the others are served again, in another order each time.
+
+    Args:
+        groups: of each item, which group it is of: 0, 1, ...
+        sizes: items of each group in a batch and process.
+        others: as there.
+    Raises:
+        ValueError: a group with fewer items than a batch takes.
+    """
+
+    def __init__(self, groups: Sequence[int], sizes: Sequence[int], seed: int = 0, *, rank: int = 0, world_size: int = 1) -> None:
+        super().__init__(len(groups), sum(sizes), seed, rank=rank, world_size=world_size)
+        self.sizes = tuple(sizes)
+        self.members = [np.flatnonzero(np.asarray(groups) == group) for group in range(len(sizes))]
+        for group, (members, size) in enumerate(zip(self.members, sizes, strict=True)):
+            if len(members) < size * world_size:
+                raise ValueError(f"group {group} has {len(members)} items, a batch takes {size} in each of {world_size} processes")
+
+    def __len__(self) -> int:
+        return max(len(members) // (size * self.world_size) for members, size in zip(self.members, self.sizes, strict=True))
+
+    def __iter__(self) -> Iterator[list[Draw]]:
+        start, self.start = self.start, 0
+        steps = [size * self.world_size for size in self.sizes]
+        orders = [self._served(group, len(self) * step) for group, step in enumerate(steps)]
+        for batch in range(start, len(self)):
+            chosen = [
+                order[batch * step : (batch + 1) * step].reshape(self.world_size, -1) for order, step in zip(orders, steps, strict=True)
+            ]
+            ranks = range(self.world_size)
+            yield [Draw(self.epoch, int(i), rank, rank != self.rank) for rank in ranks for part in chosen for i in part[rank]]
+
+    def _served(self, group: int, count: int) -> NDArray[np.intp]:
+        """So many items of a group, each pass over them in an order of its own."""
+        members = self.members[group]
+        passes = range(-(-count // len(members)))
+        return np.concatenate([generator(self.seed, "order", self.epoch, group, k).permutation(members) for k in passes])[:count]
+
+
+def by_study(images: Sequence[StudyImage]) -> dict[tuple[str, str], list[int]]:
+    """Study id and modality -> indices of its images; studies and images in the order given."""
+    found: dict[tuple[str, str], list[int]] = {}
     for i, image in enumerate(images):
-        found.setdefault(image.study_id, []).append(i)
+        found.setdefault((image.study_id, image.modality), []).append(i)
     return found
 
 

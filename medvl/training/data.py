@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from medvl.data.augment import Augment
 from medvl.data.cache import CachedReader, SampleCache
 from medvl.data.manifest import ColumnMap, Manifest, SplitFractions, StudyImage, read_manifest
-from medvl.data.studies import Collate, EpochBatches, Item, Skipped, StudyDataset, Views, check_flip
+from medvl.data.studies import Collate, EpochBatches, Item, Links, MixedBatches, Skipped, StudyDataset, Views, check_flip
 from medvl.model import write_atomically
 from medvl.types import ImageReader, PairBuilder, TextSource
 
@@ -46,7 +46,8 @@ class StudyDataModule(L.LightningDataModule):
         texts: turns a report into the sentences that are true of its study.
         columns: how the table names its columns, if not as we do; the map itself or the path of a YAML file that holds it.
         splits: fractions to split by patient where the table has no split column.
-        modality: which rows to use.
+        modality: which rows to use: ``xray``, ``ct``, or, for a reader and a tower of both, how many items of each a batch and process has
+            (``{xray: 12, ct: 4}``, together ``batch_size``); the modality that takes longest makes the epoch.
         allow_outside: accept paths that leave the table's folder.
         batch_size: items per batch and process, all under one loss; the model's ``micro_batch`` says how many are encoded at once.
         sentences_per_image: drawn per item and epoch; None takes all.
@@ -62,8 +63,9 @@ class StudyDataModule(L.LightningDataModule):
         flip: chance that a training item is flipped left to right together with the sides in its texts; needs ``pairs``. 0, for a flipped
             chest is that of a situs inversus: heart, aortic arch and stomach lie where next to no patient has them, and no text says so.
         drop_last: leave out the last, smaller batch of an epoch.
+        links: what a text of one study is to a study of the same patient in another modality (:func:`medvl.data.studies.linked`).
     Raises:
-        ValueError: a ``flip`` that is no chance, or without ``pairs``.
+        ValueError: a ``flip`` that is no chance, or without ``pairs``; modalities that do not add to the batch size.
     """
 
     def __init__(
@@ -73,7 +75,7 @@ class StudyDataModule(L.LightningDataModule):
         texts: TextSource,
         columns: ColumnMap | str | None = None,
         splits: SplitFractions | None = None,
-        modality: str = "xray",
+        modality: str | dict[str, int] = "xray",
         allow_outside: bool = False,
         batch_size: int = 64,
         sentences_per_image: int | None = None,
@@ -85,15 +87,18 @@ class StudyDataModule(L.LightningDataModule):
         pairs: PairBuilder | None = None,
         flip: float = 0.0,
         drop_last: bool = True,
+        links: Links = "none",
     ) -> None:
         super().__init__()
+        if isinstance(modality, dict) and (min(modality.values(), default=0) < 1 or sum(modality.values()) != batch_size):
+            raise ValueError(f"modality {modality}: expected 1 and more of each, together batch_size, {batch_size}")
         check_flip(flip, pairs)
         self.manifest_path, self.reader, self.texts = Path(manifest), reader, texts
         self.columns = ColumnMap.load(columns) if isinstance(columns, str) else columns
         self.splits, self.modality, self.allow_outside = splits, modality, allow_outside
         self.batch_size, self.sentences_per_image, self.augment = batch_size, sentences_per_image, augment
         self.cache, self.workers, self.seed, self.views = cache, workers, seed, views
-        self.pairs, self.flip, self.drop_last = pairs, flip, drop_last
+        self.pairs, self.flip, self.drop_last, self.links = pairs, flip, drop_last, links
         self.sets: dict[str, StudyDataset] = {}
         self.manifest: Manifest | None = None
 
@@ -108,7 +113,8 @@ class StudyDataModule(L.LightningDataModule):
         if not in_memory and self.cache is not False:
             reader = CachedReader(reader, self.cache if isinstance(self.cache, SampleCache) else SampleCache(str(self.cache)))
         for split in ("train", "val", "test"):
-            chosen = self.manifest.select(split=split, modality=self.modality)
+            kinds = [self.modality] if isinstance(self.modality, str) else list(self.modality)
+            chosen = [row for kind in kinds for row in self.manifest.select(split=split, modality=kind)]
             drawn = self.sentences_per_image if split == "train" else None
             self.sets[split] = StudyDataset(chosen, reader, self.texts, drawn, self.seed, in_memory, self.views, self.pairs)
         if self.pairs is not None:
@@ -176,7 +182,8 @@ class StudyDataModule(L.LightningDataModule):
         assert self.manifest is not None
         counts = {"manifest": self.manifest.sha256, "images": len(self.sets["train"])}
         paired = {"flip": self.flip, "pairs": None if self.pairs is None else self.pairs.spec()}
-        drawn = {"sentences_per_image": self.sentences_per_image, "views": self.views, "drop_last": self.drop_last, **paired}
+        mixed = {"modality": self.modality, "links": self.links}
+        drawn = {**mixed, "sentences_per_image": self.sentences_per_image, "views": self.views, "drop_last": self.drop_last, **paired}
         return {**counts, "batch_size": self.batch_size, "seed": self.seed, **drawn}
 
     def batches_per_epoch(self, world_size: int = 1) -> int:
@@ -192,6 +199,10 @@ class StudyDataModule(L.LightningDataModule):
         return len(self._batches(0, world_size))
 
     def _batches(self, rank: int, world_size: int) -> EpochBatches:
+        if isinstance(self.modality, dict):
+            kinds = list(self.modality)
+            groups = [kinds.index(kind) for kind in self.sets["train"].modalities]
+            return MixedBatches(groups, list(self.modality.values()), self.seed, rank=rank, world_size=world_size)
         sizes = (len(self.sets["train"]), self.batch_size, self.seed)
         return EpochBatches(*sizes, rank=rank, world_size=world_size, drop_last=self.drop_last)
 
@@ -207,7 +218,7 @@ class StudyDataModule(L.LightningDataModule):
         return StudyLoader(
             data,
             batch_sampler=batches,
-            collate_fn=Collate(self.reader, self.augment, self.seed, self.pairs, self.flip, training=True),
+            collate_fn=Collate(self.reader, self.augment, self.seed, self.pairs, self.flip, True, self.links),
             num_workers=self.workers,
             generator=torch.Generator().manual_seed(self.seed),
         )
@@ -224,4 +235,6 @@ class StudyDataModule(L.LightningDataModule):
         data = self.sets[split]
         if not len(data):
             return []
-        return StudyLoader(data, batch_size=self.batch_size, collate_fn=Collate(self.reader, pairs=self.pairs), num_workers=self.workers)
+        return StudyLoader(
+            data, batch_size=self.batch_size, collate_fn=Collate(self.reader, pairs=self.pairs, links=self.links), num_workers=self.workers
+        )

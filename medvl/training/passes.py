@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from medvl.model import join
+from medvl.model import beside, join
 from medvl.types import ImageBatch, ImageEncoder, ImageFeatures, ReportEncoder, TextBatch, TextFeatures, join_texts
 
 Batch = TypeVar("Batch")
@@ -28,8 +28,10 @@ Features = TypeVar("Features")
 
 
 def encode_images(tower: ImageEncoder, batch: ImageBatch, size: int | None) -> ImageFeatures:
-    """Features of a batch, ``size`` studies at a time; None: all at once."""
-    count = len(batch.pixels) if batch.study is None else int(batch.study.max()) + 1
+    """Features of a batch, ``size`` studies at a time; None: all at once. Of two kinds each is encoded by itself."""
+    if batch.others is not None:
+        return beside(encode_images(tower, replace(batch, others=None), size), encode_images(tower, batch.others, size))
+    count = batch.count
     if size is None or size >= count:
         return tower(batch)
 
