@@ -7,6 +7,8 @@ function of (seed, epoch, item), so a run that was killed goes on with the very 
 from __future__ import annotations
 
 import hashlib
+import math
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -185,6 +187,12 @@ class StudyDataset(Dataset[Item]):
             )
             for indices in self.items
         ]
+
+    @property
+    def findings(self) -> list[tuple[str, ...]]:
+        """The findings that the manifest has as present in any image of each item."""
+        present = [[name for name, value in image.labels.items() if value == 1] for image in self.images]
+        return [tuple(dict.fromkeys(name for i in indices for name in present[i])) for indices in self.items]
 
     @property
     def modalities(self) -> list[str]:
@@ -462,6 +470,81 @@ class EpochBatches(Sampler[list[Draw]]):
         for batch in range(start, len(self)):
             shares = np.array_split(order[batch * self.batch_size : (batch + 1) * self.batch_size], self.world_size)
             yield [Draw(self.epoch, int(i), rank, rank != self.rank) for rank, share in enumerate(shares) for i in share]
+
+
+class BalancedBatches(EpochBatches):
+    """Shuffled batches in which common findings are drawn less often, or no patient comes twice; otherwise as :class:`EpochBatches`.
+
+    Args:
+        chances: of each item, to be in an epoch, above 0 to 1 (:func:`capped`); an epoch has as many items as they add to, and each item is
+            in it with just its chance. None: all items are.
+        patients: of each item, a number; a batch (of all processes) then has no two of one, as long as there are others left. None: any.
+        others: as there.
+    """
+
+    def __init__(
+        self,
+        chances: NDArray[np.float64] | None,
+        patients: Sequence[int] | None,
+        count: int,
+        batch_size: int,
+        seed: int = 0,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        drop_last: bool = True,
+    ) -> None:
+        served = count if chances is None else int(np.floor(chances.sum() + 1e-9))
+        super().__init__(served, batch_size, seed, rank=rank, world_size=world_size, drop_last=drop_last)
+        self.items, self.chances, self.patients = count, chances, patients
+
+    def order(self) -> NDArray[np.intp]:
+        """The items of this epoch in the order they are served in."""
+        rng = generator(self.seed, "order", self.epoch)
+        order = rng.permutation(self.items)
+        if self.chances is not None:  # systematic sampling: each item lies on a line with a length of its chance, and every 1 one is taken
+            ends = np.cumsum(self.chances[order])
+            taken = np.searchsorted(ends, rng.random() + np.arange(self.count), side="right")
+            order = order[taken[taken < len(order)]]
+            order = np.append(order, rng.choice(np.setdiff1d(np.arange(self.items), order), self.count - len(order), replace=False))
+            order = rng.permutation(order)
+        return order if self.patients is None else apart(order, self.patients, self.batch_size)
+
+
+def capped(findings: Sequence[Sequence[str]], cap: int) -> NDArray[np.float64]:
+    """Chance of each item to be in an epoch, so that a finding that more than ``cap`` items have is drawn about ``cap`` times by itself.
+
+    With n_f the number of items with finding f (items without any have the finding "none"), each finding of an item keeps it with the
+    chance min(1, cap / n_f): 1 - prod_f (1 - min(1, cap / n_f)).
+
+    Raises:
+        ValueError: a cap below 1.
+    Source: "Demystifying CLIP Data" (MetaCLIP), arXiv:2309.16671, algorithm 1, with findings in the place of its queries.
+    """
+    if cap < 1:
+        raise ValueError(f"cap is {cap}, expected at least 1")
+    names = [found or ("none",) for found in findings]
+    count = Counter(name for found in names for name in set(found))
+    return np.array([1 - math.prod(1 - min(1.0, cap / count[name]) for name in set(found)) for found in names])
+
+
+def apart(order: NDArray[np.intp], patients: Sequence[int], size: int) -> NDArray[np.intp]:
+    """The items in about their order, so that of ``size`` that follow each other no two are of one patient while there are others left."""
+    left = deque(order.tolist())
+    found: list[int] = []
+    while left:
+        batch: list[int] = []
+        passed: list[int] = []
+        here: set[int] = set()
+        while left and len(batch) < size:
+            item = left.popleft()
+            (passed if patients[item] in here else batch).append(item)
+            here.add(patients[item])
+        left.extendleft(reversed(passed))  # they come first in the next
+        while left and len(batch) < size:  # no other patients are left
+            batch.append(left.popleft())
+        found += batch
+    return np.array(found, dtype=order.dtype)
 
 
 class MixedBatches(EpochBatches):

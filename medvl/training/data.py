@@ -19,7 +19,19 @@ from torch.utils.data import DataLoader
 from medvl.data.augment import Augment
 from medvl.data.cache import CachedReader, SampleCache
 from medvl.data.manifest import ColumnMap, Manifest, SplitFractions, StudyImage, read_manifest
-from medvl.data.studies import Collate, EpochBatches, Item, Links, MixedBatches, Skipped, StudyDataset, Views, check_flip
+from medvl.data.studies import (
+    BalancedBatches,
+    Collate,
+    EpochBatches,
+    Item,
+    Links,
+    MixedBatches,
+    Skipped,
+    StudyDataset,
+    Views,
+    capped,
+    check_flip,
+)
 from medvl.model import write_atomically
 from medvl.types import ImageReader, PairBuilder, TextSource
 
@@ -64,6 +76,8 @@ class StudyDataModule(L.LightningDataModule):
             chest is that of a situs inversus: heart, aortic arch and stomach lie where next to no patient has them, and no text says so.
         drop_last: leave out the last, smaller batch of an epoch.
         links: what a text of one study is to a study of the same patient in another modality (:func:`medvl.data.studies.linked`).
+        cap: draw each finding of the manifest about so many times an epoch (:func:`medvl.data.studies.capped`); None: all items.
+        one_per_patient: no two items of a patient in a batch, whose texts may be true of both, while there are others.
     Raises:
         ValueError: a ``flip`` that is no chance, or without ``pairs``; modalities that do not add to the batch size.
     """
@@ -88,11 +102,16 @@ class StudyDataModule(L.LightningDataModule):
         flip: float = 0.0,
         drop_last: bool = True,
         links: Links = "none",
+        cap: int | None = None,
+        one_per_patient: bool = False,
     ) -> None:
         super().__init__()
         if isinstance(modality, dict) and (min(modality.values(), default=0) < 1 or sum(modality.values()) != batch_size):
             raise ValueError(f"modality {modality}: expected 1 and more of each, together batch_size, {batch_size}")
         check_flip(flip, pairs)
+        if isinstance(modality, dict) and (cap is not None or one_per_patient):
+            raise ValueError("batches of several modalities are neither capped nor kept to one item of a patient")
+        self.cap, self.one_per_patient = cap, one_per_patient
         self.manifest_path, self.reader, self.texts = Path(manifest), reader, texts
         self.columns = ColumnMap.load(columns) if isinstance(columns, str) else columns
         self.splits, self.modality, self.allow_outside = splits, modality, allow_outside
@@ -182,7 +201,7 @@ class StudyDataModule(L.LightningDataModule):
         assert self.manifest is not None
         counts = {"manifest": self.manifest.sha256, "images": len(self.sets["train"])}
         paired = {"flip": self.flip, "pairs": None if self.pairs is None else self.pairs.spec()}
-        mixed = {"modality": self.modality, "links": self.links}
+        mixed = {"modality": self.modality, "links": self.links, "cap": self.cap, "one_per_patient": self.one_per_patient}
         drawn = {**mixed, "sentences_per_image": self.sentences_per_image, "views": self.views, "drop_last": self.drop_last, **paired}
         return {**counts, "batch_size": self.batch_size, "seed": self.seed, **drawn}
 
@@ -203,7 +222,20 @@ class StudyDataModule(L.LightningDataModule):
             kinds = list(self.modality)
             groups = [kinds.index(kind) for kind in self.sets["train"].modalities]
             return MixedBatches(groups, list(self.modality.values()), self.seed, rank=rank, world_size=world_size)
-        sizes = (len(self.sets["train"]), self.batch_size, self.seed)
+        data = self.sets["train"]
+        sizes = (len(data), self.batch_size, self.seed)
+        if self.cap is not None or self.one_per_patient:
+            chances, patients = None, None
+            if self.cap is not None:
+                if not any(data.findings):
+                    raise ValueError(
+                        f"{self.manifest_path}: cap {self.cap} is by findings, and no column of the table has any present; make columns "
+                        "with `medvl reports labels`, or leave cap out"
+                    )
+                chances = capped(data.findings, self.cap)
+            if self.one_per_patient:
+                patients = [data.patients[indices[0]] for indices in data.items]
+            return BalancedBatches(chances, patients, *sizes, rank=rank, world_size=world_size, drop_last=self.drop_last)
         return EpochBatches(*sizes, rank=rank, world_size=world_size, drop_last=self.drop_last)
 
     def train_dataloader(self) -> StudyLoader:
