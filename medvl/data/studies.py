@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -75,10 +75,12 @@ class StudyBatch:
     false_texts: Tensor | None = None  # (M,) bool
     null_texts: Tensor | None = None  # (M,) bool
     share: Share | None = None  # None: one process has the whole batch
+    again: ImageBatch | None = None  # the same images, changed by chance once more
+    labels: Tensor | None = None  # (b, C) float of the items whose images are here: 1 present, 0 absent, NaN not known
 
     def to(self, device: torch.device | str) -> StudyBatch:
         """The same batch on another device."""
-        masks = {name: getattr(self, name) for name in ("ignore", "false_texts", "null_texts")}
+        masks = {name: getattr(self, name) for name in ("ignore", "false_texts", "null_texts", "again", "labels")}
         moved = {name: mask.to(device) for name, mask in masks.items() if mask is not None}
         return replace(self, images=self.images.to(device), positives=self.positives.to(device), **moved)
 
@@ -94,6 +96,7 @@ class Item:
     frontal: bool = False  # every image is a volume, or a radiograph from the front or the back: a flip turns it into the other side
     rank: int = 0  # of the process that has it
     patient: int = 0  # a number that items of one patient share
+    labels: Mapping[str, int] = field(default_factory=dict)  # finding -> 1, 0 or -1, of all its images
     modality: str = "xray"
 
     @property
@@ -251,7 +254,9 @@ class StudyDataset(Dataset[Item]):
         texts, row = self.sourced[indices[0]], self.images[indices[0]].row
         if self.sentences_per_image is not None and len(texts) > self.sentences_per_image:
             texts = drawn(texts, self.sentences_per_image, generator(self.seed, "sentences", draw.epoch, row))
-        whose = (self.patients[indices[0]], self.images[indices[0]].modality)
+        first = self.images[indices[0]]
+        labels = first.labels if len(indices) == 1 else {k: v for i in reversed(indices) for k, v in self.images[i].labels.items()}
+        whose = (self.patients[indices[0]], labels, first.modality)
         if draw.words_only and all(i in self._frontal for i in indices):
             return Item((), texts, row, draw.epoch, all(self._frontal[i] for i in indices), draw.rank, *whose)
         samples = tuple(as_listed(self.sample(i), self.images[i]) for i in indices)
@@ -270,6 +275,8 @@ class Collate:
             where a text of it cannot be written, and where an image of it is a radiograph not known to be frontal.
         training: whether ``pairs`` may leave anything to chance.
         links: what the texts of one study are to another study of the same patient, see :func:`linked`.
+        second_view: change the images of a training batch by chance twice, for terms that compare the two; needs ``augment``.
+        labels: findings of the manifest that come with the batch.
     Raises:
         ValueError: a ``flip`` that is no chance, or without ``pairs``.
     """
@@ -283,9 +290,13 @@ class Collate:
         flip: float = 0.0,
         training: bool = False,
         links: Links = "none",
+        second_view: bool = False,
+        labels: Sequence[str] = (),
     ) -> None:
         check_flip(flip, pairs)
-        self.links = links
+        if second_view and augment is None:
+            raise ValueError("a second view of an image differs from the first by chance alone: give `augment`")
+        self.links, self.second_view, self.labels = links, second_view, tuple(labels)
         self.reader, self.augment, self.seed = reader, augment, seed
         self.pairs, self.flip, self.training = pairs, flip, training
 
@@ -296,17 +307,15 @@ class Collate:
         key = [f"{item.epoch}:{item.row}" for item in items]
         flipped = self._flipped(items, generator(self.seed, "flip", *key)) if self.flip else [False] * len(items)
         kinds = [[i for i in here if _kind(items[i]) == kind] for kind in sorted({_kind(items[i]) for i in here})]
-        images, *others = [self._images([items[i] for i in kind], [flipped[i] for i in kind], [key[i] for i in kind]) for kind in kinds]
+        views = [self._views(items, kinds, flipped, key, name) for name in ("augment", "again")[: 2 if self.second_view else 1]]
         studies = [PairStudy(item.row, item.sourced, flip) for item, flip in zip(items, flipped, strict=True)]
         if self.pairs is None:
             made = equal_text_pairs(studies)
         else:
             made = self.pairs.pairs(studies, generator(self.seed, "pairs", *key) if self.training else None)
         made = linked(made, items, self.links)
-        if others:
-            images = replace(images, others=others[0])
         return StudyBatch(
-            images,
+            views[0],
             TextBatch(tuple(one.text for one in made.texts)),
             made.positives,
             tuple(item.row for item in items),
@@ -315,16 +324,26 @@ class Collate:
             made.false_texts,
             made.null_texts,
             _share(items, here, len(made.texts)),
+            views[1] if self.second_view else None,
+            _label_table([items[i] for i in here], self.labels) if self.labels else None,
         )
 
-    def _images(self, items: Sequence[Item], flipped: Sequence[bool], key: Sequence[str]) -> ImageBatch:
-        """The images of items of one kind."""
-        images = self.reader.collate([sample for item in items for sample in item.samples])
-        images = images.grouped([len(item.samples) for item in items])
-        if any(flipped):
-            assert images.study is not None
-            images = mirrored(images, torch.tensor(flipped)[images.study])
-        return images if self.augment is None else self.augment(images, generator(self.seed, "augment", *key))
+    def _views(
+        self, items: Sequence[Item], kinds: Sequence[Sequence[int]], flipped: Sequence[bool], key: Sequence[str], name: str
+    ) -> ImageBatch:
+        """The images of the items of each kind (indices), changed by the chance of that name."""
+        found: ImageBatch | None = None
+        for kind in reversed(kinds):
+            images = self.reader.collate([sample for i in kind for sample in items[i].samples])
+            images = images.grouped([len(items[i].samples) for i in kind])
+            if any(flipped[i] for i in kind):
+                assert images.study is not None
+                images = mirrored(images, torch.tensor([flipped[i] for i in kind])[images.study])
+            if self.augment is not None:
+                images = self.augment(images, generator(self.seed, name, *(key[i] for i in kind)))
+            found = images if found is None else replace(images, others=found)
+        assert found is not None
+        return found
 
     def _flipped(self, items: Sequence[Item], rng: np.random.Generator) -> list[bool]:
         assert self.pairs is not None
@@ -344,6 +363,12 @@ def _share(items: Sequence[Item], here: Sequence[int], texts: int) -> Share | No
     world = max(item.rank for item in items) + 1
     sizes = [texts // world + (rank < texts % world) for rank in range(world)]
     return Share(items[here[0]].rank, tuple(sum(item.rank == rank for item in items) for rank in range(world)), tuple(sizes))
+
+
+def _label_table(items: Sequence[Item], names: Sequence[str]) -> Tensor:
+    """(b, C) 1 present, 0 absent, NaN uncertain or not mentioned."""
+    values = {1: 1.0, 0: 0.0}
+    return torch.tensor([[values.get(item.labels.get(name, -1), math.nan) for name in names] for item in items])
 
 
 def _kind(item: Item) -> int:

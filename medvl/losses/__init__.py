@@ -3,12 +3,32 @@
 from medvl.losses.modules import MultiPositiveInfoNCE, MultiPositiveSigmoid, Objective
 from medvl.losses.objectives import info_nce, info_nce_of_logits, multi_positive_info_nce, sigmoid_loss, soft_target_loss
 from medvl.losses.pairs import Pairs, pairs_of
+from medvl.losses.terms import (
+    FalseTextContrast,
+    FeatureMimic,
+    ImageImageContrast,
+    MultiLabelCodes,
+    SentencePrototypes,
+    Term,
+    TermContext,
+    TextTextContrast,
+    UniformityAlignment,
+)
 
 __all__ = [
+    "FalseTextContrast",
+    "FeatureMimic",
+    "ImageImageContrast",
+    "MultiLabelCodes",
     "MultiPositiveInfoNCE",
     "MultiPositiveSigmoid",
     "Objective",
     "Pairs",
+    "SentencePrototypes",
+    "Term",
+    "TermContext",
+    "TextTextContrast",
+    "UniformityAlignment",
     "info_nce",
     "info_nce_of_logits",
     "multi_positive_info_nce",

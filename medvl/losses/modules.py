@@ -35,7 +35,7 @@ class Objective(nn.Module, abc.ABC):
     def forward(
         self,
         parts: Mapping[str, Tensor | Product],
-        positives: Tensor,
+        positives: Tensor | Pairs,
         ignore: Tensor | None = None,
         false_texts: Tensor | None = None,
         here: tuple[int, int] | None = None,
@@ -44,7 +44,7 @@ class Objective(nn.Module, abc.ABC):
 
         Args:
             parts: name -> (B, M) logits, as a :class:`medvl.types.Similarity` gives them; with ``here`` those of its images alone.
-            positives, ignore, false_texts, here: as :func:`medvl.losses.pairs.pairs_of` takes them.
+            positives, ignore, false_texts, here: as :func:`medvl.losses.pairs.pairs_of` takes them, or what it made of them.
         Raises:
             ValueError: a weight that names no part, or as ``pairs_of`` and the loss itself.
         """
@@ -56,7 +56,10 @@ class Objective(nn.Module, abc.ABC):
         if len(shapes) != 1:
             raise ValueError(f"parts of different shapes: {sorted(shapes)}")
         rows, columns = shapes.pop()
-        pairs = pairs_of(positives, (rows if here is None else len(positives), columns), ignore, false_texts, here)
+        if isinstance(positives, Pairs):
+            pairs = positives
+        else:
+            pairs = pairs_of(positives, (rows if here is None else len(positives), columns), ignore, false_texts, here)
         losses = {name: self.of(parts[name], pairs, name) for name, weight in weights.items() if weight}
         total = sum(weights[name] for name in losses)
         return {**losses, "loss": torch.stack([weights[name] / total * value for name, value in losses.items()]).sum()}

@@ -78,6 +78,8 @@ class StudyDataModule(L.LightningDataModule):
         links: what a text of one study is to a study of the same patient in another modality (:func:`medvl.data.studies.linked`).
         cap: draw each finding of the manifest about so many times an epoch (:func:`medvl.data.studies.capped`); None: all items.
         one_per_patient: no two items of a patient in a batch, whose texts may be true of both, while there are others.
+        second_view: give the images of training batches a second time, changed by chance anew, for terms that compare the two.
+        labels: findings (columns of the manifest) that come with each batch, for terms that learn them.
     Raises:
         ValueError: a ``flip`` that is no chance, or without ``pairs``; modalities that do not add to the batch size.
     """
@@ -104,6 +106,8 @@ class StudyDataModule(L.LightningDataModule):
         links: Links = "none",
         cap: int | None = None,
         one_per_patient: bool = False,
+        second_view: bool = False,
+        labels: list[str] | None = None,
     ) -> None:
         super().__init__()
         if isinstance(modality, dict) and (min(modality.values(), default=0) < 1 or sum(modality.values()) != batch_size):
@@ -112,6 +116,7 @@ class StudyDataModule(L.LightningDataModule):
         if isinstance(modality, dict) and (cap is not None or one_per_patient):
             raise ValueError("batches of several modalities are neither capped nor kept to one item of a patient")
         self.cap, self.one_per_patient = cap, one_per_patient
+        self.second_view, self.labels = second_view, labels or []
         self.manifest_path, self.reader, self.texts = Path(manifest), reader, texts
         self.columns = ColumnMap.load(columns) if isinstance(columns, str) else columns
         self.splits, self.modality, self.allow_outside = splits, modality, allow_outside
@@ -250,7 +255,9 @@ class StudyDataModule(L.LightningDataModule):
         return StudyLoader(
             data,
             batch_sampler=batches,
-            collate_fn=Collate(self.reader, self.augment, self.seed, self.pairs, self.flip, True, self.links),
+            collate_fn=Collate(
+                self.reader, self.augment, self.seed, self.pairs, self.flip, True, self.links, self.second_view, self.labels
+            ),
             num_workers=self.workers,
             generator=torch.Generator().manual_seed(self.seed),
         )
@@ -267,6 +274,5 @@ class StudyDataModule(L.LightningDataModule):
         data = self.sets[split]
         if not len(data):
             return []
-        return StudyLoader(
-            data, batch_size=self.batch_size, collate_fn=Collate(self.reader, pairs=self.pairs, links=self.links), num_workers=self.workers
-        )
+        collate = Collate(self.reader, pairs=self.pairs, links=self.links, labels=self.labels)
+        return StudyLoader(data, batch_size=self.batch_size, collate_fn=collate, num_workers=self.workers)

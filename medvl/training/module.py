@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,22 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from medvl.data.studies import StudyBatch
-from medvl.losses import Objective
+from medvl.losses import Objective, Pairs, Term, TermContext, pairs_of
 from medvl.losses.ranks import texts_of_ranks
-from medvl.model import DualEncoder, load_part
+from medvl.model import DualEncoder, load, load_part
 from medvl.training.data import StudyDataModule
 from medvl.training.passes import encode_images, encode_texts
 from medvl.types import ImageEncoder, ImageFeatures, ImageReader, ReportEncoder, Similarity, TextFeatures
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What the last step saw, for those who watch."""
+
+    images: Tensor  # (b, D) vectors of the images here, without gradient
+    texts: Tensor  # (M, D) of all texts
+    pairs: Pairs
+    batch: StudyBatch
 
 
 class AlignmentModule(L.LightningModule):
@@ -45,8 +56,11 @@ class AlignmentModule(L.LightningModule):
             (``null_texts`` of the batch), a negative of every other. It is no part of the model that is saved.
         micro_batch: studies encoded at once, where the batch under the loss is larger: its parts are encoded twice, the second time with
             gradients (:mod:`medvl.training.passes`). None: the whole batch at once.
+        terms: name -> what is added to the objective in training, each with a weight of its own. They are no part of the model that is
+            saved, and validation is by the objective alone.
+        teacher: folder of a finished run whose features a :class:`medvl.losses.FeatureMimic` follows; it must take the same images.
     Raises:
-        ValueError: a name that is no part, or a ``micro_batch`` below 1.
+        ValueError: a name that is no part, a ``micro_batch`` below 1, or a term named as a part of the loss could be.
     """
 
     def __init__(
@@ -64,6 +78,8 @@ class AlignmentModule(L.LightningModule):
         locked: list[str] | None = None,
         null_target: bool = False,
         micro_batch: int | None = None,
+        terms: dict[str, Term] | None = None,
+        teacher: str | None = None,
     ) -> None:
         super().__init__()
         self.image, self.report, self.similarity, self.loss = image, report, similarity, loss
@@ -74,6 +90,12 @@ class AlignmentModule(L.LightningModule):
         if micro_batch is not None and micro_batch < 1:
             raise ValueError(f"micro_batch is {micro_batch}, expected at least 1, or null for the whole batch at once")
         self.micro_batch = micro_batch
+        if "loss" in (terms or {}):
+            raise ValueError("a term cannot be named 'loss'")
+        self.terms = nn.ModuleDict(terms or {})
+        self.teacher = teacher
+        self.observed: Observed | None = None
+        self._taught: list[DualEncoder] = []  # in a list, so that its weights are none of ours
         self.null_image = nn.Parameter(torch.randn(image.embed_dim) * image.embed_dim**-0.5) if null_target else None
 
     def take_start(self) -> None:
@@ -136,12 +158,45 @@ class AlignmentModule(L.LightningModule):
                 "the batch has texts to be aligned with a null image, and the model has none: set model.null_target to true, or "
                 "data.init_args.pairs.init_args.without_content to ignore or drop"
             )
-        parts = self.similarity.parts(images, texts)
-        losses = self.loss(parts, positives, ignore, batch.false_texts, _here(batch, len(images.pooled)))
+        here = _here(batch, len(images.pooled))
+        pairs = pairs_of(positives, (len(positives), len(texts.pooled)), ignore, batch.false_texts, here)
+        losses = self.loss(self.similarity.parts(images, texts), pairs)
+        if stage == "train" and len(self.terms):
+            losses = self._with_terms(losses, batch, images, texts)
+        self.observed = Observed(images.pooled.detach(), texts.pooled.detach(), pairs, batch)
         count = batch.positives.shape[0]
         self.log_dict({f"{stage}/{name}": value.detach() for name, value in losses.items()}, batch_size=count, sync_dist=stage != "train")
         self.log(f"{stage}_loss", losses["loss"].detach(), prog_bar=True, logger=False, batch_size=count, sync_dist=stage != "train")
         return losses["loss"]
+
+    def _with_terms(self, losses: dict[str, Tensor], batch: StudyBatch, images: ImageFeatures, texts: TextFeatures) -> dict[str, Tensor]:
+        """The losses with those of the terms, and with what they add in ``loss``."""
+        count = len(batch.positives) if batch.share is None else batch.share.items[batch.share.rank]
+        if len(images.pooled) > count:  # without the null image
+            images = ImageFeatures(images.pooled[:count])
+        shape, here = (len(batch.positives), len(texts.pooled)), _here(batch, count)
+        context = TermContext(
+            images,
+            texts,
+            pairs_of(batch.positives, shape, batch.ignore, batch.false_texts, here),
+            None if batch.share is None else batch.share.items,
+            None if batch.again is None else encode_images(self.image, batch.again, self.micro_batch),
+            batch.labels,
+            *self._of_teacher(batch),
+        )
+        found = {name: term(context) for name, term in self.terms.items()}
+        total = torch.stack([losses["loss"], *(term.weight * found[name] for name, term in self.terms.items())]).sum()
+        return {**losses, **found, "loss": total}
+
+    @torch.no_grad()
+    def _of_teacher(self, batch: StudyBatch) -> tuple[Tensor | None, Tensor | None]:
+        """The teacher's vectors of the images here and of all texts."""
+        if self.teacher is None:
+            return None, None
+        if not self._taught:
+            self._taught.append(load(self.teacher, device=self.device))
+        teacher = self._taught[0]
+        return encode_images(teacher.image, batch.images, self.micro_batch).pooled, teacher.report(batch.texts).pooled
 
     def _features(self, batch: StudyBatch) -> tuple[ImageFeatures, TextFeatures]:
         """Of the batch's images, and of all its texts: of a shared batch each process encodes some, and is given those of the others.

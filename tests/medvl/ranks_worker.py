@@ -15,7 +15,18 @@ from safetensors.torch import save_file
 from torch import nn
 
 from medvl.data.studies import Share, StudyBatch
-from medvl.losses import MultiPositiveInfoNCE, MultiPositiveSigmoid, soft_target_loss
+from medvl.losses import (
+    FalseTextContrast,
+    ImageImageContrast,
+    MultiLabelCodes,
+    MultiPositiveInfoNCE,
+    MultiPositiveSigmoid,
+    SentencePrototypes,
+    Term,
+    TextTextContrast,
+    UniformityAlignment,
+    soft_target_loss,
+)
 from medvl.nn.cross import CrossAttentionSimilarity, MixtureSimilarity
 from medvl.nn.local import ConceptSimilarity, SentenceAttentionSimilarity, TokenwiseSimilarity, WordRegionSimilarity
 from medvl.nn.similarity import PooledSimilarity, TokenSimilarity
@@ -44,6 +55,17 @@ OBJECTIVES = {
 }
 KINDS = {None: ("plain", "dropped", "null"), 2: ("plain", "null")}
 CASES = [(*case, size, kind) for case in product(SIMILARITIES, OBJECTIVES) for size, kinds in KINDS.items() for kind in kinds]
+
+
+def terms() -> dict[str, Term]:
+    return {
+        "image_image": ImageImageContrast(0.7),
+        "text_text": TextTextContrast(0.5),
+        "false_texts": FalseTextContrast(0.9),
+        "spread": UniformityAlignment(0.3),
+        "codes": MultiLabelCodes(D, 3, 1.1, positive_weight=2.0),
+        "prototypes": SentencePrototypes(D, 6, 0.8),
+    }
 
 
 class Images(ImageEncoder):
@@ -84,8 +106,20 @@ def batch_of(kind: str, share: Share | None) -> StudyBatch:
         null = torch.tensor([False, False, True, False])
         positives[3, 0] = 1
     here = slice(None) if share is None else slice(*share.here)
+    again = torch.randn(5, 4, 2, 3, generator=rng, dtype=torch.float64)
+    labels = torch.tensor([[1, 0, torch.nan], [0, 1, 1], [torch.nan] * 3, [1, torch.nan, 0], [0, 0, 0]])
     return StudyBatch(
-        ImageBatch(pixels[here]), TextBatch(("abc", "de", "fghij", "ka")), positives, tuple(range(5)), (), ignore, false, null, share
+        ImageBatch(pixels[here]),
+        TextBatch(("abc", "de", "fghij", "ka")),
+        positives,
+        tuple(range(5)),
+        (),
+        ignore,
+        false,
+        null,
+        share,
+        ImageBatch(again[here]),
+        labels[here],
     )
 
 
@@ -96,7 +130,8 @@ def main(folder: Path, rank: int, world_size: int) -> None:
     for similarity, objective, micro_batch, kind in CASES:
         torch.manual_seed(0)
         towers = (Images(), Texts(), SIMILARITIES[similarity](), OBJECTIVES[objective]())
-        module = AlignmentModule(*towers, null_target=kind == "null", micro_batch=micro_batch).double()
+        more = terms() if similarity == "pooled" and objective == "outside" else None
+        module = AlignmentModule(*towers, null_target=kind == "null", micro_batch=micro_batch, terms=more).double()
         module.log = module.log_dict = lambda *args, **kwargs: None  # type: ignore[assignment,method-assign]
         share = Share(rank, (3, 2), (2, 2)) if world_size == 2 else Share(rank, (3, 1, 1), (4, 0, 0)) if world_size == 3 else None
         loss = module.training_step(batch_of(kind, share), 0)
