@@ -349,8 +349,8 @@ class Product:
         return len(self.image), len(self.text)
 
     def dense(self) -> Tensor:
-        """(B, M) logits."""
-        return self.image @ self.text.T * self.scale
+        """(B, M) logits, in the type of the scale, under autocast too."""
+        return (self.image @ self.text.T).to(self.scale.dtype) * self.scale
 
 
 class Similarity(Configurable, nn.Module, abc.ABC):
