@@ -556,6 +556,29 @@ def test_no_tensor_forward_or_backward_grows_with_images_times_texts_times_token
     assert largest_of(2**40)[0] > 1.4 * allowed
 
 
+@kinds
+def test_what_is_kept_for_the_gradients_does_not_grow_with_the_pairs(kind: str) -> None:
+    """192 texts more: the graph then holds their words twice at most (as they came and as units), not what they see in 12 images."""
+    similarity = made(kind)
+
+    def held(m: int, numbers: int) -> int:
+        images, texts = features(Shape(12, m, (4, 4), 6, 0))
+        storages: dict[int, Tensor] = {}
+
+        def keep(x: Tensor) -> Tensor:
+            storages[x.untyped_storage().data_ptr()] = x
+            return x
+
+        with budget(numbers), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            parts = similarity.logits(images, texts)
+        assert all(part.requires_grad for part in parts.values())
+        return sum(x.untyped_storage().nbytes() // x.element_size() for x in storages.values())
+
+    bound = 192 * 2 * 6 * D
+    assert held(256, 2**12) - held(64, 2**12) <= bound
+    assert held(256, 2**40) - held(64, 2**40) > 5 * bound
+
+
 def test_a_text_without_a_word_counts_as_one_word_its_pooled_vector() -> None:
     images, _ = features(Shape(2, 1, (2, 2), 1, 0))
     pooled = torch.randn(3, D, dtype=torch.float64)
