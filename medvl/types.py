@@ -354,7 +354,12 @@ class Product:
 
 
 class Similarity(Configurable, nn.Module, abc.ABC):
-    """Base of similarities. ``parts`` are trained each under the objective; the score is their mean unless a subclass says otherwise."""
+    """Base of similarities. ``parts`` are trained each under the objective; the score is their mean unless a subclass says otherwise.
+
+    ``reads_words`` says whether it looks at the tokens of a text; where it does not, whoever keeps the features of many texts drops them.
+    """
+
+    reads_words: ClassVar[bool] = True
 
     @abc.abstractmethod
     def parts(self, images: ImageFeatures, texts: TextFeatures) -> dict[str, Tensor | Product]:

@@ -43,7 +43,7 @@ class Hit:
 
 
 def build_index(model: DualEncoder, studies: Sequence[tuple[str, tuple[str, ...]]], batch_size: int = 512) -> ReportIndex:
-    """Encode the sentences of (study_id, sentences) pairs.
+    """Encode the sentences of (study_id, sentences) pairs; their words are kept if the model's similarity reads them.
 
     Raises:
         ValueError: no report, or one without a sentence.
@@ -58,7 +58,8 @@ def build_index(model: DualEncoder, studies: Sequence[tuple[str, tuple[str, ...]
     members = torch.zeros(len(studies), len(texts), dtype=torch.bool)
     for row, (_, sentences) in enumerate(studies):
         members[row, [column[text] for text in sentences]] = True
-    features = join_texts([model.encode_text(part) for part in batches(texts, batch_size)])
+    parts = (model.encode_text(part) for part in batches(texts, batch_size))
+    features = join_texts([part if model.similarity.reads_words else TextFeatures(part.pooled) for part in parts])
     return ReportIndex(tuple(study_id for study_id, _ in studies), texts, features, members.to(features.pooled.device))
 
 

@@ -33,6 +33,8 @@ class MixtureSimilarity(Similarity):
         tokens inside a vision transformer and the sigmoid loss. Departures: learned tokens gather above any tower, by one attention.
     """
 
+    reads_words = False
+
     def __init__(
         self, embed_dim: int, heads: int = 8, mixtures: int | None = None, attention_temperature: float = 1.0, temperature: float = 0.1
     ) -> None:

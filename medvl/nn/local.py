@@ -40,6 +40,8 @@ class SentenceAttentionSimilarity(Similarity):
         temperatures are clamped, sums are log-sum-exps, and all texts are scored at once.
     """
 
+    reads_words = False
+
     def __init__(
         self,
         temperature: float = 0.07,

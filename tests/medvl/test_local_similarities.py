@@ -423,6 +423,31 @@ def test_autocast_to_bfloat16_gives_wide_finite_logits_close_to_those_in_float32
             assert (found[name] - gradient).norm() <= 0.15 * gradient.norm() + 0.05, name
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@kinds
+def test_cuda_gives_the_same_and_stays_finite_in_bfloat16(kind: str) -> None:
+    similarity = made(kind).float()
+    images, texts = features(Shape(3, 4, (2, 3), 4, 5))
+    images = images.replace(pooled=images.pooled.float(), tokens=images.tokens.float())
+    texts = TextFeatures(texts.pooled.float(), texts.tokens.float(), texts.token_valid, texts.concepts)
+    expected = similarity.logits(images, texts)
+    inputs = leaves(images, texts)
+    wanted = gradients(sum(part.sum() for part in expected.values()), similarity, inputs)
+    similarity.cuda()
+    there = images.replace(pooled=images.pooled.cuda(), tokens=images.tokens.cuda(), token_valid=images.token_valid.cuda())
+    asked = TextFeatures(texts.pooled.cuda(), texts.tokens.cuda(), texts.token_valid.cuda(), texts.concepts.cuda())
+    for numbers in (1, 2**24):
+        with budget(numbers):
+            parts = similarity.logits(there, asked)
+            found = gradients(sum(part.sum() for part in parts.values()), similarity, inputs)
+            with torch.autocast("cuda", torch.bfloat16):
+                rounded = similarity.logits(there, asked)
+        assert_same({name: part.cpu() for name, part in parts.items()}, expected, rtol=1e-4)
+        assert_same({name: gradient.cpu() for name, gradient in found.items()}, wanted, rtol=1e-3)
+        assert all(part.dtype == torch.float32 and torch.isfinite(part).all() for part in rounded.values())
+
+
 @kinds
 @settings(max_examples=8, deadline=None)
 @given(shape=shapes)
@@ -601,6 +626,19 @@ def test_a_similarity_is_rebuilt_from_its_spec(kind: str) -> None:
     assert_same(again.logits(images, texts), similarity.logits(images, texts), rtol=1e-12)
 
 
+@kinds
+def test_a_similarity_says_whether_it_reads_words(kind: str) -> None:
+    similarity = made(kind)
+    images, texts = features(Shape(2, 3, (2, 2), 3, 1))
+    bare = TextFeatures(texts.pooled)
+    if similarity.reads_words:
+        with pytest.raises(ValueError, match="report tower keeps no tokens"):
+            similarity.logits(images, bare)
+    else:
+        assert_same(similarity.logits(images, bare), similarity.logits(images, texts), rtol=1e-12)
+        torch.testing.assert_close(similarity.maps(images, bare), similarity.maps(images, texts), equal_nan=True)
+
+
 def test_pooled_parts_are_not_formed() -> None:
     images, texts = features(Shape(2, 3, (2, 2), 3, 1))
     for kind in ("words", "concepts"):
@@ -614,7 +652,7 @@ def test_a_tower_without_tokens_is_refused_with_a_reason(kind: str) -> None:
     for use in (similarity.logits, similarity.maps):
         with pytest.raises(ValueError, match="image tower keeps no tokens"):
             use(ImageFeatures(images.pooled), texts)
-    if kind in ("words", "words, mean", "tokenwise", "concepts", "cross-attention"):
+    if similarity.reads_words:
         with pytest.raises(ValueError, match=r"report tower keeps no tokens: .*`tokens: words`"):
             similarity.logits(images, TextFeatures(texts.pooled))
     if kind == "concepts":

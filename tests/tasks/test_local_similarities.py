@@ -123,6 +123,7 @@ def test_it_points(model: DualEncoder, tiny: Any) -> None:
 
 def test_an_index_made_in_parts_scores_as_each_sentence_alone(model: DualEncoder, tiny: Any) -> None:
     index = build_index(model, STUDIES, batch_size=2)
+    assert (index.features.tokens is not None) == model.similarity.reads_words
     image = model.encode_image(tiny.png)
     with torch.inference_mode():
         expected = [np.mean([model.similarity(image, model.encode_text(s)).item() for s in sentences]) for _, sentences in STUDIES]
