@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.functional import pad
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -169,34 +168,44 @@ class TextFeatures:
 
 
 def join_texts(parts: Sequence[TextFeatures]) -> TextFeatures:
-    """Features of several batches as one; texts of fewer tokens than the longest are padded.
+    """The texts of several batches as one, in their order; those of fewer tokens are padded at the end, and the padding is not valid.
 
     Raises:
-        ValueError: no batch at all.
+        ValueError: no batch at all, or tokens or concepts in some batches only.
     """
     if not parts:
         raise ValueError("no texts were given")
-    if any(part.tokens is None for part in parts):
-        return TextFeatures(torch.cat([part.pooled for part in parts]))
-    tokens = [part.tokens for part in parts if part.tokens is not None]
-    more = [max(one.shape[1] for one in tokens) - one.shape[1] for one in tokens]
-
-    def joined(values: Sequence[Tensor | None], fill: int) -> Tensor | None:
-        found = [value for value in values if value is not None]
-        return (
-            torch.cat([pad(value, (0, n), value=fill) for value, n in zip(found, more, strict=True)]) if len(found) == len(parts) else None
-        )
-
-    valid = [
-        one.new_ones(one.shape[:2], dtype=torch.bool) if p.token_valid is None else p.token_valid
-        for one, p in zip(tokens, parts, strict=True)
-    ]
+    for name in ("tokens", "concepts"):
+        if len({getattr(part, name) is None for part in parts}) > 1:
+            raise ValueError(f"TextFeatures.{name} is there in some batches only; the texts that are joined must come from one tower")
+    pooled = torch.cat([part.pooled for part in parts])
+    if parts[0].tokens is None:
+        return TextFeatures(pooled)
+    longest = max(_tokens(part).shape[1] for part in parts)
+    exact = all(part.token_valid is None and _tokens(part).shape[1] == longest for part in parts)
+    concepts = [_lengthened(part.concepts, longest, -1) for part in parts if part.concepts is not None]
     return TextFeatures(
-        torch.cat([part.pooled for part in parts]),
-        torch.cat([pad(one, (0, 0, 0, n)) for one, n in zip(tokens, more, strict=True)]),
-        joined(valid, False),
-        joined([part.concepts for part in parts], -1),
+        pooled,
+        torch.cat([_lengthened(_tokens(part), longest, 0) for part in parts]),
+        None if exact else torch.cat([_lengthened(_token_valid(part), longest, False) for part in parts]),
+        torch.cat(concepts) if concepts else None,
     )
+
+
+def _tokens(texts: TextFeatures) -> Tensor:
+    assert texts.tokens is not None
+    return texts.tokens
+
+
+def _token_valid(texts: TextFeatures) -> Tensor:
+    tokens = _tokens(texts)
+    return tokens.new_ones(tokens.shape[:2], dtype=torch.bool) if texts.token_valid is None else texts.token_valid
+
+
+def _lengthened(values: Tensor, length: int, fill: float) -> Tensor:
+    """(M, L, ...) to (M, length, ...)."""
+    short = values.new_full((len(values), length - values.shape[1], *values.shape[2:]), fill)
+    return torch.cat([values, short], 1) if short.shape[1] else values
 
 
 @dataclass(frozen=True)
@@ -349,12 +358,17 @@ class Product:
         return len(self.image), len(self.text)
 
     def dense(self) -> Tensor:
-        """(B, M) logits."""
-        return self.image @ self.text.T * self.scale
+        """(B, M) logits, in the type of the scale, under autocast too."""
+        return (self.image @ self.text.T).to(self.scale.dtype) * self.scale
 
 
 class Similarity(Configurable, nn.Module, abc.ABC):
-    """Base of similarities. ``parts`` are trained each under the objective; the score is their mean unless a subclass says otherwise."""
+    """Base of similarities. ``parts`` are trained each under the objective; the score is their mean unless a subclass says otherwise.
+
+    ``reads_words`` says whether it looks at the tokens of a text; where it does not, whoever keeps the features of many texts drops them.
+    """
+
+    reads_words: ClassVar[bool] = True
 
     @abc.abstractmethod
     def parts(self, images: ImageFeatures, texts: TextFeatures) -> dict[str, Tensor | Product]:

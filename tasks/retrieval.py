@@ -16,7 +16,7 @@ from torch import Tensor
 from medvl.data.manifest import StudyImage
 from medvl.model import DualEncoder, batches
 from medvl.nn.similarity import unit
-from medvl.types import ImageFeatures, TextFeatures, TextSource
+from medvl.types import ImageFeatures, TextFeatures, TextSource, join_texts
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Hit:
 
 
 def build_index(model: DualEncoder, studies: Sequence[tuple[str, tuple[str, ...]]], batch_size: int = 512) -> ReportIndex:
-    """Encode the sentences of (study_id, sentences) pairs.
+    """Encode the sentences of (study_id, sentences) pairs; their words are kept if the model's similarity reads them.
 
     Raises:
         ValueError: no report, or one without a sentence.
@@ -58,8 +58,9 @@ def build_index(model: DualEncoder, studies: Sequence[tuple[str, tuple[str, ...]
     members = torch.zeros(len(studies), len(texts), dtype=torch.bool)
     for row, (_, sentences) in enumerate(studies):
         members[row, [column[text] for text in sentences]] = True
-    pooled = torch.cat([model.encode_text(part).pooled for part in batches(texts, batch_size)])
-    return ReportIndex(tuple(study_id for study_id, _ in studies), texts, TextFeatures(pooled), members.to(pooled.device))
+    parts = (model.encode_text(part) for part in batches(texts, batch_size))
+    features = join_texts([part if model.similarity.reads_words else TextFeatures(part.pooled) for part in parts])
+    return ReportIndex(tuple(study_id for study_id, _ in studies), texts, features, members.to(features.pooled.device))
 
 
 def studies_of(rows: Iterable[StudyImage], source: TextSource) -> list[tuple[str, tuple[str, ...]]]:

@@ -19,7 +19,7 @@ from medvl.types import ImageFeatures, Product, Similarity, TextFeatures
 class MixtureSimilarity(Similarity):
     """A text mixes the tokens of an image by a cross-attention of its own weights; its logit is its cosine with the mixture.
 
-    With q, k, v linear in text j and in the tokens x of image i, in H heads of width d:
+    With q, k, v linear in text j and in the tokens x of image i, all of length sqrt(D), in H heads of width d:
         z_ij = W_o concat_h sum_n softmax_n(q_jh . k_inh / (sqrt(d) tau_a)) v_inh,   l_ij = cos(z_ij, t_j) / tau
     A map is the logit, as a cosine, that the image would have if one token were all of it.
 
@@ -30,8 +30,10 @@ class MixtureSimilarity(Similarity):
         attention_temperature: tau_a, fixed.
         temperature: tau to start with.
     Source: "Modeling Caption Diversity in Contrastive Vision-Language Pretraining" (Llip), arXiv:2405.00740, sec. 3, there with 64 learned
-        tokens inside a vision transformer and the sigmoid loss. Departure: learned tokens gather above any tower.
+        tokens inside a vision transformer and the sigmoid loss. Departures: learned tokens gather above any tower, by one attention.
     """
+
+    reads_words = False
 
     def __init__(
         self, embed_dim: int, heads: int = 8, mixtures: int | None = None, attention_temperature: float = 1.0, temperature: float = 0.1
@@ -45,19 +47,18 @@ class MixtureSimilarity(Similarity):
         self.temperature = Temperature(temperature)
         self.query, self.key = nn.Linear(embed_dim, embed_dim), nn.Linear(embed_dim, embed_dim)
         self.value, self.out = nn.Linear(embed_dim, embed_dim), nn.Linear(embed_dim, embed_dim)
-        self.mixtures = None if mixtures is None else nn.Parameter(torch.randn(mixtures, embed_dim) * embed_dim**-0.5)
+        self.mixtures = None if mixtures is None else nn.Parameter(torch.randn(mixtures, embed_dim))
         self.gather = None if mixtures is None else nn.MultiheadAttention(embed_dim, heads, batch_first=True)
 
     def parts(self, images: ImageFeatures, texts: TextFeatures) -> dict[str, Tensor | Product]:
         """One part, ``mixture``."""
-        tokens, valid = image_tokens(images)
-        tokens, valid = self._gathered(tokens, valid)
+        tokens, valid = self._gathered(*image_tokens(images))
         keys, values = (self._in_heads(layer(tokens)) for layer in (self.key, self.value))  # (B, H, N, d)
         temperature = self.temperature()
 
         def logits(part: TextFeatures) -> Tensor:
             text = unit(part.pooled)
-            scores = self._in_heads(self.query(text)[None]) @ keys.transpose(2, 3)  # (B, H, m, N)
+            scores = self._in_heads(self.query(scaled(text))[None]) @ keys.transpose(2, 3)  # (B, H, m, N)
             weights = masked_softmax(scores / (keys.shape[-1] ** 0.5 * self.attention_temperature), valid[:, None, None])
             mixed = self.out((weights.to(values.dtype) @ values).transpose(1, 2).flatten(2))
             return (unit(mixed) * text).sum(-1) / temperature
@@ -67,19 +68,20 @@ class MixtureSimilarity(Similarity):
 
     def maps(self, images: ImageFeatures, texts: TextFeatures) -> Tensor:
         """Cosine with the text of what every token alone would be mixed to."""
-        tokens, valid = image_tokens(images)
-        b, n, d = tokens.shape
-        alone, _ = self._gathered(tokens.reshape(b * n, 1, d), torch.ones_like(valid).reshape(b * n, 1))
-        found = unit(self.out(self.value(alone[:, :1]))).view(b, n, d)  # of one token all mixtures are the same
+        alone = scaled(image_tokens(images)[0])
+        if self.gather is not None:
+            alone = scaled(_of_one(self.gather, alone))
+        found = unit(self.out(self.value(alone)))  # (B, N, D)
         return lay_on_grid(wide(unit(texts.pooled) @ found.transpose(1, 2)), images)
 
     def _gathered(self, tokens: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-        """The tokens that are mixed and which of them count."""
+        """The tokens that are mixed, of length sqrt(D), and which of them count."""
+        tokens = scaled(tokens)
         if self.mixtures is None or self.gather is None:
             return tokens, valid
-        queries = self.mixtures.expand(len(tokens), -1, -1).to(tokens.dtype)
+        queries = self.mixtures.expand(len(tokens), -1, -1)
         found, _ = self.gather(queries, tokens, tokens, key_padding_mask=~valid, need_weights=False)
-        return found, valid.new_ones(found.shape[:2])
+        return scaled(found), valid.new_ones(found.shape[:2])
 
     def _in_heads(self, x: Tensor) -> Tensor:
         """(B, N, D) to (B, H, N, d)."""
@@ -90,15 +92,17 @@ class CrossAttentionSimilarity(Similarity):
     """A decoder looks from a text at the tokens of an image, and from an image at the words of a text; a small network scores each.
 
     Both ways the query is one vector, the pooled one, and what is looked at is the pooled vector of the other side and its tokens; the
-    layers attend, they do not mix queries, so all texts are asked of an image in one pass. The score is the mean of both parts, as the
-    network gives it: there is no temperature. Maps are the attention to each token, from 0 to 1, averaged over layers and heads.
+    layers attend, they do not mix queries, so all texts are asked of an image in one pass. One layer norm serves what is asked, what is
+    looked at and what comes out. The score is the mean of both parts, as the network gives it: there is no temperature. Maps are the
+    attention to each token, from 0 to 1, averaged over layers and heads.
 
     Args:
         embed_dim: D, a multiple of ``heads``.
         layers, heads, feedforward: of the decoder.
         hidden: widths of the scorer's hidden layers.
     Source: "CARZero", arXiv:2402.17417 (4 layers, 4 heads, width 768, feedforward 1024, hidden 1024, 512, 256; one decoder for both ways;
-        each matrix is trained in both directions). Departure: vectors are normalised to length sqrt(D) before, so that any towers fit.
+        each matrix is trained in both directions). Departures: vectors are brought to length sqrt(D) before the norm, whose epsilon then
+        counts for no tower; no dropout, so that a pair scores the same whichever texts are asked beside it.
     """
 
     def __init__(
@@ -110,6 +114,7 @@ class CrossAttentionSimilarity(Similarity):
         self.layers = nn.ModuleList(_DecoderLayer(embed_dim, heads, feedforward) for _ in range(layers))
         widths = [embed_dim, *hidden]
         steps = [part for a, b in itertools.pairwise(widths) for part in (nn.Linear(a, b), nn.ReLU())]
+        self.norm = nn.LayerNorm(embed_dim)
         self.scorer = nn.Sequential(*steps, nn.Linear(widths[-1], 1))
         self.heads, self.width = heads, embed_dim + feedforward + sum(hidden)
 
@@ -119,10 +124,10 @@ class CrossAttentionSimilarity(Similarity):
         words = words_of(texts)
 
         def logits(part: TextFeatures) -> Tensor:
-            text, image = self._scaled(part.pooled), self._scaled(images.pooled)
+            text, image = self._normed(part.pooled), self._normed(images.pooled)
             forth = self._scores(text.expand(len(image), -1, -1), seen, hidden)
             word, real = text_words(part)
-            memory = torch.cat([text[:, None], self._scaled(word)], 1)
+            memory = torch.cat([text[:, None], self._normed(word)], 1)
             back = self._scores(image.expand(len(text), -1, -1), memory, F.pad(~real, (1, 0), value=False)).T
             return torch.stack([forth, back], -1)
 
@@ -134,7 +139,7 @@ class CrossAttentionSimilarity(Similarity):
         seen, hidden = self._image_memory(images)
 
         def attention(part: TextFeatures) -> Tensor:
-            query = self._scaled(part.pooled).expand(len(seen), -1, -1)
+            query = self._normed(part.pooled).expand(len(seen), -1, -1)
             found = []
             for layer in self.layers:
                 query, weights = layer(query, seen, hidden, need_weights=True)
@@ -146,21 +151,20 @@ class CrossAttentionSimilarity(Similarity):
     def _image_memory(self, images: ImageFeatures) -> tuple[Tensor, Tensor]:
         """(B, 1 + N, D) pooled vector and tokens, and (B, 1 + N) bool, True where not to be looked at."""
         tokens, valid = image_tokens(images)
-        return torch.cat([self._scaled(images.pooled)[:, None], self._scaled(tokens)], 1), F.pad(~valid, (1, 0), value=False)
+        return torch.cat([self._normed(images.pooled)[:, None], self._normed(tokens)], 1), F.pad(~valid, (1, 0), value=False)
 
     def _scores(self, query: Tensor, memory: Tensor, hidden: Tensor) -> Tensor:
         """(B, m) of queries (B, m, D)."""
         for layer in self.layers:
             query, _ = layer(query, memory, hidden, need_weights=False)
-        return wide(self.scorer(query)[..., 0])
+        return wide(self.scorer(self.norm(query))[..., 0])
 
-    @staticmethod
-    def _scaled(x: Tensor) -> Tensor:
-        return unit(x) * x.shape[-1] ** 0.5
+    def _normed(self, x: Tensor) -> Tensor:
+        return self.norm(scaled(x))
 
 
 class _DecoderLayer(nn.Module):
-    """Post-norm decoder layer without self-attention."""
+    """Pre-norm decoder layer without self-attention."""
 
     def __init__(self, width: int, heads: int, feedforward: int) -> None:
         super().__init__()
@@ -169,6 +173,18 @@ class _DecoderLayer(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, feedforward), nn.ReLU(), nn.Linear(feedforward, width))
 
     def forward(self, query: Tensor, memory: Tensor, hidden: Tensor, need_weights: bool) -> tuple[Tensor, Tensor | None]:
-        mixed, weights = self.attention(query, memory, memory, key_padding_mask=hidden, need_weights=need_weights)
-        query = self.norm1(query + mixed)
-        return self.norm2(query + self.mlp(query)), weights
+        mixed, weights = self.attention(self.norm1(query), memory, memory, key_padding_mask=hidden, need_weights=need_weights)
+        query = query + mixed
+        return query + self.mlp(self.norm2(query)), weights
+
+
+def scaled(x: Tensor) -> Tensor:
+    """Of length sqrt(D): numbers of size 1, which linear layers and attention are made for."""
+    return unit(x) * x.shape[-1] ** 0.5
+
+
+def _of_one(attention: nn.MultiheadAttention, tokens: Tensor) -> Tensor:
+    """(B, N, D) what any query gets that sees one token alone."""
+    width = tokens.shape[-1]
+    values = F.linear(tokens, attention.in_proj_weight[2 * width :], attention.in_proj_bias[2 * width :])
+    return attention.out_proj(values)

@@ -40,6 +40,8 @@ class SentenceAttentionSimilarity(Similarity):
         temperatures are clamped, sums are log-sum-exps, and all texts are scored at once.
     """
 
+    reads_words = False
+
     def __init__(
         self,
         temperature: float = 0.07,
@@ -78,7 +80,7 @@ class SentenceAttentionSimilarity(Similarity):
     def _normed(self, images: ImageFeatures, texts: TextFeatures) -> tuple[ImageFeatures, TextFeatures]:
         if self.norm is None:
             return images, texts
-        tokens = None if images.tokens is None else self.norm(images.tokens)
+        tokens = self.norm(seen_tokens(images))
         return images.replace(pooled=self.norm(images.pooled), tokens=tokens), TextFeatures(self.norm(texts.pooled))
 
 
@@ -95,7 +97,7 @@ class WordRegionSimilarity(Similarity):
         attention_sharpness, word_sharpness: r_a and r to start with.
         mean: divide the sum over words by their number, so that a long text is not likelier for its length.
     Source: "GLoRIA", ICCV 2021, eqs. 2 to 5; its code has r_a = 4, r = 5, and 10 for 1/(r tau). Departures: cosines in the attention,
-        where the paper has inner products; padding takes no part.
+        where the paper has inner products, and its code these after a softmax over the words; padding takes no part.
     """
 
     def __init__(
@@ -228,11 +230,20 @@ def image_tokens(images: ImageFeatures) -> tuple[Tensor, Tensor]:
     Raises:
         ValueError: the image tower keeps no tokens.
     """
+    tokens = seen_tokens(images)
+    valid = tokens.new_ones(tokens.shape[:2], dtype=torch.bool) if images.token_valid is None else images.token_valid
+    return unit(tokens), valid
+
+
+def seen_tokens(images: ImageFeatures) -> Tensor:
+    """(B, N, D) tokens, 0 on padding: a NaN there would reach the gradient of whatever they are multiplied with.
+
+    Raises:
+        ValueError: the image tower keeps no tokens.
+    """
     if images.tokens is None:
         raise ValueError("this image tower keeps no tokens: local similarities and maps need ImageFeatures.tokens")
-    if images.token_valid is None:
-        return unit(images.tokens), images.tokens.new_ones(images.tokens.shape[:2], dtype=torch.bool)
-    return unit(images.tokens.masked_fill(~images.token_valid[..., None], 0.0)), images.token_valid
+    return images.tokens if images.token_valid is None else images.tokens.masked_fill(~images.token_valid[..., None], 0.0)
 
 
 def text_words(texts: TextFeatures) -> tuple[Tensor, Tensor]:
@@ -271,13 +282,15 @@ def with_concepts(texts: TextFeatures) -> TextFeatures:
         raise ValueError("this report tower marks no concepts: wrap it in reports.towers.ConceptReportEncoder")
     m, length, width = words.shape
     valid = words.new_ones(m, length, dtype=torch.bool) if texts.token_valid is None else texts.token_valid
-    number = torch.where((texts.concepts < 0).all(1, keepdim=True), 0, texts.concepts).masked_fill(~valid, -1)
-    count = int(number.max()) + 1 if number.numel() else 0
-    count = max(1, count)
-    place = (torch.arange(m, device=words.device)[:, None] * count + number)[number >= 0]
-    sums = words.new_zeros(m * count, width).index_add(0, place, words[number >= 0])
+    marked = valid & (texts.concepts >= 0)
+    inside = marked | (valid & ~marked.any(1, keepdim=True))
+    number = torch.where(marked, texts.concepts, 0)
+    count = int(number.max()) + 1 if number.numel() else 1
+    place = (torch.arange(m, device=words.device)[:, None] * count + number)[inside]
+    found = wide(words[inside])
+    sums = found.new_zeros(m * count, width).index_add(0, place, found)
     sizes = torch.bincount(place, minlength=m * count)
-    means = (sums / sizes.clamp_min(1)[:, None].to(sums.dtype)).view(m, count, width)
+    means = (sums / sizes.clamp_min(1)[:, None]).view(m, count, width)
     return TextFeatures(texts.pooled, means, (sizes > 0).view(m, count))
 
 
@@ -309,4 +322,4 @@ def _word_token_maps(images: ImageFeatures, texts: TextFeatures, largest: bool) 
             return wide(mean @ tokens.transpose(1, 2))
         return wide(torch.einsum("mld,bnd->bmnl", words, tokens)).masked_fill(~real[:, None], -torch.inf).amax(-1)
 
-    return over_texts(cosines, texts, math.prod(tokens.shape[:2]) * words_of(texts).shape[1])
+    return over_texts(cosines, texts, math.prod(tokens.shape[:2]) * (words_of(texts).shape[1] if largest else 1))

@@ -36,6 +36,8 @@ class Temperature(nn.Module):
 class PooledSimilarity(Similarity):
     """Cosine of the pooled vectors (CLIP, arXiv:2103.00020); a map is the cosine of each token."""
 
+    reads_words = False
+
     def __init__(self, temperature: float = 0.07) -> None:
         super().__init__()
         self.temperature = Temperature(temperature)
@@ -58,6 +60,8 @@ class TokenSimilarity(Similarity):
     tokens never gets a gradient of its own; 30 lets it. Tokens on padding do not count. The cosine of the pooled vectors is a part of its
     own: trained beside, so that pooled vectors can be compared and searched, and left out of the score.
     """
+
+    reads_words = False
 
     def __init__(self, temperature: float = 0.07, sharpness: float = 30.0) -> None:
         super().__init__()
@@ -102,6 +106,8 @@ class SliceSimilarity(Similarity):
     Source: "Stacked Cross Attention for Image-Text Matching", arXiv:1803.08024, text to image, with slices in the place of regions and a
     whole text in that of a word. Departures: cosines are not cut at 0 and normalised over the words (there is one); r is learned.
     """
+
+    reads_words = False
 
     def __init__(self, temperature: float = 0.07, sharpness: float = 30.0) -> None:
         super().__init__()

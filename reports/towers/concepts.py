@@ -5,8 +5,7 @@ Shapes: M texts, L tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -14,10 +13,10 @@ from medvl.types import ReportEncoder, TextBatch, TextFeatures
 from reports.facts import LexiconFacts
 from reports.facts.statements import FactSource
 from reports.towers.trunk import TrunkReportEncoder
-from reports.towers.words import Span, overlapping
+from reports.towers.words import Group, Span, overlapping
 
 _KEPT = 2**16
-"""Texts whose findings are kept."""
+"""Texts whose concepts are kept."""
 
 
 class ConceptReportEncoder(ReportEncoder):
@@ -39,37 +38,34 @@ class ConceptReportEncoder(ReportEncoder):
             raise ValueError("concepts are marked on tokens: give the report tower `tokens: words`")
         self.tower, self.embed_dim = tower, tower.embed_dim
         self._facts = LexiconFacts() if facts is None else facts
-        self._kept: dict[str, tuple[Span, ...]] = {}
+        self._kept: dict[str, tuple[Group, ...]] = {}
 
-    def files(self) -> dict[str, bytes]:
-        """Those of the tower."""
-        return {f"tower/{name}": content for name, content in self.tower.files().items()}
-
-    def precompute(self, texts: Sequence[str], *args: Any, **kwargs: Any) -> None:
+    def precompute(self, texts: Sequence[str], progress: Callable[[int, int], None] | None = None) -> None:
         """As the tower does."""
-        self.tower.precompute(texts, *args, **kwargs)
+        self.tower.precompute(texts, progress)
 
     def forward(self, batch: TextBatch) -> TextFeatures:
         """The tower's features, with concepts."""
         features = self.tower(batch)
         assert features.tokens is not None
         concepts = torch.full(features.tokens.shape[:2], -1, dtype=torch.long)
-        for i, (text, spans) in enumerate(zip(batch.texts, self.tower.spans(batch.texts), strict=True)):
-            for number, places in enumerate(_groups(spans, self._spans(text))):
+        for i, groups in enumerate(self._concepts(batch.texts)):
+            for number, places in enumerate(groups):
                 concepts[i, list(places)] = number
         return TextFeatures(features.pooled, features.tokens, features.token_valid, concepts.to(features.tokens.device))
 
-    def _spans(self, text: str) -> tuple[Span, ...]:
-        """Places of the findings of a text, kept for when it comes again."""
-        if text not in self._kept:
-            if len(self._kept) >= _KEPT:
-                self._kept.clear()
+    def _concepts(self, texts: Sequence[str]) -> list[tuple[Group, ...]]:
+        """The tokens of each concept of each text, kept for when a text comes again."""
+        if len(self._kept) >= _KEPT:
+            self._kept.clear()
+        missing = [text for text in dict.fromkeys(texts) if text not in self._kept]
+        for text, tokens in zip(missing, self.tower.spans(missing), strict=True):
             stated = (one for sentence in self._facts.sentences(text) for one in sentence.statements)
-            self._kept[text] = tuple(dict.fromkeys((one.start, one.end) for one in stated))
-        return self._kept[text]
+            self._kept[text] = _groups(tokens, tuple(dict.fromkeys((one.start, one.end) for one in stated)))
+        return [self._kept[text] for text in texts]
 
 
-def _groups(tokens: Sequence[Span], concepts: Sequence[Span]) -> list[tuple[int, ...]]:
+def _groups(tokens: Sequence[Span], concepts: Sequence[Span]) -> tuple[Group, ...]:
     """Indices of the tokens of each concept that has one; a token of two is of the later alone, and a concept left without is none."""
     owner: dict[int, int] = {}
     for number, (start, end) in enumerate(concepts):
@@ -77,4 +73,4 @@ def _groups(tokens: Sequence[Span], concepts: Sequence[Span]) -> list[tuple[int,
     found: dict[int, list[int]] = {}
     for token, number in sorted(owner.items()):
         found.setdefault(number, []).append(token)
-    return [tuple(found[number]) for number in sorted(found)]
+    return tuple(tuple(found[number]) for number in sorted(found))
