@@ -115,6 +115,45 @@ def mean_statistic(values: ArrayLike) -> Statistic:
     return Statistic(of_weights, used)
 
 
+def combined(terms: Sequence[tuple[float, Statistic]]) -> Statistic:
+    """A weighted sum of metrics over the same rows, as a metric: a mean over findings or seeds, a difference of two models.
+
+    In a resample in which one of them is not defined neither is the sum.
+
+    Raises:
+        ValueError: no metric, or metrics over other rows.
+    """
+    if not terms or len({len(statistic.used) for _, statistic in terms}) != 1:
+        raise ValueError("a combination needs at least one metric, all over the same rows")
+
+    def of_weights(weights: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.sum([factor * statistic.of_weights(weights) for factor, statistic in terms], axis=0)
+
+    return Statistic(of_weights, np.any([statistic.used for _, statistic in terms], axis=0))
+
+
+def contrast_to_noise(scores: NDArray[np.floating[Any]], mask: NDArray[np.bool_]) -> float:
+    """(mean inside - mean outside) / sqrt(variance inside + variance outside) of a map; above 0 where the mask is brighter.
+
+    Args:
+        scores: any shape; NaN does not count.
+        mask: of the same shape.
+    Returns:
+        NaN where nothing of the map lies inside, or outside, or all of it is one value.
+    Raises:
+        ValueError: shapes that differ.
+    Source: contrast-to-noise ratio as BioViL has it (arXiv:2204.09817, sec. 4), there without the sign.
+    """
+    if scores.shape != mask.shape:
+        raise ValueError(f"the map has shape {scores.shape}, the mask {mask.shape}; they must match")
+    seen = ~np.isnan(scores)
+    inside, outside = (scores[seen & part].astype(np.float64) for part in (mask, ~mask))
+    if not len(inside) or not len(outside):
+        return math.nan
+    noise = math.sqrt(inside.var() + outside.var())
+    return float((inside.mean() - outside.mean()) / noise) if noise > 0 else math.nan
+
+
 def bootstrap_interval(
     statistic: Statistic, patient_ids: PatientIds, *, repeats: int = 1000, seed: int = 0, level: float = 0.95
 ) -> Interval:
@@ -266,6 +305,7 @@ class Retrieval:
     chance: dict[int, float]  # K -> the same for a random order of the pool; K / pool if every query has one relevant item
     pool: int
     ranks: NDArray[np.float64] = field(repr=False)
+    hits: dict[int, NDArray[np.float64]] = field(repr=False)  # K -> (Q,) chance of a hit of each query, 0 or 1 but for ties
 
 
 def recall_at_k(
@@ -310,7 +350,8 @@ def recall_at_k(
     above = (similarity > best).sum(axis=1)
     tied = similarity == best
     n_tied, n_hits = tied.sum(axis=1), (tied & relevant).sum(axis=1)
-    statistics = {str(k): mean_statistic(_chance_of_a_hit(n_tied, n_hits, k - above)) for k in ks}
+    hits = {k: _chance_of_a_hit(n_tied, n_hits, k - above) for k in ks}
+    statistics = {str(k): mean_statistic(values) for k, values in hits.items()}
     intervals = bootstrap_intervals(statistics, patient_ids, repeats=repeats, seed=seed, level=level)
     everything = np.full(len(relevant), pool)
     return Retrieval(
@@ -318,6 +359,7 @@ def recall_at_k(
         chance={k: float(_chance_of_a_hit(everything, relevant.sum(axis=1), np.full(len(relevant), k)).mean()) for k in ks},
         pool=pool,
         ranks=above + (n_tied + 1) / (n_hits + 1),
+        hits=hits,
     )
 
 

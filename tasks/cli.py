@@ -17,6 +17,7 @@ import click
 import medvl
 from tasks.commands.card import card
 from tasks.commands.common import INTERNAL
+from tasks.commands.compare import compare
 from tasks.commands.demo import demo
 from tasks.commands.diagnose import diagnose
 from tasks.commands.evaluate import evaluate
@@ -104,13 +105,14 @@ def cli(debug: bool) -> None:
       medvl ground film.dcm --phrase "left pleural effusion" --model demo/model --out maps
       medvl search --model demo/model --index demo/data/manifest.csv --query "large pneumothorax" --top 5
       medvl evaluate --model demo/model --manifest demo/data/manifest.csv --out results
+      medvl compare clip siglip radzero --out compared      recipes under the same budget, in one table
       medvl card run --results results/results.json
 
     Exit codes: 0 fine, 1 some inputs rejected, 2 usage, 3 internal error.
     """
 
 
-for _command in (demo, phantom, inspect, reports, fit, validate, test, diagnose, ground, search, evaluate, card):
+for _command in (demo, phantom, inspect, reports, fit, validate, test, diagnose, ground, search, evaluate, compare, card):
     cli.add_command(_command)
 
 

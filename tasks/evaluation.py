@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,7 +29,17 @@ from numpy.typing import NDArray
 
 from medvl.data.manifest import StudyImage
 from medvl.data.studies import as_listed, by_study
-from medvl.metrics import MACRO, Interval, Retrieval, auroc_intervals, mean_intervals, peak, pointing_game, recall_at_k
+from medvl.metrics import (
+    MACRO,
+    Interval,
+    Retrieval,
+    auroc_intervals,
+    contrast_to_noise,
+    mean_intervals,
+    peak,
+    pointing_game,
+    recall_at_k,
+)
 from medvl.model import DualEncoder, packed, write_atomically
 from medvl.types import RESEARCH_USE, ImageFeatures, ImageSample, TextSource, UnreadableImageError
 from reports.prompts import PromptSet
@@ -62,6 +72,7 @@ class Predictions:
     baseline: NDArray[np.float64] | None = None  # (N, F) scores of the thumbnail baseline, NaN where it has none; None if it was not run
     slice_hits: NDArray[np.float64] | None = None  # (N, F): 1 the mask reaches into the slice of highest score, 0 not, NaN without a mask
     slice_fraction: NDArray[np.float64] | None = None  # (N, F): share of the slices that the mask reaches into; both None without slices
+    contrast: NDArray[np.float64] | None = None  # (N, F): contrast-to-noise of map and mask, signed; NaN without a mask
     texts: dict[str, Any] | None = None  # what made the reports' texts, as Configurable.spec gives it
     of_studies: bool = False  # labels, scores and retrieval are of studies, the same in every image of one
 
@@ -112,7 +123,7 @@ def predict(
 
     read: list[StudyImage] = []
     rejected: list[tuple[StudyImage, str]] = []
-    scores, peaks, hits, fractions, similarities, levels = [], [], [], [], [], []
+    scores, peaks, hits, fractions, contrasts, similarities, levels = [], [], [], [], [], [], []
     of_studies = model.image.pools_views and all(row.modality == "xray" for row in rows)
     together = [[rows[i] for i in indices] for indices in by_study(rows).values()] if of_studies else [[row] for row in rows]
     for part in packed(together, batch_size):
@@ -136,9 +147,10 @@ def predict(
                     _pointed(one.masks[name], native_maps(grid[None], one.sample.transform, extent)[0])
                     for name, grid in zip(names, grids, strict=True)
                 ]
-                peaks.append(tuple(at for at, _, _ in found))
-                hits.append([hit for _, hit, _ in found])
-                fractions.append([fraction for _, _, fraction in found])
+                peaks.append(tuple(one.peak for one in found))
+                hits.append([one.hit for one in found])
+                fractions.append([one.fraction for one in found])
+                contrasts.append([one.contrast for one in found])
         read += [one.row for one in images]
         progress(sum(map(len, part)))
     if not read:
@@ -156,6 +168,7 @@ def predict(
         slice_hits=np.array([[hit for hit, _ in line] for line in levels]) if levels else None,
         slice_fraction=np.array([[share for _, share in line] for line in levels]) if levels else None,
         of_studies=of_studies,
+        contrast=np.array(contrasts),
         texts=source.spec(),
     )
 
@@ -205,12 +218,20 @@ def finding_maps(model: DualEncoder, images: ImageFeatures, bank: PromptBank) ->
     return torch.stack([maps[:, of_finding > 0].amax(1) for of_finding in bank.positive], dim=1)
 
 
-def _pointed(mask: NDArray[np.bool_] | None, scores: NDArray[np.float32]) -> tuple[tuple[int, ...] | None, float, float]:
-    """Peak of the map, whether it lies in the finding's mask (NaN without one), and the share of the image that the mask covers."""
+class _Pointed(NamedTuple):
+    """What a map makes of a finding's mask; NaN without one."""
+
+    peak: tuple[int, ...] | None
+    hit: float = math.nan  # whether the peak lies in the mask
+    fraction: float = math.nan  # of the image that the mask covers
+    contrast: float = math.nan
+
+
+def _pointed(mask: NDArray[np.bool_] | None, scores: NDArray[np.float32]) -> _Pointed:
     at = peak(scores)
     if mask is None:
-        return at, math.nan, math.nan
-    return at, pointing_game(at, mask), float(mask.mean())
+        return _Pointed(at)
+    return _Pointed(at, pointing_game(at, mask), float(mask.mean()), contrast_to_noise(scores, mask))
 
 
 def _pairs(
@@ -309,7 +330,7 @@ def _slices(predictions: Predictions, patients: list[str], repeats: int, seed: i
 def _retrieval(predictions: Predictions, patients: list[str], repeats: int, seed: int) -> dict[str, Any]:
     assert predictions.retrieval is not None
     found: dict[str, Any] = {}
-    for queries in _directions(predictions.retrieval, predictions.counted()):
+    for queries in directions(predictions.retrieval, predictions.counted()):
         ids = np.array(patients, dtype=object)[queries.images]
         exact = recall_at_k(queries.similarity, queries.own, RECALL_AT, ids, repeats=repeats, seed=seed)
         duplicates = recall_at_k(queries.similarity, queries.same, RECALL_AT, ids, repeats=repeats, seed=seed)
@@ -322,7 +343,7 @@ def _retrieval(predictions: Predictions, patients: list[str], repeats: int, seed
 
 
 @dataclass(frozen=True)
-class _Queries:
+class Queries:
     """One direction of retrieval: Q queries against a pool of G."""
 
     direction: str
@@ -332,13 +353,13 @@ class _Queries:
     images: NDArray[np.intp]  # (Q,) the image that each query is, or one of its study
 
 
-def _directions(scores: RetrievalScores, counted: NDArray[np.intp]) -> tuple[_Queries, _Queries]:
+def directions(scores: RetrievalScores, counted: NDArray[np.intp]) -> tuple[Queries, Queries]:
     """Images that count against reports and back; images whose study has no report are neither queries nor pool."""
     kept = counted[scores.own[counted].any(1)]
     similarity, own, same = scores.similarity[kept], scores.own[kept], scores.same[kept]
     return (
-        _Queries("image_to_report", similarity, own, same, kept),
-        _Queries("report_to_image", similarity.T, own.T, same.T, kept[own.argmax(0)]),
+        Queries("image_to_report", similarity, own, same, kept),
+        Queries("report_to_image", similarity.T, own.T, same.T, kept[own.argmax(0)]),
     )
 
 
@@ -416,7 +437,7 @@ def write(predictions: Predictions, measured: dict[str, Any], folder: Path, othe
 
 def _retrieval_lines(predictions: Predictions) -> Iterator[list[Any]]:
     assert predictions.retrieval is not None
-    for queries in _directions(predictions.retrieval, predictions.counted()):
+    for queries in directions(predictions.retrieval, predictions.counted()):
         for similarity, own, same, image in zip(queries.similarity, queries.own, queries.same, queries.images, strict=True):
             row = predictions.rows[image]
             path = row.path.name if queries.direction == "image_to_report" else ""

@@ -1,0 +1,102 @@
+"""``medvl compare``: recipes trained on the same data under the same budget, in one table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from tasks.commands.common import check_out_folder, echo_notice
+
+if TYPE_CHECKING:
+    from tasks.comparison import Line
+
+
+@click.command(short_help="Train recipes on the same phantoms under one budget and compare them.")
+@click.argument("recipes", nargs=-1, required=True, metavar="RECIPE...")
+@click.option(
+    "--out", type=click.Path(path_type=Path, file_okay=False), required=True, metavar="DIR", help="Folder of tables, page and runs."
+)
+@click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True, help="Runs of each recipe.")
+@click.option("--manifest", type=click.Path(path_type=Path, dir_okay=False, exists=True), help="Studies instead of phantoms.")
+@click.option(
+    "--studies", type=click.IntRange(min=12), default=1700, show_default=True, help="Phantoms to make, a quarter of them held out."
+)
+@click.option("--data-seed", type=click.IntRange(min=0), default=200, show_default=True, help="Of the phantoms.")
+@click.option("--size", type=click.IntRange(min=32), default=128, show_default=True, help="Side of the phantoms in pixels.")
+@click.option("--images", type=click.IntRange(min=1), default=5400, show_default=True, help="Images that each run sees in training.")
+@click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Runs at a time, a thread each.")
+@click.option("--set", "options", multiple=True, metavar="KEY=VALUE", help="Passed to every fit, as --KEY=VALUE.")
+def compare(
+    recipes: tuple[str, ...],
+    out: Path,
+    seeds: int,
+    manifest: Path | None,
+    studies: int,
+    data_seed: int,
+    size: int,
+    images: int,
+    workers: int,
+    options: tuple[str, ...],
+) -> None:
+    """Train every RECIPE (a file, or the name of one that comes with medvl) on the same studies, with the same number of images seen.
+
+    Leaves comparison.csv (a line a recipe: AUROC, pointing game, CNR, Recall@10, negation, each with its interval and its difference from
+    the first recipe), runs.csv, comparison.html, and the runs. What is finished is kept: a comparison that was stopped goes on. A run that
+    fails is listed in rejected.csv, and the exit code is 1.
+
+    \b
+    Examples:
+      medvl compare clip siglip radzero xray_phantom --out compared
+      medvl compare clip my_recipe.yaml --seeds 5 --manifest films/manifest.csv --images 100000 --out compared
+      medvl compare clip gloria --seeds 1 --studies 60 --images 64 --out quick      a look in a minute, not a result
+    """
+    check_out_folder(out)
+    from rich.console import Console
+
+    from tasks.comparison import compare as run_comparison
+    from tasks.demo import recipe_path
+
+    found = []
+    for name in recipes:
+        path = Path(name) if Path(name).is_file() else recipe_path(f"{name}.yaml")
+        if not path.is_file():
+            raise click.UsageError(f"{name}: no such file, and no recipe of that name comes with medvl")
+        found.append(path)
+    console = Console(stderr=True)
+    if manifest is None:
+        from tasks.phantoms import write_cohort
+
+        test = max(4, studies // 5)
+        val = max(2, studies // 20)
+        manifest = write_cohort(
+            out / "data", studies, data_seed, size=size, counts={"train": studies - test - val, "val": val, "test": test}, workers=workers
+        )
+    lines, failed = run_comparison(found, seeds, out, manifest, images, workers, [f"--{one}" for one in options], console)
+    show(lines)
+    click.echo(f"Open {out / 'comparison.html'}; figures in {out / 'comparison.csv'}.")
+    echo_notice()
+    if failed:
+        click.echo(f"{len(failed)} runs failed, see {out / 'rejected.csv'}", err=True)
+        raise SystemExit(1)
+
+
+def show(lines: Sequence[Line]) -> None:
+    """The table on the terminal."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from tasks.comparison import METRICS
+    from tasks.page.comparison import TITLES
+
+    table = Table("recipe", *(TITLES[m] for m in METRICS), "validation", "CPU s / 1000", "MB")
+    for line in lines:
+        cells = []
+        for m in METRICS:
+            one = line.metrics.get(m)
+            cells.append("–" if one is None else f"{one.value:.3f} ({one.ci_low:.3f} to {one.ci_high:.3f})")
+        name = f"[bold]{line.name}[/bold]" if line.best else line.name
+        table.add_row(name, *cells, f"{line.choice:.3f}", f"{line.seconds_per_1000:.1f}", f"{line.peak_mb:.0f}")
+    Console(width=160).print(table)
