@@ -60,7 +60,7 @@ class AlignmentModule(L.LightningModule):
             saved, and validation is by the objective alone.
         teacher: folder of a finished run whose features a :class:`medvl.losses.FeatureMimic` follows; it must take the same images.
     Raises:
-        ValueError: a name that is no part, a ``micro_batch`` below 1, or a term named as a part of the loss could be.
+        ValueError: towers of different width, a name that is no part, a ``micro_batch`` below 1, or a term named as a part of the loss could be.
     """
 
     def __init__(
@@ -82,6 +82,10 @@ class AlignmentModule(L.LightningModule):
         teacher: str | None = None,
     ) -> None:
         super().__init__()
+        if image.embed_dim != report.embed_dim:
+            raise ValueError(
+                f"the image tower embeds in {image.embed_dim} dimensions, the report tower in {report.embed_dim}; give both one embed_dim"
+            )
         self.image, self.report, self.similarity, self.loss = image, report, similarity, loss
         self.learning_rate, self.weight_decay = learning_rate, weight_decay
         self.warmup, self.final_rate, self.seed = warmup, final_rate, seed
