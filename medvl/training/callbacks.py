@@ -7,7 +7,7 @@ import io
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -62,24 +62,25 @@ class ResumePoint(Callback):
 
 
 class KeepBest(Callback):
-    """Write the model whenever the validation loss is the lowest so far; without validation, the last one.
+    """Write the model whenever what is monitored is the best so far; without validation, the last one.
 
     Args:
         folder: the run's folder; gets ``model.safetensors`` and ``config.json``.
-        monitor: logged value to minimise.
+        monitor: logged value to choose by.
         best: False writes the last model whatever validation says.
+        mode: whether the best value is the lowest (``min``) or the highest (``max``).
     """
 
-    def __init__(self, folder: Path, monitor: str = "val/loss", best: bool = True) -> None:
-        self.folder, self.monitor, self.best = folder, monitor, best
+    def __init__(self, folder: Path, monitor: str = "val/loss", best: bool = True, mode: Literal["min", "max"] = "min") -> None:
+        self.folder, self.monitor, self.best, self.mode = folder, monitor, best, mode
         self.lowest: float | None = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The lowest value so far, for a resumed run."""
+        """The best value so far, for a resumed run; of a value to be high, less than nothing."""
         return {"lowest": self.lowest}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from the lowest value so far."""
+        """Go on from the best value so far."""
         self.lowest = state_dict["lowest"]
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -87,8 +88,9 @@ class KeepBest(Callback):
         if trainer.sanity_checking or not self.best or self.monitor not in trainer.callback_metrics:
             return
         value = float(trainer.callback_metrics[self.monitor])
-        if self.lowest is None or value < self.lowest:
-            self.lowest = value
+        cost = value if self.mode == "min" else -value
+        if self.lowest is None or cost < self.lowest:
+            self.lowest = cost
             self._write(trainer, pl_module, chosen_by=self.monitor, value=value)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -7,11 +7,14 @@ A run's folder holds ``config.yaml`` (the resolved recipe), ``model.safetensors`
 from __future__ import annotations
 
 import logging
+import os
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Literal
 
 import lightning as L
 from lightning.pytorch.callbacks import LearningRateMonitor, RichProgressBar
@@ -23,7 +26,10 @@ from rich.progress import Progress
 from medvl.model import CONFIG, WEIGHTS, load_weights, write_atomically
 from medvl.training.callbacks import RESOLVED, RESUME, AtomicCheckpointIO, KeepBest, ResumePoint
 from medvl.training.data import REJECTED, StudyDataModule
+from medvl.training.estimate import estimate, show
 from medvl.training.module import AlignmentModule
+from medvl.training.signals import SaveOnSignal, explained
+from medvl.training.watch import Watch
 
 log = logging.getLogger(__name__)
 
@@ -54,11 +60,18 @@ class AlignmentCLI(LightningCLI):
         parser.add_argument("--resume", type=bool, default=False, help="go on from the run's resume.ckpt, if there is one")
         parser.add_argument("--checkpoint_every", type=int, default=200, help="steps between two writings of resume.ckpt")
         parser.add_argument("--keep_best", type=bool, default=True, help="keep the model of lowest validation loss; false keeps the last")
+        parser.add_argument("--monitor", type=str, default="val/loss", help="logged value that says which model is the best")
+        parser.add_argument("--mode", type=Literal["min", "max"], default="min", help="whether the best is the lowest or the highest")
+        parser.add_argument("--dry_run", type=bool, default=False, help="say what the run would cost and write nothing (also --dry-run)")
+        parser.add_argument("--wandb", type=bool, default=False, help="log for Weights & Biases too, offline (extra 'wandb')")
+        parser.add_argument("--mlflow", type=bool, default=False, help="log for MLflow too, into the run's folder (extra 'mlflow')")
         parser.add_argument("--tensorboard", type=bool, default=False, help="log for TensorBoard too (extra 'tensorboard')")
 
     def before_instantiate_classes(self) -> None:
         """Find out before any image is read whether the run's folder can be written to, or has the weights to be measured."""
         out = Path(self.config[self.subcommand].out)
+        if self.subcommand == "fit" and self.config.fit.dry_run:
+            return
         if self.subcommand == "fit":
             try:
                 out.mkdir(parents=True, exist_ok=True)
@@ -74,14 +87,15 @@ class AlignmentCLI(LightningCLI):
         config = self.config_init[self.subcommand]
         out = Path(config.out)
         loggers: list[Logger] = [CSVLogger(out, name="logs")]
-        if config.tensorboard:
-            loggers.append(_tensorboard(out))
+        dry = self.subcommand == "fit" and config.dry_run
+        loggers += [make(out) for name, make in LOGGERS.items() if config[name] and not dry]
         chosen = config.trainer
         callbacks: list[Any] = [*(chosen.callbacks or [])]
         if chosen.enable_progress_bar is not False:
             callbacks.append(RichProgressBar(leave=False, console_kwargs={"stderr": True}))
         if self.subcommand == "fit":
-            callbacks += [KeepBest(out, best=config.keep_best), ResumePoint(out, config.checkpoint_every), LearningRateMonitor("step")]
+            best = KeepBest(out, monitor=config.monitor, best=config.keep_best, mode=config.mode)
+            callbacks += [Watch(), best, ResumePoint(out, config.checkpoint_every), SaveOnSignal(out / RESUME), LearningRateMonitor("step")]
         return super().instantiate_trainer(
             callbacks=callbacks,
             logger=loggers if chosen.logger is None else chosen.logger,
@@ -89,6 +103,17 @@ class AlignmentCLI(LightningCLI):
             default_root_dir=str(out),
             **kwargs,
         )
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run it; of a fit that is to be tried alone say what it would cost."""
+        if subcommand != "fit" or not self.config_init.fit.dry_run:
+            super()._run_subcommand(subcommand)
+            return
+        data = self.datamodule
+        assert isinstance(data, StudyDataModule)
+        self._check_views(data)
+        data.setup()
+        show(self.model, estimate(self.model, data, self.trainer), Console())
 
     def before_fit(self) -> None:
         """Read every image once, list what cannot be used, embed the texts of a frozen tower, and find the checkpoint."""
@@ -116,14 +141,17 @@ class AlignmentCLI(LightningCLI):
     def _load_kept(self) -> None:
         load_weights(self.model.dual_encoder(self.datamodule.reader), Path(self.config_init[self.subcommand].out))
 
-    def _prepare(self, splits: tuple[str, ...]) -> None:
-        data = self.datamodule
-        assert isinstance(data, StudyDataModule)
+    def _check_views(self, data: StudyDataModule) -> None:
         if data.views == "study" and not self.model.image.pools_views:
             raise ValueError(
                 f"data has views: study, but {type(self.model.image).__name__} encodes images one by one; leave it out, or take "
                 "modalities.xray.views.ViewPooledEncoder with this tower as its backbone"
             )
+
+    def _prepare(self, splits: tuple[str, ...]) -> None:
+        data = self.datamodule
+        assert isinstance(data, StudyDataModule)
+        self._check_views(data)
         data.setup()
         console = Console(stderr=True)
         with Progress(console=console, transient=True) as progress:
@@ -141,10 +169,36 @@ class AlignmentCLI(LightningCLI):
 def _tensorboard(out: Path) -> Logger:
     from lightning.pytorch.loggers import TensorBoardLogger
 
-    try:
+    with _extra("tensorboard", "TensorBoard"):
         return TensorBoardLogger(out, name="tensorboard")
+
+
+def _wandb(out: Path) -> Logger:
+    from lightning.pytorch.loggers import WandbLogger
+
+    with _extra("wandb", "Weights & Biases"):
+        return WandbLogger(save_dir=out, project="medvl", name=out.name, offline=os.environ.get("WANDB_MODE", "offline") == "offline")
+
+
+def _mlflow(out: Path) -> Logger:
+    from lightning.pytorch.loggers import MLFlowLogger
+
+    with _extra("mlflow", "MLflow"):
+        return MLFlowLogger(
+            "medvl", run_name=out.name, tracking_uri=os.environ.get("MLFLOW_TRACKING_URI", f"file:{out.resolve() / 'mlruns'}")
+        )
+
+
+LOGGERS: Mapping[str, Callable[[Path], Logger]] = MappingProxyType({"tensorboard": _tensorboard, "wandb": _wandb, "mlflow": _mlflow})
+"""What logs beside the CSV, by the argument that asks for it. No text and no path of an image is ever logged."""
+
+
+@contextmanager
+def _extra(name: str, title: str) -> Iterator[None]:
+    try:
+        yield
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("TensorBoard is not installed; install the extra: pip install 'medvl[tensorboard]'") from error
+        raise ModuleNotFoundError(f"{title} is not installed; install the extra: pip install 'medvl[{name}]'") from error
 
 
 def run(subcommand: str, args: list[str], finished: Callable[[Path], object] | None = None) -> int:
@@ -158,7 +212,35 @@ def run(subcommand: str, args: list[str], finished: Callable[[Path], object] | N
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # tips and device lists; what matters is on the console
     for message in ("LightningCLI's args parameter", ".*LeafSpec.* is deprecated", "The number of training batches"):
         warnings.filterwarnings("ignore", message=message)
-    cli = AlignmentCLI(
+    args = ["--dry_run=true" if one == "--dry-run" else one for one in args]
+    try:
+        cli = _cli(subcommand, args)
+    except (OSError, RuntimeError) as error:
+        if (words := explained(error, _folder(args))) is None:
+            raise
+        raise RunError(words) from error
+    out = Path(cli.config[subcommand].out)
+    if finished is not None and cli.trainer.is_global_zero and (out / CONFIG).is_file() and not cli.config[subcommand].get("dry_run"):
+        finished(out)
+    return 1 if cli.rejected else 0
+
+
+class RunError(RuntimeError):
+    """A run that ended for want of something outside it; the message says what to do."""
+
+
+def _folder(args: list[str]) -> Path:
+    """The run's folder, as far as the command line says it."""
+    for i, one in enumerate(args):
+        if one.startswith("--out="):
+            return Path(one.removeprefix("--out="))
+        if one == "--out" and i + 1 < len(args):
+            return Path(args[i + 1])
+    return Path("the run's folder")
+
+
+def _cli(subcommand: str, args: list[str]) -> AlignmentCLI:
+    return AlignmentCLI(
         AlignmentModule,
         StudyDataModule,
         subclass_mode_data=True,
@@ -175,7 +257,3 @@ def run(subcommand: str, args: list[str], finished: Callable[[Path], object] | N
         args=[subcommand, *args],
         parser_kwargs={"prog": "medvl"},
     )
-    out = Path(cli.config[subcommand].out)
-    if finished is not None and cli.trainer.is_global_zero and (out / CONFIG).is_file():
-        finished(out)
-    return 1 if cli.rejected else 0

@@ -60,7 +60,7 @@ class AlignmentModule(L.LightningModule):
             saved, and validation is by the objective alone.
         teacher: folder of a finished run whose features a :class:`medvl.losses.FeatureMimic` follows; it must take the same images.
     Raises:
-        ValueError: towers of different width, a name that is no part, a ``micro_batch`` below 1, or a term named as a part of the loss could be.
+        ValueError: towers of different width, a name that is no part, a ``micro_batch`` below 1, or a term named ``loss``.
     """
 
     def __init__(

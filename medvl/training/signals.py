@@ -1,0 +1,124 @@
+"""Runs that are told to stop: the step is finished, the checkpoint written, and the job put back into the queue where there is one.
+
+Lightning's own handlers (a SIGTERM that raises, SLURM's requeueing with a checkpoint of another name) are replaced during a fit, so that a
+stopped run has one checkpoint, ``resume.ckpt``, whatever stopped it.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import Callback
+
+log = logging.getLogger(__name__)
+
+STOPPED = 143
+"""Exit code of a run that was told to stop and can go on: 128 + SIGTERM."""
+
+
+class SaveOnSignal(Callback):
+    """On SIGTERM, and under SLURM on SIGUSR1, save at the end of the step, requeue the SLURM job, and end with exit code 143.
+
+    With several processes all stop after the same step, whichever was told. On the last batch of an epoch the validation that is due comes
+    first, for a resumed run would skip it.
+
+    Args:
+        path: the run's ``resume.ckpt``.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.told = path, False
+        self._before: dict[int, Any] = {}
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Take over the signals; only the main thread may."""
+        signals = [signal.SIGTERM, *([signal.SIGUSR1] if "SLURM_JOB_ID" in os.environ else [])]
+        try:
+            self._before = {number: signal.signal(number, self._note) for number in signals}
+        except ValueError:
+            log.warning("not in the main thread: a SIGTERM will end the run without a checkpoint")
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Stop here if told, but for the last batch of an epoch."""
+        if not trainer.is_last_batch and self._any_told(trainer):
+            self._stop(trainer)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Stop here if told during the last batch or the validation."""
+        if self._any_told(trainer):
+            self._stop(trainer)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Give the signals back."""
+        self._give_back()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Give the signals back."""
+        self._give_back()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.told = True
+
+    def _any_told(self, trainer: L.Trainer) -> bool:
+        if trainer.world_size == 1:
+            return self.told
+        told = torch.tensor(float(self.told), device=trainer.strategy.root_device)
+        dist.all_reduce(told, dist.ReduceOp.MAX)
+        return bool(told)
+
+    def _stop(self, trainer: L.Trainer) -> None:
+        trainer.save_checkpoint(self.path)
+        if trainer.is_global_zero:
+            queued = _requeue()
+            log.warning(
+                "told to stop: step %d is saved in %s; %s",
+                trainer.global_step,
+                self.path,
+                "requeued" if queued else "go on with --resume true",
+            )
+        raise SystemExit(STOPPED)
+
+    def _give_back(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+
+def _requeue() -> bool:
+    """Put this SLURM job back into the queue; whether that was done."""
+    job, scontrol = os.environ.get("SLURM_JOB_ID"), shutil.which("scontrol")
+    if job is None or scontrol is None:
+        return False
+    done = subprocess.run([scontrol, "requeue", job], check=False)  # noqa: S603 (fixed words)
+    return done.returncode == 0
+
+
+def explained(error: BaseException, folder: Path) -> str | None:
+    """What a person can do about the end of a run: a full disk, a loader process that died, memory that ran out. None for anything else.
+
+    Args:
+        folder: of the run; its last whole checkpoint is still there, for checkpoints are written beside and renamed.
+    """
+    go_on = f"the last checkpoint in {folder} is whole: go on with --resume true"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"the disk is full ({error.filename or folder}): make room; {go_on}"
+    words = str(error)
+    if isinstance(error, RuntimeError) and "DataLoader worker" in words:
+        return (
+            f"a loader process died ({words.splitlines()[0]}): it was killed, mostly for want of memory; give fewer "
+            f"data.init_args.workers or a smaller batch_size; {go_on}"
+        )
+    if isinstance(error, torch.cuda.OutOfMemoryError) or (isinstance(error, RuntimeError) and "can't allocate memory" in words):
+        return f"memory ran out: give a smaller model.micro_batch (the batch under the loss stays as it is); {go_on}"
+    return None

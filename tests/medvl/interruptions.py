@@ -1,0 +1,29 @@
+"""A callback for runs in processes of their own: notes the batch of every step, and interrupts the run at a step. Not a test by itself."""
+
+import json
+import os
+import random
+import signal
+import threading
+import time
+from pathlib import Path
+
+from lightning.pytorch.callbacks import Callback
+
+
+class Interrupt(Callback):
+    """Appends ``[step, rank, manifest rows]`` to the file of BATCH_LOG; at step INTERRUPT_AT kills all processes of the run (KILL), after a
+    random delay that falls anywhere in the step, or asks the first of them to stop (TERM).
+    """
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        with Path(os.environ["BATCH_LOG"]).open("a") as file:
+            file.write(json.dumps([trainer.global_step, trainer.global_rank, list(batch.rows)]) + "\n")
+        step, how = int(os.environ.get("INTERRUPT_AT", -1)), os.environ.get("INTERRUPT_BY")
+        if trainer.global_step != step or trainer.global_rank != 0:
+            return
+        if how == "TERM":
+            os.kill(os.getpid(), signal.SIGTERM)
+        else:
+            delay = random.random() * 0.2
+            threading.Thread(target=lambda: (time.sleep(delay), os.killpg(os.getpgid(0), signal.SIGKILL)), daemon=True).start()

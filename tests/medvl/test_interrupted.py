@@ -1,0 +1,175 @@
+"""Runs that are killed, or told to stop, and go on: the batches and the weights are those of a run that nobody disturbed."""
+
+import errno
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+
+from medvl.training.callbacks import AtomicCheckpointIO
+from medvl.training.signals import STOPPED, explained
+
+STEPS = 24
+"""Of a whole run: three epochs."""
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory):
+    root = tmp_path_factory.mktemp("interrupted")
+    rng = np.random.default_rng(0)
+    lines = ["study_id,patient_id,modality,path,split,findings"]
+    for i in range(68):
+        Image.fromarray(rng.integers(0, 255, (32, 32), dtype=np.uint8)).save(root / f"{i}.png")
+        said = ["No lung nodule.", "There is a nodule in the right lung.", "There is an effusion."][i % 3]
+        lines.append(f"s{i},p{i},xray,{i}.png,{'train' if i < 64 else 'val'},{said} Film {i}.")
+    (root / "manifest.csv").write_text("\n".join(lines))
+    settings = {
+        "trainer": {
+            "max_epochs": 3,
+            "accelerator": "cpu",
+            "enable_progress_bar": False,
+            "log_every_n_steps": 1,
+            "callbacks": [{"class_path": "interruptions.Interrupt"}],
+        },
+        "model": {
+            "image": {
+                "class_path": "modalities.xray.conv.ConvEncoder",
+                "init_args": {"embed_dim": 16, "widths": [8, 8], "blocks": [1, 1], "drop_rate": 0.2},
+            },
+            "report": {"class_path": "reports.towers.MiniLmReportEncoder", "init_args": {"embed_dim": 16, "dropout": 0.2}},
+            "similarity": {"class_path": "medvl.nn.similarity.TokenSimilarity"},
+            "loss": {"class_path": "medvl.losses.MultiPositiveInfoNCE"},
+        },
+        "data": {
+            "class_path": "medvl.training.data.StudyDataModule",
+            "init_args": {
+                "manifest": str(root / "manifest.csv"),
+                "reader": {"class_path": "modalities.xray.reader.XrayReader", "init_args": {"size": 32}},
+                "texts": {"class_path": "reports.text_source.ReportSentences"},
+                "batch_size": 8,
+                "sentences_per_image": 1,
+                "augment": {"class_path": "medvl.data.augment.Augment"},
+            },
+        },
+        "checkpoint_every": 3,
+        "keep_best": False,
+    }
+    (root / "recipe.yaml").write_text(yaml.safe_dump(settings))
+    return root / "recipe.yaml"
+
+
+def fit(recipe, out, ranks, at=-1, by="KILL"):
+    """One process (with its ranks) of a run; its exit code and what it said."""
+    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "INTERRUPT_AT": str(at), "INTERRUPT_BY": by}
+    env["BATCH_LOG"] = str(out.with_suffix(".batches"))
+    more = ["--trainer.devices", str(ranks), *(["--trainer.strategy", "ddp", "--data.init_args.batch_size", "4"] if ranks > 1 else [])]
+    command = [sys.executable, "-m", "medvl", "fit", "--config", str(recipe), "--out", str(out), "--resume", "true", *more]
+    running = subprocess.Popen(command, env=env, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    said, _ = running.communicate(timeout=400)
+    return running.returncode, said
+
+
+def batches(out):
+    """(step, rank) -> rows of every batch that was seen; one that was seen again must be the same."""
+    found = {}
+    for line in out.with_suffix(".batches").read_text().splitlines():
+        step, rank, rows = json.loads(line)
+        assert found.setdefault((step, rank), rows) == rows, (step, rank)
+    return found
+
+
+def assert_as_undisturbed(out, whole, ranks):
+    assert batches(out) == batches(whole)
+    assert set(batches(whole)) == {(step, rank) for step in range(STEPS) for rank in range(ranks)}
+    one, other = load_file(out / "model.safetensors"), load_file(whole / "model.safetensors")
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert torch.equal(value, other[name]), name
+
+
+@pytest.fixture(scope="module")
+def whole(recipe):
+    """Number of processes -> folder of a run that nobody disturbed, made once."""
+    made = {}
+
+    def of(ranks):
+        if ranks not in made:
+            made[ranks] = recipe.parent / f"whole{ranks}"
+            code, said = fit(recipe, made[ranks], ranks)
+            assert code == 0, said
+        return made[ranks]
+
+    return of
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_killed_at_random_steps_and_resumed(recipe, whole, tmp_path, ranks):
+    """MEDVL_KILLS times (3 unless told), each at a random moment of a random step after where the run is."""
+    out, rng, done, kills = tmp_path / "run", random.Random(ranks), 0, 0
+    while kills < int(os.environ.get("MEDVL_KILLS", "3")):
+        at = rng.randint(done, min(done + 4, STEPS - 1))
+        code, said = fit(recipe, out, ranks, at)
+        assert code == -signal.SIGKILL, said
+        kills += 1
+        saved = AtomicCheckpointIO().load_checkpoint(out / "resume.ckpt")["global_step"] if (out / "resume.ckpt").is_file() else 0
+        done = saved if saved < STEPS - 4 else done
+        if saved >= STEPS - 4:  # near its end: another run from the start
+            code, said = fit(recipe, out, ranks)
+            assert code == 0, said
+            assert_as_undisturbed(out, whole(ranks), ranks)
+            out, done = tmp_path / f"run{kills}", 0
+    code, said = fit(recipe, out, ranks)
+    assert code == 0, said
+    assert_as_undisturbed(out, whole(ranks), ranks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("ranks", "at"), [(1, 4), (1, 7), (2, 4)])
+def test_told_to_stop_it_saves_and_goes_on(recipe, whole, tmp_path, ranks, at):
+    """In the middle of an epoch, and in its last step; with two processes one is told and both stop."""
+    out = tmp_path / "run"
+    code, said = fit(recipe, out, ranks, at, "TERM")
+    assert code == STOPPED, said
+    assert "go on with --resume true" in said
+    saved = AtomicCheckpointIO().load_checkpoint(out / "resume.ckpt")
+    assert saved["global_step"] == at + 1  # the step was finished
+    code, said = fit(recipe, out, ranks)
+    assert code == 0, said
+    assert_as_undisturbed(out, whole(ranks), ranks)
+
+
+def test_ends_that_a_person_can_mend_are_explained(tmp_path):
+    full = OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "resume.ckpt"))
+    dead = RuntimeError("DataLoader worker (pid 17) is killed by signal: Killed. \nmore")
+    memory = RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: you tried ...")
+    for error, word in ((full, "disk is full"), (dead, "data.init_args.workers"), (memory, "model.micro_batch")):
+        words = explained(error, tmp_path)
+        assert words is not None and word in words and "--resume true" in words
+    assert explained(RuntimeError("shapes"), tmp_path) is None and explained(OSError(errno.ENOENT, "gone"), tmp_path) is None
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
+    import medvl.training.callbacks as callbacks
+
+    path = tmp_path / "resume.ckpt"
+    AtomicCheckpointIO().save_checkpoint({"global_step": 3}, path)
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(callbacks, "write_atomically", full)
+    with pytest.raises(OSError, match="No space"):
+        AtomicCheckpointIO().save_checkpoint({"global_step": 6}, path)
+    assert AtomicCheckpointIO().load_checkpoint(path) == {"global_step": 3}
