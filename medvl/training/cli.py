@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from medvl.model import CONFIG, WEIGHTS, load_weights, write_atomically
+from medvl.nn.projector import ProjectedEncoder
 from medvl.training.callbacks import RESOLVED, RESUME, AtomicCheckpointIO, KeepBest, ResumePoint
 from medvl.training.data import REJECTED, StudyDataModule
 from medvl.training.module import AlignmentModule
@@ -123,6 +124,11 @@ class AlignmentCLI(LightningCLI):
             raise ValueError(
                 f"data has views: study, but {type(self.model.image).__name__} encodes images one by one; leave it out, or take "
                 "modalities.xray.views.ViewPooledEncoder with this tower as its backbone"
+            )
+        if data.augment is not None and any(isinstance(m, ProjectedEncoder) and m.store.keeps for m in self.model.image.modules()):
+            raise ValueError(
+                "the image tower is a ProjectedEncoder, which keeps features of images, and data has augment, which gives it other images "
+                "in every epoch; leave out augment, or give the tower memory_mib: 0 and no cache_dir"
             )
         data.setup()
         console = Console(stderr=True)
