@@ -15,6 +15,7 @@ from typing import Any
 import click
 
 import medvl
+from tasks.commands.average import average
 from tasks.commands.card import card
 from tasks.commands.common import INTERNAL
 from tasks.commands.demo import demo
@@ -112,7 +113,7 @@ def cli(debug: bool) -> None:
     """
 
 
-for _command in (demo, phantom, inspect, reports, match, fit, validate, test, diagnose, ground, search, evaluate, card):
+for _command in (demo, phantom, inspect, reports, match, fit, validate, test, average, diagnose, ground, search, evaluate, card):
     cli.add_command(_command)
 
 

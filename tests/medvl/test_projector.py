@@ -31,11 +31,10 @@ def films(count=5, seed=0, size=32):
     return ImageBatch(pixels, valid)
 
 
-class Counting(torch.nn.Module):
+class Counting:
     """Counts the images that a tower is shown."""
 
     def __init__(self, tower, monkeypatch):
-        super().__init__()
         self.shown = []
         original = type(tower).forward
 
@@ -213,7 +212,7 @@ def test_settings_that_mean_nothing_are_refused(tmp_path):
 
 @pytest.mark.parametrize("tokens", [False, True])
 def test_a_fit_over_kept_features_gives_a_model_that_takes_files(tiny, tmp_path, monkeypatch, tokens):
-    """A run of a recipe, killed in the middle and resumed, equals one that was not; loaded, it has the features of plain computation."""
+    """Each image is seen once, a run over features on disk gives the same weights, and the model that is loaded computes them itself."""
     from safetensors.torch import save_file
 
     from medvl.training.cli import run

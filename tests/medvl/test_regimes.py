@@ -377,6 +377,31 @@ def test_an_averaged_run_stopped_anywhere_ends_with_the_same_weights(written, tm
     assert states[0]["averaging_state"]["n_averaged"] == STEPS - 1
 
 
+def adapted(name, **options):
+    return {"class_path": "modalities.xray.TimmEncoder", "init_args": {"name": name, "embed_dim": 8, "image_size": 32, **options}}
+
+
+def test_adapters_are_averaged_and_the_weights_below_keep_every_bit(written, tmp_path):
+    """A tower with LoRA under an average and in stages, stopped and resumed; what it is loaded as needs no adapters."""
+    lora = {"class_path": "medvl.nn.lora.Lora", "init_args": {"rank": 2}}
+    stages = {"stages": [{"epoch": 0, "freeze": ["*.lora_*"]}, {"step": 3}]}
+    recipe = written(("medvl.training.stages.Stages", stages), EMA, image=adapted("test_vit.r160_in1k", lora=lora))
+    whole = fit(recipe, tmp_path / "whole")
+    assert_same(fit_with_a_stop(recipe, tmp_path / "stopped", 4), whole)
+    first = torch.load(tmp_path / "stopped" / "resume.ckpt", weights_only=True)
+    base = [name for name in first["state_dict"] if ".base_layer." in name]
+    assert base and all(torch.equal(first["state_dict"][name], first["current_model_state"][name]) for name in base)
+    assert any(value.abs().sum() > 0 for name, value in whole.items() if ".lora_B." in name)
+    assert not any(".lora_" in name for name in medvl.load(tmp_path / "whole", device="cpu").image.state_dict())
+
+
+def test_a_projector_is_averaged_over_a_tower_that_is_shared(written, tmp_path):
+    projected = {"backbone": adapted("test_vit.r160_in1k", embed_dim=None), "embed_dim": 8, "dropout": 0.1, "hidden_dim": 8}
+    recipe = written(EMA, image={"class_path": "medvl.nn.projector.ProjectedEncoder", "init_args": projected})
+    recipe.write_text(recipe.read_text().replace("TokenSimilarity", "PooledSimilarity"))
+    assert_same(fit_with_a_stop(recipe, tmp_path / "stopped", 3), fit(recipe, tmp_path / "whole"))
+
+
 def test_the_average_changes_nothing_of_what_is_trained(written, tmp_path):
     fit(written(), tmp_path / "plain")
     fit(written(EMA), tmp_path / "averaged")
