@@ -15,6 +15,7 @@ from typing import Any
 import click
 
 import medvl
+from tasks.commands.average import average
 from tasks.commands.card import card
 from tasks.commands.common import INTERNAL
 from tasks.commands.compare import compare
@@ -23,6 +24,7 @@ from tasks.commands.diagnose import diagnose
 from tasks.commands.evaluate import evaluate
 from tasks.commands.ground import ground
 from tasks.commands.inspect import inspect
+from tasks.commands.match import match
 from tasks.commands.phantom import phantom
 from tasks.commands.reports import reports
 from tasks.commands.search import search
@@ -100,6 +102,7 @@ def cli(debug: bool) -> None:
       medvl phantom data --studies 200 --seed 1      synthetic radiographs with reports and masks
       medvl inspect film.dcm volume.nii.gz           modality, geometry, units and warnings of files
       medvl reports labels reports.csv --label-set chexpert_14 --out labels.csv
+      medvl match --config RECIPE --manifest data/manifest.csv    how well two towers match before any training
       medvl fit --config tasks/recipes/NAME.yaml     train on a study manifest
       medvl diagnose film.dcm folder/ --model demo/model --json
       medvl ground film.dcm --phrase "left pleural effusion" --model demo/model --out maps
@@ -112,7 +115,7 @@ def cli(debug: bool) -> None:
     """
 
 
-for _command in (demo, phantom, inspect, reports, fit, validate, test, diagnose, ground, search, evaluate, compare, card):
+for _command in (demo, phantom, inspect, reports, match, fit, validate, test, average, diagnose, ground, search, evaluate, compare, card):
     cli.add_command(_command)
 
 

@@ -48,7 +48,10 @@ def test_every_example_runs(tmp_path):
         done = subprocess.run(["bash", "-euo", "pipefail", "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, f"{code}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
         outputs.append(done.stdout)
-    assert len(outputs) == 6
+    assert len(outputs) == 7
+    compared = list(csv.DictReader((tmp_path / "compared" / "comparison.csv").read_text().splitlines()))
+    assert [row["recipe"] for row in compared] == ["clip", "radzero"] and all(row["auroc"] for row in compared)
+    del outputs[1]
     studies = [json.loads(line) for line in outputs[1].splitlines() if line.startswith("{")]
     assert len(studies) == 300
     assert all(study["ok"] and len(study["findings"]) == 10 for study in studies)

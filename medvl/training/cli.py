@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from medvl.model import CONFIG, WEIGHTS, load_weights, write_atomically
+from medvl.nn.projector import ProjectedEncoder
 from medvl.training.callbacks import RESOLVED, RESUME, AtomicCheckpointIO, KeepBest, ResumePoint
 from medvl.training.data import REJECTED, StudyDataModule
 from medvl.training.estimate import estimate, show
@@ -111,7 +112,7 @@ class AlignmentCLI(LightningCLI):
             return
         data = self.datamodule
         assert isinstance(data, StudyDataModule)
-        self._check_views(data)
+        self._check(data)
         data.setup()
         show(self.model, estimate(self.model, data, self.trainer), Console())
 
@@ -141,17 +142,22 @@ class AlignmentCLI(LightningCLI):
     def _load_kept(self) -> None:
         load_weights(self.model.dual_encoder(self.datamodule.reader), Path(self.config_init[self.subcommand].out))
 
-    def _check_views(self, data: StudyDataModule) -> None:
+    def _check(self, data: StudyDataModule) -> None:
         if data.views == "study" and not self.model.image.pools_views:
             raise ValueError(
                 f"data has views: study, but {type(self.model.image).__name__} encodes images one by one; leave it out, or take "
                 "modalities.xray.views.ViewPooledEncoder with this tower as its backbone"
             )
+        if data.augment is not None and any(isinstance(m, ProjectedEncoder) and m.store.keeps for m in self.model.image.modules()):
+            raise ValueError(
+                "the image tower is a ProjectedEncoder, which keeps features of images, and data has augment, which gives it other images "
+                "in every epoch; leave out augment, or give the tower memory_mib: 0 and no cache_dir"
+            )
 
     def _prepare(self, splits: tuple[str, ...]) -> None:
         data = self.datamodule
         assert isinstance(data, StudyDataModule)
-        self._check_views(data)
+        self._check(data)
         data.setup()
         console = Console(stderr=True)
         with Progress(console=console, transient=True) as progress:

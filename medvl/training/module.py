@@ -24,6 +24,7 @@ from medvl.losses.ranks import texts_of_ranks
 from medvl.model import DualEncoder, load, load_part
 from medvl.training.data import StudyDataModule
 from medvl.training.passes import encode_images, encode_texts
+from medvl.training.stages import layer_decay_groups
 from medvl.types import ImageEncoder, ImageFeatures, ImageReader, ReportEncoder, Similarity, TextFeatures
 
 
@@ -59,6 +60,7 @@ class AlignmentModule(L.LightningModule):
         terms: name -> what is added to the objective in training, each with a weight of its own. They are no part of the model that is
             saved, and validation is by the objective alone.
         teacher: folder of a finished run whose features a :class:`medvl.losses.FeatureMimic` follows; it must take the same images.
+        layer_decay: factor on the learning rate from a layer of a tower to the one below (:func:`medvl.training.stages.layer_rates`).
     Raises:
         ValueError: towers of different width, a name that is no part, a ``micro_batch`` below 1, or a term named ``loss``.
     """
@@ -80,6 +82,7 @@ class AlignmentModule(L.LightningModule):
         micro_batch: int | None = None,
         terms: dict[str, Term] | None = None,
         teacher: str | None = None,
+        layer_decay: float | None = None,
     ) -> None:
         super().__init__()
         if image.embed_dim != report.embed_dim:
@@ -97,7 +100,7 @@ class AlignmentModule(L.LightningModule):
         if "loss" in (terms or {}):
             raise ValueError("a term cannot be named 'loss'")
         self.terms = nn.ModuleDict(terms or {})
-        self.teacher = teacher
+        self.teacher, self.layer_decay = teacher, layer_decay
         self.observed: Observed | None = None
         self._taught: list[DualEncoder] = []  # in a list, so that its weights are none of ours
         self.null_image = nn.Parameter(torch.randn(image.embed_dim) * image.embed_dim**-0.5) if null_target else None
@@ -254,10 +257,14 @@ class AlignmentModule(L.LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW with warm-up and cosine, stepped per batch."""
         trained = [p for p in self.parameters() if p.requires_grad]
-        groups: list[dict[str, Any]] = [
-            {"params": [p for p in trained if p.ndim > 1], "weight_decay": self.weight_decay},
-            {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-        ]
+        groups: list[dict[str, Any]]
+        if self.layer_decay is not None:
+            groups = layer_decay_groups(self, self.layer_decay, self.learning_rate, self.weight_decay)
+        else:
+            groups = [
+                {"params": [p for p in trained if p.ndim > 1], "weight_decay": self.weight_decay},
+                {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
+            ]
         fused = self.trainer.precision != "16-mixed"  # see configure_gradient_clipping
         optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=self.learning_rate, fused=fused)
         total = self.total_steps()

@@ -10,8 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from medvl.nn.lora import MARK, Lora, has_adapters, merged
 from medvl.nn.tokens import cell_valid
 from medvl.types import ImageBatch, ImageEncoder, ImageFeatures
 
@@ -26,11 +28,17 @@ class BackboneEncoder(ImageEncoder):
         image_size: side in pixels of the images.
         in_chans: C.
         freeze: keep the backbone as it is (no gradients, evaluation mode); the projection is trained.
+
+    A subclass that takes ``lora`` ends its constructor with :meth:`add_adapters`. The state dict of such a tower holds the backbone and the
+    adapters. A tower without adapters, as one that is loaded from a run is, adds them to the weights as it reads them, so it needs no peft
+    and costs what the backbone does.
+
     Raises:
         ValueError: a width or size below 1.
     """
 
     backbone: Any
+    lora_scale: Tensor
 
     def __init__(self, backbone: nn.Module, width: int, embed_dim: int | None, image_size: int, in_chans: int, freeze: bool) -> None:
         super().__init__()
@@ -40,14 +48,52 @@ class BackboneEncoder(ImageEncoder):
         self.image_size, self.in_chans, self.freeze = image_size, in_chans, freeze
         self.backbone = backbone
         self.project: nn.Module = nn.Identity() if embed_dim is None else nn.Linear(width, embed_dim, bias=False)
+        self.adapted = False
         if freeze:
             backbone.requires_grad_(False).eval()
+        self.register_load_state_dict_pre_hook(_with_merged_adapters)
+
+    def add_adapters(self, lora: Lora | None) -> None:
+        """Freeze the backbone and put adapters into it that train; None: nothing.
+
+        Raises:
+            ImportError: peft is not installed.
+            ValueError: with ``freeze``, targets that name no layer, or layers whose weights the backbone takes without calling them.
+        """
+        if lora is None:
+            return
+        if self.freeze:
+            raise ValueError("lora trains adapters in a backbone that is kept as it is otherwise; leave out freeze: true, or lora")
+        self.backbone, self.adapted = lora.into(self.backbone), True
+        self.register_buffer("lora_scale", torch.tensor(lora.scale))
+        self._check_adapters()
+
+    def _check_adapters(self) -> None:
+        """See that every adapter has a part in what the backbone gives."""
+        was_training = self.training
+        self.eval()
+        last = {name: p for name, p in self.backbone.named_parameters() if MARK in name and p.requires_grad and "lora_B" in name}
+        first = next(self.parameters())
+        with torch.enable_grad():
+            pooled, tokens, _ = self.features(torch.zeros(1, self.in_chans, self.image_size, self.image_size, device=first.device))
+            found = torch.autograd.grad(pooled.sum() + tokens.sum(), list(last.values()), allow_unused=True)
+        self.train(was_training)
+        unused = [name.partition(MARK)[0] for name, gradient in zip(last, found, strict=True) if gradient is None]
+        if unused:
+            raise ValueError(
+                f"lora: the backbone takes the weights of {len(unused)} layers without calling them (first: {unused[0]}), so adapters "
+                "there would do nothing; give targets that name other layers"
+            )
 
     def train(self, mode: bool = True) -> BackboneEncoder:
         """Training mode for all but a frozen backbone, whose dropout and batch statistics stay as in evaluation."""
         super().train(mode)
         if self.freeze:
             self.backbone.eval()
+        elif self.adapted:
+            for module in self.backbone.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()  # its statistics are the pretrained backbone's
         return self
 
     @abc.abstractmethod
@@ -69,6 +115,16 @@ class BackboneEncoder(ImageEncoder):
         pooled, tokens, grid = self.features(batch.pixels)
         valid = None if batch.valid is None else cell_valid(batch.valid, grid)
         return ImageFeatures(pooled=self.project(pooled), tokens=self.project(tokens), grid=grid, token_valid=valid)
+
+
+def _with_merged_adapters(module: BackboneEncoder, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Before a tower without adapters is loaded from one with them: they become part of the weights."""
+    name = f"{prefix}lora_scale"
+    if module.adapted or name not in state or not has_adapters(state, f"{prefix}backbone."):
+        return
+    scale = float(state.pop(name))
+    inside = {key: state.pop(key) for key in [key for key in state if key.startswith(f"{prefix}backbone.")]}
+    state.update(merged(inside, scale))
 
 
 def square_grid(count: int) -> tuple[int, int]:

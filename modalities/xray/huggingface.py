@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from medvl.nn import pretrained
+from medvl.nn.lora import Lora
 from modalities.xray.backbone import BackboneEncoder, check_channels, in_rgb
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ class HuggingFaceEncoder(BackboneEncoder):
         revision: branch, tag or commit on the hub; None is its default branch.
         local_files_only: never ask the hub, use what was downloaded before.
         initial_weights: False takes only the architecture of ``name``, for a backbone that trains from scratch.
+        lora: adapters to train in the backbone, which is kept as it is otherwise (needs the extra ``lora``; a saved run does not).
     Raises:
         FileNotFoundError: the folder or the hub lacks the model; the message says what is missing and what to do.
         ValueError: a kind of model that is not known here, weights with missing keys, a size or pooling that the backbone has not.
@@ -93,6 +95,7 @@ class HuggingFaceEncoder(BackboneEncoder):
         revision: str | None = None,
         local_files_only: bool = False,
         initial_weights: bool = True,
+        lora: Lora | None = None,
     ) -> None:
         folder = _folder(name, revision, local_files_only, initial_weights)
         config = _vision_config(folder)
@@ -116,6 +119,7 @@ class HuggingFaceEncoder(BackboneEncoder):
         self.prefix = family.prefix + getattr(config, "num_register_tokens", 0)
         self.side = size // stride
         self.options = {"interpolate_pos_encoding": True} if family.resizes and size != native else {}
+        self.add_adapters(lora)
 
     def files(self) -> dict[str, bytes]:
         """Configuration of the backbone."""
@@ -132,7 +136,7 @@ class HuggingFaceEncoder(BackboneEncoder):
             ValueError: a configuration that points to code, weights or files elsewhere.
         """
         checked = pretrained.checked_files(folder, arguments.get("name"), "config.json of the image backbone")
-        return cls(**{**arguments, "name": str(checked), "initial_weights": False})
+        return cls(**{**arguments, "name": str(checked), "initial_weights": False, "lora": None})
 
     def features(self, pixels: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
         """The pooled vector that ``pooling`` names, and the tokens in its space."""

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from medvl.nn import pretrained
+from medvl.nn.lora import Lora
 from modalities.xray.backbone import BackboneEncoder, check_channels, in_rgb, read_checkpoint, set_weights, square_grid, timm_features
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ class OpenClipEncoder(BackboneEncoder):
         freeze: keep the backbone as it is (no gradients, evaluation mode); a new projection is trained.
         local_files_only: never ask the hub, use what was downloaded before.
         initial_weights: False takes only the architecture of ``name``; a name of the list has no other.
+        lora: adapters to train in the backbone, which is kept as it is otherwise (needs the extra ``lora``; a saved run does not).
     Raises:
         ImportError: open_clip is not installed.
         FileNotFoundError: the folder or the hub lacks the model; the message says what is missing and what to do.
@@ -69,6 +71,7 @@ class OpenClipEncoder(BackboneEncoder):
         freeze: bool = False,
         local_files_only: bool = False,
         initial_weights: bool = True,
+        lora: Lora | None = None,
     ) -> None:
         library = _open_clip()
         config, weights = _find(library, name, local_files_only, initial_weights and checkpoint is None)
@@ -83,6 +86,7 @@ class OpenClipEncoder(BackboneEncoder):
         width = config["embed_dim"] if embed_dim is None else _drop_projection(visual, config["embed_dim"])
         super().__init__(visual, width, embed_dim, size, in_chans, freeze)
         self.config = config
+        self.add_adapters(lora)
 
     def files(self) -> dict[str, bytes]:
         """The vision part of open_clip's configuration."""
@@ -100,7 +104,7 @@ class OpenClipEncoder(BackboneEncoder):
                 f"{folder} lacks {CONFIG} of the image backbone, which a run carries there; put that of {arguments.get('name')!r} there, "
                 "or save the run again"
             )
-        return cls(**{**arguments, "name": str(folder), "checkpoint": None, "initial_weights": False})
+        return cls(**{**arguments, "name": str(folder), "checkpoint": None, "initial_weights": False, "lora": None})
 
     def features(self, pixels: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
         """open_clip's image features, before the projection if that was replaced, of the image and of each token."""

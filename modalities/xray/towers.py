@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from medvl.nn.lora import Lora
 from modalities.xray.backbone import BackboneEncoder, read_checkpoint, set_weights, timm_features
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class TimmEncoder(BackboneEncoder):
         in_chans: C.
         freeze: keep the backbone as it is (no gradients, evaluation mode); the projection is trained.
         drop_rate: dropout in the backbone's head.
+        lora: adapters to train in the backbone, which is kept as it is otherwise (needs the extra ``lora``; a saved run does not).
     Raises:
         ValueError: a name timm does not know, a checkpoint of another backbone or with missing keys.
     """
@@ -52,6 +54,7 @@ class TimmEncoder(BackboneEncoder):
         in_chans: int = 1,
         freeze: bool = False,
         drop_rate: float = 0.0,
+        lora: Lora | None = None,
     ) -> None:
         if pretrained and checkpoint is not None:
             raise ValueError(f"backbone {name}: give pretrained=True or checkpoint={checkpoint}, not both")
@@ -60,11 +63,12 @@ class TimmEncoder(BackboneEncoder):
             _load_backbone(backbone, Path(checkpoint), name)
         width = getattr(backbone, "head_hidden_size", None) or backbone.num_features
         super().__init__(backbone, width, embed_dim, image_size, in_chans, freeze)
+        self.add_adapters(lora)
 
     @classmethod
     def architecture(cls, arguments: dict[str, Any], folder: Path) -> Self:
         """The tower without initial weights."""
-        return cls(**{**arguments, "pretrained": False, "checkpoint": None})
+        return cls(**{**arguments, "pretrained": False, "checkpoint": None, "lora": None})
 
     def features(self, pixels: Tensor) -> tuple[Tensor, Tensor, tuple[int, int]]:
         """What the backbone's head gives before its classifier, of the image and of each token."""

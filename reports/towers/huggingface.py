@@ -343,6 +343,8 @@ class _Trunk(TextTrunk):
             self.encoder.config.use_cache = False  # of keys and values, for generation
         self.takes = frozenset(inspect.signature(self.encoder.forward).parameters)
         if lora is not None:
+            if getattr(self.encoder, "pooler", None) is not None:
+                self.encoder.pooler = None  # of BERT and its kin: no pooling here uses it, so an adapter there would not train
             self.encoder = lora.into(self.encoder)
             if self.projection is not None:
                 self.projection.requires_grad_(False)
