@@ -42,7 +42,8 @@ class FeatureStore:
     """Features by key, in memory up to a limit and, with a folder, on disk.
 
     A file is written beside its place and renamed into it, so a reader sees a whole entry or none; one that is damaged is told by its
-    checksum, logged, and made again. Where the disk cannot be written to, the log says so once and all goes on without it.
+    checksum, logged, and made again. Where the disk cannot be written to, the log says so once and all goes on without it. The folder has
+    no bound: an entry takes about 4 F bytes, with tokens 2 N F more; to start anew, delete it.
 
     Args:
         folder: made if absent; may be shared by towers and processes. None: memory alone.

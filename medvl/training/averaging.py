@@ -21,6 +21,8 @@ class Ema(WeightAveraging):
     step the module has the averaged weights, so that whatever runs at a validation's end measures and saves these; they are the module's
     when training has ended, too. A checkpoint holds both, and a resumed run goes on with both exactly.
 
+    Models that a strategy shards between processes (FSDP) have no such average: each process must hold all weights.
+
     Departures from Lightning's callback: before the first update nothing is exchanged (there an average that has not begun is the initial
     weights), whole numbers are never averaged, weights that do not move keep every bit, and the average stays in place until callbacks
     at the end of a validation have run.

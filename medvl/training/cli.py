@@ -216,7 +216,8 @@ def run(subcommand: str, args: list[str], finished: Callable[[Path], object] | N
         0, or 1 if some inputs were left out.
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # tips and device lists; what matters is on the console
-    for message in ("LightningCLI's args parameter", ".*LeafSpec.* is deprecated", "The number of training batches"):
+    frozen = r"Found \d+ module\(s\) in eval mode"  # as the recipe has it
+    for message in ("LightningCLI's args parameter", ".*LeafSpec.* is deprecated", "The number of training batches", frozen):
         warnings.filterwarnings("ignore", message=message)
     args = ["--dry_run=true" if one == "--dry-run" else one for one in args]
     try:

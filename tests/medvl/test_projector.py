@@ -193,6 +193,20 @@ def test_a_volume_is_told_without_its_padding(monkeypatch):
         ProjectedEncoder(Mean(), 3, tokens=True)(ImageBatch(pixels, valid, height))
 
 
+def test_views_of_a_study_are_pooled_over_kept_features():
+    from modalities.pooling import MeanPooling
+    from modalities.xray import ViewPooledEncoder
+
+    projected = ProjectedEncoder(frozen(), 6, tokens=True)
+    studies = ViewPooledEncoder(projected, MeanPooling())
+    batch = ImageBatch(films().pixels, view=torch.tensor([0, 2, 1, 0, 2]))
+    got = studies.eval()(batch.grouped([2, 1, 2]))
+    alone = projected(ImageBatch(batch.pixels)).pooled
+    assert len(projected.store.held) == 5, "which study an image is of is no part of it"
+    means = torch.stack([alone[:2].mean(0), alone[2], alone[3:].mean(0)])
+    torch.testing.assert_close(torch.nn.functional.normalize(got.pooled), torch.nn.functional.normalize(means), atol=1e-5, rtol=1e-4)
+
+
 def test_a_copy_shares_the_tower_and_has_a_projector_of_its_own():
     projected = ProjectedEncoder(frozen(), 6)
     twin = copy.deepcopy(projected)

@@ -2,6 +2,9 @@
 
 import csv
 import json
+import os
+import subprocess
+import sys
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
@@ -187,6 +190,36 @@ def test_a_staged_run_stopped_anywhere_ends_with_the_same_weights(written, tmp_p
 def test_a_single_stage_is_the_run_without_stages(written, tmp_path):
     plain = fit(written(), tmp_path / "plain")
     assert_same(fit(written(("medvl.training.stages.Stages", {"stages": [{"epoch": 0}]})), tmp_path / "staged"), plain)
+
+
+@pytest.mark.slow
+def test_two_processes_freeze_alike_and_ddp_that_would_wait_is_refused(written, tmp_path):
+    """By gloo; what is frozen after it was trained (and has moments) does not move on either rank."""
+    stages = {"stages": [{"epoch": 0, "freeze": ["image.stages"]}, {"step": 2, "train": ["report"]}]}
+    recipe = written(("medvl.training.stages.Stages", stages), EMA)
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import sys, torch\n"
+        "from lightning.pytorch.callbacks import LearningRateMonitor\n"
+        "from medvl.training.cli import run\n"
+        "def after(self, trainer, module, *_):\n"
+        "    weights = {name: p.detach().clone() for name, p in module.named_parameters()}\n"
+        "    torch.save(weights, f'{sys.argv[1]}/{trainer.global_step}-{trainer.global_rank}.pt')\n"
+        "LearningRateMonitor.on_train_batch_end = after\n"
+        "run('fit', sys.argv[2:])\n"
+    )
+    options = ["--config", str(recipe), "--out", str(tmp_path / "run"), "--trainer.devices", "2", "--data.init_args.batch_size", "2"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(medvl.__file__).parents[1]), *sys.path])}
+    command = [sys.executable, str(script), str(tmp_path), *options, "--trainer.strategy"]
+    told = subprocess.run([*command, "ddp"], env=environment, capture_output=True, text=True, timeout=120)
+    assert told.returncode and "set trainer.strategy to ddp_find_unused_parameters_true" in told.stderr
+    subprocess.run([*command, "ddp_find_unused_parameters_true"], env=environment, check=True, capture_output=True, timeout=120)
+    steps = [[torch.load(tmp_path / f"{step}-{rank}.pt", weights_only=True) for rank in (0, 1)] for step in range(1, 7)]
+    for i, (one, other) in enumerate(steps):
+        assert_same(one, other)
+        moved = set() if not i else {name for name in one if not torch.equal(one[name], steps[i - 1][0][name])}
+        assert all(name.startswith("report.") if i >= 2 else not name.startswith("image.stages.") for name in moved)
+        assert moved or not i
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,22 @@ from tasks.cli import cli
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTICE = "research use, not for diagnosis"
-COMMANDS = ["demo", "phantom", "inspect", "reports", "fit", "validate", "test", "diagnose", "ground", "search", "evaluate", "card"]
+COMMANDS = [
+    "demo",
+    "phantom",
+    "inspect",
+    "reports",
+    "match",
+    "fit",
+    "validate",
+    "test",
+    "average",
+    "diagnose",
+    "ground",
+    "search",
+    "evaluate",
+    "card",
+]
 
 
 def medvl(*args: Any) -> Result:
