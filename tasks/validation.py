@@ -1,0 +1,106 @@
+"""Zero-shot AUROC and retrieval on the validation studies while a model trains.
+
+Shapes: B items, F findings, R reports.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from itertools import groupby
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from medvl.data.studies import as_listed, words_of
+from medvl.metrics import auroc_intervals, recall_at_k
+from medvl.model import batches
+from medvl.training.data import StudyDataModule
+from medvl.training.module import AlignmentModule
+from medvl.training.passes import encode_images
+from medvl.types import ImageFeatures
+from reports.prompts import load_prompts
+from tasks.retrieval import build_index, image_to_reports
+from tasks.zero_shot import encode_prompts, score
+
+log = logging.getLogger(__name__)
+
+RECALL = 10
+
+
+class ZeroShotValidation(Callback):
+    """Log ``val/auroc`` (mean over findings) and ``val/recall_at_10`` (own report among the first 10 of all that are measured).
+
+    Give it to ``trainer.callbacks`` of a recipe; ``--monitor val/auroc --mode max`` then keeps the model by it. Findings are the columns of
+    the manifest that are present and absent somewhere in the validation split; prompts are those of `medvl diagnose`. Images come from the
+    data's own cache. What cannot be measured (no labels, fewer than two reports) is not logged.
+
+    Args:
+        every_n_epochs: how often.
+        max_studies: items measured, the first of the split; None: all.
+        batch_size: items encoded at once.
+    Raises:
+        ValueError: a number below 1.
+    """
+
+    def __init__(self, every_n_epochs: int = 1, max_studies: int | None = None, batch_size: int = 32) -> None:
+        if min(every_n_epochs, batch_size, 1 if max_studies is None else max_studies) < 1:
+            raise ValueError(f"every_n_epochs {every_n_epochs}, max_studies {max_studies}, batch_size {batch_size}: expected at least 1")
+        self.every_n_epochs, self.max_studies, self.batch_size = every_n_epochs, max_studies, batch_size
+        self._told = False
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Measure and log."""
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        assert isinstance(pl_module, AlignmentModule) and isinstance(data, StudyDataModule)
+        if trainer.sanity_checking or (trainer.current_epoch + 1) % self.every_n_epochs:
+            return
+        found = measure(pl_module, data, self.max_studies, self.batch_size)
+        if not found and not self._told:
+            log.warning("the validation split has neither a finding that is present and absent nor two reports: nothing is measured on it")
+            self._told = True
+        for name, (value, count) in found.items():
+            pl_module.log(f"val/{name}", value, batch_size=count, sync_dist=True)
+
+
+@torch.inference_mode()
+def measure(module: AlignmentModule, data: StudyDataModule, limit: int | None = None, batch_size: int = 32) -> dict[str, tuple[float, int]]:
+    """Metric -> value and items measured, on the first ``limit`` items of the validation split."""
+    val, model = data.sets["val"], module.dual_encoder(data.reader)
+    items = val.items[:limit]
+    rows = [val.images[indices[0]] for indices in items]
+    names = [name for name in load_prompts().findings if {0, 1} <= {row.labels.get(name) for row in rows}]
+    texts = {row.study_id: data.texts.sourced(words_of(row)) for row in rows}
+    said = [(study, tuple(dict.fromkeys(one.text for one in own))) for study, own in texts.items() if own]
+    bank = encode_prompts(model, load_prompts(), names) if names else None
+    index = build_index(model, said) if len(said) > 1 else None
+    scores, similarity = [], []
+    of_one_kind = (list(group) for _, group in groupby(items, lambda item: val.images[item[0]].modality))
+    for part in (part for group in of_one_kind for part in batches(group, batch_size)):
+        features = _features(module, data, part)
+        if bank is not None:
+            scores.append(score(model, features, bank).float().cpu().numpy())
+        if index is not None:
+            similarity.append(image_to_reports(model, features, index)[0].double().cpu().numpy())
+    found: dict[str, tuple[float, int]] = {}
+    patients = [row.patient_id for row in rows]
+    if bank is not None:
+        labels = np.array([[row.labels.get(name, np.nan) for name in names] for row in rows], dtype=np.float64)
+        areas = auroc_intervals(labels, np.concatenate(scores), names, patients, repeats=0)
+        found["auroc"] = (float(np.mean([areas[name].value for name in names])), len(rows))
+    if index is not None:
+        own = np.array([[row.study_id == study for study, _ in said] for row in rows])
+        kept = np.flatnonzero(own.any(axis=1))  # those that have a report
+        values = np.round(np.concatenate(similarity)[kept], 6)
+        recall = recall_at_k(values, own[kept], (RECALL,), [patients[i] for i in kept], repeats=0)
+        found[f"recall_at_{RECALL}"] = (recall.recall[RECALL].value, len(kept))
+    return found
+
+
+def _features(module: AlignmentModule, data: StudyDataModule, items: Sequence[list[int]]) -> ImageFeatures:
+    val = data.sets["val"]
+    samples = [as_listed(val.sample(i), val.images[i]) for item in items for i in item]
+    batch = data.reader.collate(samples).grouped([len(item) for item in items])
+    return encode_images(module.image, batch.to(module.device), module.micro_batch)
