@@ -129,3 +129,28 @@ def test_joining_texts_of_towers_without_words():
     assert joined.tokens is None and joined.pooled.tolist() == [[1.0] * D, [1.0] * D, [0.0] * D]
     with pytest.raises(ValueError, match="no texts"):
         join_texts([])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_on_cuda_the_random_state_is_restored_and_memory_is_that_of_a_part():
+    tower = Tower(dropout=0.5).cuda()
+    batch = ImageBatch(torch.randn(512, 1, 64, 64)).to("cuda")
+    used = []
+    for size in (16, None):
+        torch.manual_seed(1)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        features = encode_images(tower, batch, size)
+        tower.zero_grad()
+        features.pooled.square().sum().backward()
+        used.append(torch.cuda.max_memory_allocated() - before)
+        assert all(p.grad.isfinite().all() for p in tower.parameters())
+    assert used[0] < used[1] / 2
+    torch.manual_seed(3)
+    kept = [tower(batch.studies(start, start + 16)) for start in range(0, 512, 16)]
+    expected = gradients(tower, ImageFeatures(torch.cat([one.pooled for one in kept]), torch.cat([one.tokens for one in kept])))
+    torch.manual_seed(3)
+    found = gradients(tower, encode_images(tower, batch, 16))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3 * float(other.abs().max()))

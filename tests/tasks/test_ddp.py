@@ -70,8 +70,8 @@ def test_processes_agree_on_the_pairs_of_a_batch(phantoms, world_size):
         torch.testing.assert_close(torch.cat([part.images.pixels for part in parts]), one.images.pixels)
 
 
-@pytest.mark.slow
-def test_two_processes_end_with_the_weights_of_one(phantoms, tmp_path):
+def written(phantoms, folder):
+    """A recipe of tiny towers."""
     recipe = {
         "trainer": {"max_epochs": 2, "accelerator": "cpu", "enable_progress_bar": False, "limit_val_batches": 0, "log_every_n_steps": 1},
         "model": {
@@ -98,7 +98,12 @@ def test_two_processes_end_with_the_weights_of_one(phantoms, tmp_path):
         },
         "keep_best": False,
     }
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+
+
+@pytest.mark.slow
+def test_two_processes_end_with_the_weights_of_one(phantoms, tmp_path):
+    written(phantoms, tmp_path)
     runs = {
         "one": ["--data.init_args.batch_size", "8"],
         "two": ["--data.init_args.batch_size", "4", "--trainer.devices", "2", "--trainer.strategy", "ddp", "--model.micro_batch", "3"],
@@ -113,3 +118,15 @@ def test_two_processes_end_with_the_weights_of_one(phantoms, tmp_path):
     with_loss = [pd.read_csv(next((tmp_path / name).glob("logs/*/metrics.csv")))["train/loss"].dropna() for name in runs]
     assert len(with_loss[0]) == 6
     np.testing.assert_allclose(with_loss[0], with_loss[1], rtol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_a_ddp_fit_in_bf16_on_cuda(phantoms, tmp_path):
+    written(phantoms, tmp_path)
+    more = ["--trainer.accelerator", "cuda", "--trainer.devices", "1", "--trainer.strategy", "ddp", "--trainer.precision", "bf16-mixed"]
+    command = [sys.executable, "-m", "medvl", "fit", "--config", "recipe.yaml", "--out", "run", "--model.micro_batch", "3", *more]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-3000:]
+    losses = pd.read_csv(next((tmp_path / "run").glob("logs/*/metrics.csv")))["train/loss"].dropna()
+    assert len(losses) > 2 and np.isfinite(losses).all()
