@@ -11,6 +11,7 @@ import math
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -304,6 +305,7 @@ class Collate:
         if all(item.samples for item in items):
             items = sorted(items, key=_kind)  # radiographs, then volumes
         here = [i for i, item in enumerate(items) if item.samples]
+        assert all(_kind(items[i]) <= _kind(items[k]) for i, k in pairwise(here)), "a share must have radiographs before volumes"
         key = [f"{item.epoch}:{item.row}" for item in items]
         flipped = self._flipped(items, generator(self.seed, "flip", *key)) if self.flip else [False] * len(items)
         kinds = [[i for i in here if _kind(items[i]) == kind] for kind in sorted({_kind(items[i]) for i in here})]

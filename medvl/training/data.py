@@ -224,9 +224,9 @@ class StudyDataModule(L.LightningDataModule):
 
     def _batches(self, rank: int, world_size: int) -> EpochBatches:
         if isinstance(self.modality, dict):
-            kinds = list(self.modality)
+            kinds = sorted(self.modality, key=lambda kind: kind == "ct")  # a batch has radiographs first, whoever shares it
             groups = [kinds.index(kind) for kind in self.sets["train"].modalities]
-            return MixedBatches(groups, list(self.modality.values()), self.seed, rank=rank, world_size=world_size)
+            return MixedBatches(groups, [self.modality[kind] for kind in kinds], self.seed, rank=rank, world_size=world_size)
         data = self.sets["train"]
         sizes = (len(data), self.batch_size, self.seed)
         if self.cap is not None or self.one_per_patient:

@@ -317,6 +317,19 @@ def test_parts_of_another_run_are_taken_and_kept(recipe, finished, tmp_path):
         run("fit", ["--config", str(out / "config.yaml"), "--out", str(tmp_path / "third")])
 
 
+def test_a_student_follows_the_features_of_a_finished_run(recipe, finished, tmp_path):
+    """With mimicry alone beside the loss the distance to the teacher falls; the teacher is no part of what is saved."""
+    from medvl.training.cli import run
+
+    terms = {"mimic": {"class_path": "medvl.losses.FeatureMimic", "init_args": {"embed_dim": 16, "teacher_dim": 16, "weight": 20.0}}}
+    args = ["--config", str(recipe), "--out", str(tmp_path), "--model.teacher", str(finished), "--model.terms", json.dumps(terms)]
+    assert run("fit", [*args, "--trainer.max_epochs", "6"]) == 0
+    with next(tmp_path.glob("logs/*/metrics.csv")).open() as file:
+        told = [float(row["train/mimic"]) for row in csv.DictReader(file) if row.get("train/mimic")]
+    assert len(told) == 18 and np.mean(told[-3:]) < 0.8 * np.mean(told[:3])
+    assert load_file(tmp_path / "model.safetensors").keys() == load_file(finished / "model.safetensors").keys()
+
+
 def test_a_locked_part_stays_in_evaluation_mode_and_odd_names_are_refused(tiny):
     from medvl.losses import MultiPositiveInfoNCE
     from medvl.model import ConfigError, load_part

@@ -11,6 +11,7 @@ import medvl
 from medvl.data.manifest import read_manifest
 from medvl.data.studies import Collate, Item, MixedBatches, StudyDataset, linked
 from medvl.training.cli import run
+from medvl.training.data import StudyDataModule
 from medvl.training.passes import encode_images
 from medvl.types import SourcedText, TextPairs
 from modalities.ct import CtReader, MeanPooling, SlicePooledEncoder
@@ -74,6 +75,25 @@ def test_features_of_both_kinds_are_those_of_each_alone(table, tower):
             torch.testing.assert_close(found.pooled[place], alone.pooled[0], rtol=1e-4, atol=1e-5)
             valid = torch.ones(alone.tokens.shape[1], dtype=torch.bool) if alone.token_valid is None else alone.token_valid[0]
             torch.testing.assert_close(found.tokens[place][found.token_valid[place]], alone.tokens[0][valid], rtol=1e-4, atol=1e-5)
+
+
+def test_two_processes_share_a_mixed_batch_whatever_the_order_of_its_kinds(table):
+    """The rows of each process's images are those that the pairs say are its."""
+    data = StudyDataModule(str(table), READER, ReportSentences(), modality={"ct": 2, "xray": 3}, batch_size=5, cache=False)
+    data.setup()
+    train = data.sets["train"]
+    whole = [Collate(READER)([train[draw] for draw in draws]) for draws in data._batches(0, 1)]
+    assert all(batch.images.count == 5 for batch in whole)
+    for rank in range(2):
+        plan = data._batches(rank, 2)
+        for draws in plan:
+            batch = Collate(READER)([train[draw] for draw in draws])
+            first, stop = batch.share.here
+            kinds = [row.modality for row in train.images for wanted in batch.rows[first:stop] if row.row == wanted]
+            assert sorted(kinds) == ["ct"] * 2 + ["xray"] * 3
+            by_row = {row.row: row.modality for row in train.images}
+            assert [by_row[row] for row in batch.rows[first:stop]] == ["xray"] * 3 + ["ct"] * 2
+            assert batch.images.pixels.ndim == 4 and batch.images.others.pixels.ndim == 5
 
 
 @pytest.mark.parametrize("links", ["none", "ignore", "positive"])
