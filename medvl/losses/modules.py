@@ -125,19 +125,28 @@ class MultiPositiveInfoNCE(Objective):
 class MultiPositiveSigmoid(Objective):
     """:func:`medvl.losses.sigmoid_loss` of every part, with one learned bias; take a similarity with a temperature of 0.1.
 
+    The bias is kept within [-30, 10]: beyond, next to no pair has a gradient. The gradient passes the bound, so it is not stuck there.
+
     Args:
         weights: see :class:`Objective`.
-        bias: to start with.
+        bias: to start with: about the log odds of a positive among all pairs of a batch.
         chunk_size, matmul: see :func:`medvl.losses.sigmoid_loss`.
+    Raises:
+        ValueError: a bias outside its bounds.
     """
+
+    LOW, HIGH = -30.0, 10.0
 
     def __init__(
         self, weights: dict[str, float] | None = None, bias: float = -10.0, chunk_size: int = CHUNK, matmul: Matmul = "exact"
     ) -> None:
         super().__init__(weights)
+        if not self.LOW <= bias <= self.HIGH:
+            raise ValueError(f"bias {bias} is not in [{self.LOW}, {self.HIGH}]")
         self.bias = nn.Parameter(torch.tensor(bias))
         self.chunk_size, self.matmul = chunk_size, matmul
 
     def of(self, logits: Tensor | Product, pairs: Pairs, name: str) -> Tensor:
         """The loss of the part of that name."""
-        return sigmoid_loss(logits, self.bias, pairs, chunk_size=self.chunk_size, matmul=self.matmul)
+        bias = self.bias + (self.bias.clamp(self.LOW, self.HIGH) - self.bias).detach()
+        return sigmoid_loss(logits, bias, pairs, chunk_size=self.chunk_size, matmul=self.matmul)

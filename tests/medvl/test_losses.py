@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medvl.losses import MultiPositiveInfoNCE, info_nce_of_logits, multi_positive_info_nce
+from medvl.losses import MultiPositiveInfoNCE, MultiPositiveSigmoid, info_nce_of_logits, multi_positive_info_nce
 
 
 def one_direction(scores, positives):
@@ -133,6 +133,19 @@ def test_objective_weighs_the_parts_of_a_similarity():
     assert losses["loss"].item() == pytest.approx(expected, rel=1e-6)
     with pytest.raises(ValueError, match="no_such"):
         MultiPositiveInfoNCE({"no_such": 1.0})(parts, positives)
+
+
+def test_the_bias_of_the_sigmoid_loss_is_kept_within_bounds_and_comes_back():
+    logits, positives = torch.zeros(2, 2), torch.eye(2, dtype=torch.bool)
+    inside, beyond = MultiPositiveSigmoid(bias=-30.0), MultiPositiveSigmoid(bias=-30.0)
+    with torch.no_grad():
+        beyond.bias.fill_(-100.0)
+    values = [loss({"pooled": logits}, positives)["loss"] for loss in (inside, beyond)]
+    assert values[0].item() == values[1].item() == pytest.approx(30.0)
+    values[1].backward()
+    assert beyond.bias.grad.item() == pytest.approx(-1.0)  # one positive an image asks for a higher bias
+    with pytest.raises(ValueError, match="bias 11"):
+        MultiPositiveSigmoid(bias=11.0)
 
 
 @pytest.mark.gpu
