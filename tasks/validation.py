@@ -5,14 +5,11 @@ Shapes: B items, F findings, R reports.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from itertools import groupby
 
-import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import Callback
 
 from medvl.data.studies import as_listed, words_of
 from medvl.metrics import auroc_intervals, recall_at_k
@@ -20,49 +17,37 @@ from medvl.model import batches
 from medvl.training.data import StudyDataModule
 from medvl.training.module import AlignmentModule
 from medvl.training.passes import encode_images
+from medvl.training.validation import ValidationMeasure
 from medvl.types import ImageFeatures
 from reports.prompts import load_prompts
 from tasks.retrieval import build_index, image_to_reports
 from tasks.zero_shot import encode_prompts, score
 
-log = logging.getLogger(__name__)
-
 RECALL = 10
 
 
-class ZeroShotValidation(Callback):
-    """Log ``val/auroc`` (mean over findings) and ``val/recall_at_10`` (own report among the first 10 of all that are measured).
+class ZeroShot(ValidationMeasure):
+    """``auroc`` (mean over findings) and ``recall_at_10`` (own report among the first 10 of all that are measured).
 
-    Give it to ``trainer.callbacks`` of a recipe; ``--monitor val/auroc --mode max`` then keeps the model by it. Findings are the columns of
-    the manifest that are present and absent somewhere in the validation split; prompts are those of `medvl diagnose`. Images come from the
-    data's own cache. What cannot be measured (no labels, fewer than two reports) is not logged.
+    In a recipe: ``trainer.callbacks: [{class_path: medvl.training.validation.MeasureValidation, init_args: {measure: {class_path:
+    tasks.validation.ZeroShot}}}]``. Findings are the columns of the manifest that are present and absent somewhere in the validation split;
+    prompts are those of `medvl diagnose`. Images come from the data's own cache.
 
     Args:
-        every_n_epochs: how often.
         max_studies: items measured, the first of the split; None: all.
         batch_size: items encoded at once.
     Raises:
         ValueError: a number below 1.
     """
 
-    def __init__(self, every_n_epochs: int = 1, max_studies: int | None = None, batch_size: int = 32) -> None:
-        if min(every_n_epochs, batch_size, 1 if max_studies is None else max_studies) < 1:
-            raise ValueError(f"every_n_epochs {every_n_epochs}, max_studies {max_studies}, batch_size {batch_size}: expected at least 1")
-        self.every_n_epochs, self.max_studies, self.batch_size = every_n_epochs, max_studies, batch_size
-        self._told = False
+    def __init__(self, max_studies: int | None = None, batch_size: int = 32) -> None:
+        if min(batch_size, 1 if max_studies is None else max_studies) < 1:
+            raise ValueError(f"max_studies {max_studies}, batch_size {batch_size}: expected at least 1")
+        self.max_studies, self.batch_size = max_studies, batch_size
 
-    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Measure and log."""
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        assert isinstance(pl_module, AlignmentModule) and isinstance(data, StudyDataModule)
-        if trainer.sanity_checking or (trainer.current_epoch + 1) % self.every_n_epochs:
-            return
-        found = measure(pl_module, data, self.max_studies, self.batch_size)
-        if not found and not self._told:
-            log.warning("the validation split has neither a finding that is present and absent nor two reports: nothing is measured on it")
-            self._told = True
-        for name, (value, count) in found.items():
-            pl_module.log(f"val/{name}", value, batch_size=count, sync_dist=True)
+    def measure(self, module: AlignmentModule, data: StudyDataModule) -> dict[str, tuple[float, int]]:
+        """Metric -> value and items measured."""
+        return measure(module, data, self.max_studies, self.batch_size)
 
 
 @torch.inference_mode()

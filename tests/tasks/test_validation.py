@@ -14,7 +14,7 @@ from reports.text_source import ReportSentences
 from tasks.demo import recipe_path
 from tasks.evaluation import predict, results
 from tasks.phantoms import write_cohort
-from tasks.validation import ZeroShotValidation
+from tasks.validation import ZeroShot
 
 
 def test_the_values_are_those_of_an_evaluation_and_choose_the_model(tmp_path):
@@ -25,7 +25,9 @@ def test_the_values_are_those_of_an_evaluation_and_choose_the_model(tmp_path):
     recipe["data"]["init_args"] |= {"manifest": str(table), "batch_size": 8, "augment": None, "cache": False}
     recipe["data"]["init_args"]["reader"]["init_args"]["size"] = 32
     recipe["trainer"] = {"max_epochs": 3, "accelerator": "cpu", "enable_progress_bar": False, "log_every_n_steps": 1}
-    recipe["trainer"]["callbacks"] = [{"class_path": "tasks.validation.ZeroShotValidation"}]
+    recipe["trainer"]["callbacks"] = [
+        {"class_path": "medvl.training.validation.MeasureValidation", "init_args": {"measure": {"class_path": "tasks.validation.ZeroShot"}}}
+    ]
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     out = tmp_path / "run"
     assert run("fit", ["--config", str(tmp_path / "recipe.yaml"), "--out", str(out), "--monitor", "val/auroc", "--mode", "max"]) == 0
@@ -43,4 +45,4 @@ def test_the_values_are_those_of_an_evaluation_and_choose_the_model(tmp_path):
 
 def test_odd_numbers_are_refused():
     with pytest.raises(ValueError, match="max_studies 0"):
-        ZeroShotValidation(max_studies=0)
+        ZeroShot(max_studies=0)
