@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from tasks.comparison import Line
 
 
-@click.command(short_help="Train recipes on the same phantoms under one budget and compare them.")
+@click.command(short_help="Train recipes on the same studies and compare them.")
 @click.argument("recipes", nargs=-1, required=True, metavar="RECIPE...")
 @click.option(
     "--out", type=click.Path(path_type=Path, file_okay=False), required=True, metavar="DIR", help="Folder of tables, page and runs."

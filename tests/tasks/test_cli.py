@@ -37,6 +37,7 @@ COMMANDS = [
     "ground",
     "search",
     "evaluate",
+    "compare",
     "card",
 ]
 
