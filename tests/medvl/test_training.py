@@ -270,7 +270,9 @@ def kill_and_resume(recipe: Path, out: Path, after_step: int) -> None:
     """SIGKILL a run once its checkpoint says ``after_step`` or later, then let it finish."""
     code = "import sys; from medvl.training.cli import run; sys.exit(run('fit', sys.argv[1:]))"
     command = [sys.executable, "-c", code, "--config", str(recipe), "--out", str(out), "--resume", "true"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(medvl.__file__).parents[1]), *sys.path])}
+    threads = str(torch.get_num_threads())  # that the run to compare with was made with: sums of more threads differ in the last bit
+    places = os.pathsep.join([str(Path(medvl.__file__).parents[1]), *sys.path])
+    environment = {**os.environ, "PYTHONPATH": places, "OMP_NUM_THREADS": threads}
     with (out / "killed.log").open("wb") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
         deadline = time.monotonic() + 120
@@ -347,7 +349,9 @@ def test_a_locked_part_stays_in_evaluation_mode_and_odd_names_are_refused(tiny):
         with pytest.raises(ValueError, match="'text' is no part of the model; expected image, report, similarity"):
             module(**options)
     with pytest.raises(ConfigError, match="the weights of report do not fit"):
-        load_part(module(embed_dim=8).report, "report", tiny.model)
+        load_part(type(locked.report)(8, hidden_dim=None), "report", tiny.model)
+    with pytest.raises(ValueError, match="16 dimensions, the report tower in 8"):
+        module(embed_dim=8)
     with pytest.raises(FileNotFoundError, match=r"no model\.safetensors to take the weights of report from"):
         load_part(locked.report, "report", tiny.folder)
 
