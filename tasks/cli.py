@@ -28,6 +28,7 @@ from tasks.commands.match import match
 from tasks.commands.phantom import phantom
 from tasks.commands.reports import reports
 from tasks.commands.search import search
+from tasks.commands.shards import shards
 from tasks.commands.train import fit, test, validate
 
 OURS = ("medvl", "modalities", "reports", "tasks")
@@ -115,7 +116,10 @@ def cli(debug: bool) -> None:
     """
 
 
-for _command in (demo, phantom, inspect, reports, match, fit, validate, test, average, diagnose, ground, search, evaluate, compare, card):
+for _command in (
+    *(demo, phantom, inspect, reports, shards, match, fit, validate, test, average),
+    *(diagnose, ground, search, evaluate, compare, card),
+):
     cli.add_command(_command)
 
 

@@ -16,6 +16,7 @@ patients: protect the folder as the images are protected. Nothing is unpickled. 
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import hashlib
 import json
@@ -54,7 +55,27 @@ class Usage:
     size_bytes: int
 
 
-class SampleCache:
+class SampleStore(abc.ABC):
+    """Base of what keeps preprocessed images."""
+
+    @abc.abstractmethod
+    def read(self, reader: ImageReader, path: Path) -> ImageSample:
+        """What ``reader.read(path)`` gives.
+
+        Raises:
+            UnreadableImageError: it cannot be read.
+        """
+
+    def known(self, reader: ImageReader, path: Path) -> bool | None:
+        """Whether the image is from the front (:attr:`medvl.data.studies.Item.frontal`), where that is known without reading it; else None.
+
+        Raises:
+            UnreadableImageError: it is known that it cannot be read.
+        """
+        return None
+
+
+class SampleCache(SampleStore):
     """A folder of preprocessed images, bounded in size; any number of processes may use it at once.
 
     Entries are written beside their place and renamed into it, so a reader sees a whole entry or none, and of two writers of one entry
@@ -121,9 +142,7 @@ class SampleCache:
 
     def _settings(self, reader: ImageReader, path: Path) -> str:
         """Hash of everything but the content that pixels depend on; the suffix is among it because formats are told by it too."""
-        files = {name: hashlib.sha256(content).hexdigest() for name, content in reader.files().items()}
-        facts = {"format": FORMAT, "dtype": self.dtype, "suffix": path.suffix.lower()}
-        return _sha256(_canonical({**facts, "reader": reader.spec(), "files": files}))
+        return settings_of(reader, dtype=self.dtype, suffix=path.suffix.lower())
 
     def _content(self, seen: _Seen) -> str | None:
         """Hash of the content, from the index if nothing of the files has changed; None if one cannot be read."""
@@ -146,12 +165,10 @@ class SampleCache:
     def _store(self, entry: Path, sample: ImageSample) -> None:
         from safetensors.torch import save_file
 
-        tensors = {"pixels": sample.pixels.contiguous(), "valid": sample.valid.contiguous()}
-        record = _canonical(_record(sample))
+        tensors, metadata = _parts(sample)
         size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         if size > self.max_bytes:
             return
-        metadata = {"record": record, "crc32": f"{_checksum(record, tensors):08x}"}
         self._write(entry, lambda place: save_file(tensors, place, metadata))
         if self._written is None or self._written + size > self.max_bytes // 16:
             self._trim(self.max_bytes)
@@ -216,7 +233,7 @@ class CachedReader(ImageReader):
         cache: where it is kept.
     """
 
-    def __init__(self, reader: ImageReader, cache: SampleCache) -> None:
+    def __init__(self, reader: ImageReader, cache: SampleStore) -> None:
         self.reader, self.cache = reader, cache
         self.suffixes = reader.suffixes  # type: ignore[misc]
 
@@ -325,6 +342,63 @@ def _record(sample: ImageSample) -> dict[str, Any]:
     }
 
 
+def settings_of(reader: ImageReader, **more: str) -> str:
+    """Hash of the reader and all that it is made of, and of what more there is to it."""
+    files = {name: hashlib.sha256(content).hexdigest() for name, content in reader.files().items()}
+    return _sha256(_canonical({"format": FORMAT, **more, "reader": reader.spec(), "files": files}))
+
+
+def packed_sample(sample: ImageSample) -> bytes:
+    """A sample as the bytes of a safetensors file, with its record and checksum."""
+    from safetensors.torch import save
+
+    tensors, metadata = _parts(sample)
+    return save(tensors, metadata)
+
+
+def unpacked_sample(content: bytes) -> ImageSample:
+    """What :func:`packed_sample` packed, in memory of its own.
+
+    Raises:
+        Exception: of any kind, where the bytes are damaged.
+    """
+    from safetensors.torch import load
+
+    size = int.from_bytes(content[:8], "little")
+    metadata = json.loads(content[8 : 8 + size])["__metadata__"]
+    return _checked(load(content), metadata)
+
+
+def _parts(sample: ImageSample) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a sample, and its record with the checksum of both."""
+    tensors = {"pixels": sample.pixels.contiguous(), "valid": sample.valid.contiguous()}
+    record = _canonical(_record(sample))
+    return tensors, {"record": record, "crc32": f"{_checksum(record, tensors):08x}"}
+
+
+def _checked(tensors: dict[str, Tensor], metadata: dict[str, str]) -> ImageSample:
+    """The sample of these parts.
+
+    Raises:
+        ValueError: they do not belong together.
+    """
+    if f"{_checksum(metadata['record'], tensors):08x}" != metadata["crc32"]:
+        raise ValueError("another checksum")
+    record = json.loads(metadata["record"])
+    sample = ImageSample(
+        pixels=tensors["pixels"],
+        valid=tensors["valid"],
+        transform=GridTransform.from_dict(record["transform"]),
+        view=record["view"],
+        warnings=tuple(record["warnings"]),
+        affine=None if record["affine"] is None else np.array(record["affine"], dtype=np.float64),
+        spacing_mm=None if record["spacing_mm"] is None else tuple(record["spacing_mm"]),
+    )
+    if _canonical(_record(sample)) != metadata["record"]:
+        raise ValueError("another shape or type")
+    return sample
+
+
 def _load(entry: Path) -> ImageSample | None:
     """An entry in memory of its own; None where there is none, or none that is whole."""
     from safetensors import safe_open
@@ -335,26 +409,12 @@ def _load(entry: Path) -> ImageSample | None:
         with safe_open(entry, framework="pt") as file:  # maps the file into memory
             metadata = file.metadata()
             tensors = {name: file.get_tensor(name).clone() for name in ("pixels", "valid")}  # what is checked is what is served
-        if f"{_checksum(metadata['record'], tensors):08x}" != metadata["crc32"]:
-            raise ValueError("another checksum")
-        record = json.loads(metadata["record"])
-        sample = ImageSample(
-            pixels=tensors["pixels"],
-            valid=tensors["valid"],
-            transform=GridTransform.from_dict(record["transform"]),
-            view=record["view"],
-            warnings=tuple(record["warnings"]),
-            affine=None if record["affine"] is None else np.array(record["affine"], dtype=np.float64),
-            spacing_mm=None if record["spacing_mm"] is None else tuple(record["spacing_mm"]),
-        )
-        if _canonical(_record(sample)) != metadata["record"]:
-            raise ValueError("another shape or type")
+        return _checked(tensors, metadata)
     except FileNotFoundError:  # deleted since
         return None
     except Exception as error:  # damaged files raise anything
         log.warning("cache entry %s is damaged (%s); made again", entry, type(error).__name__)
         return None
-    return sample
 
 
 def _checksum(record: str, tensors: dict[str, Tensor]) -> int:

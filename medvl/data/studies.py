@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from medvl.data.augment import Augment
+from medvl.data.cache import CachedReader
 from medvl.data.manifest import StudyImage
 from medvl.types import (
     ImageBatch,
@@ -223,13 +224,18 @@ class StudyDataset(Dataset[Item]):
         self._frontal = {}
         for image, texts in zip(self.images, self.sourced, strict=True):
             try:
-                sample = self.reader.read(image.path)
+                frontal = self.reader.cache.known(self.reader.reader, image.path) if isinstance(self.reader, CachedReader) else None
+                sample = self.reader.read(image.path) if frontal is None or self._cache is not None else None
             except UnreadableImageError as error:
                 self.skipped.append(Skipped(image.row, image.study_id, str(image.path), str(error)))
             else:
-                if self._cache is not None:
+                if self._cache is not None and sample is not None:
                     cache[len(kept_images)] = replace(sample, pixels=sample.pixels.half())
-                self._frontal[len(kept_images)] = _is_frontal(as_listed(sample, image))
+                if sample is not None:
+                    frontal = _is_frontal(as_listed(sample, image))
+                elif image.view is not None:
+                    frontal = image.modality == "ct" or image.view.upper() in ("PA", "AP")
+                self._frontal[len(kept_images)] = bool(frontal)
                 kept_images.append(image)
                 kept_texts.append(texts)
             progress()
@@ -497,6 +503,41 @@ class EpochBatches(Sampler[list[Draw]]):
         for batch in range(start, len(self)):
             shares = np.array_split(order[batch * self.batch_size : (batch + 1) * self.batch_size], self.world_size)
             yield [Draw(self.epoch, int(i), rank, rank != self.rank) for rank, share in enumerate(shares) for i in share]
+
+
+class ShardBatches(EpochBatches):
+    """Batches of images in shards: shards are shuffled, and the images of so many shards at a time; otherwise as :class:`EpochBatches`.
+
+    An epoch fetches each shard once, and holds ``window`` of them.
+
+    Args:
+        shards: of each item, the number of its shard.
+        window: shards whose items are shuffled together.
+        others: as there.
+    """
+
+    def __init__(
+        self,
+        shards: Sequence[int],
+        window: int,
+        batch_size: int,
+        seed: int = 0,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        drop_last: bool = True,
+    ) -> None:
+        super().__init__(len(shards), batch_size, seed, rank=rank, world_size=world_size, drop_last=drop_last)
+        self.shards, self.window = np.asarray(shards), window
+
+    def order(self) -> NDArray[np.intp]:
+        """The items of this epoch in the order they are served in."""
+        rng = generator(self.seed, "order", self.epoch)
+        numbers = np.unique(self.shards)
+        turn = np.zeros(int(numbers.max(initial=-1)) + 1, dtype=np.intp)
+        turn[rng.permutation(numbers)] = np.arange(len(numbers)) // self.window
+        order = rng.permutation(self.count)
+        return order[np.argsort(turn[self.shards[order]], kind="stable")]
 
 
 class BalancedBatches(EpochBatches):

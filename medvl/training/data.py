@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from medvl.data.augment import Augment
-from medvl.data.cache import CachedReader, SampleCache
+from medvl.data.cache import CachedReader, SampleCache, SampleStore
 from medvl.data.manifest import ColumnMap, Manifest, SplitFractions, StudyImage, read_manifest
+from medvl.data.shards import ShardStore
 from medvl.data.studies import (
     BalancedBatches,
     Collate,
@@ -26,6 +28,7 @@ from medvl.data.studies import (
     Item,
     Links,
     MixedBatches,
+    ShardBatches,
     Skipped,
     StudyDataset,
     Views,
@@ -65,7 +68,8 @@ class StudyDataModule(L.LightningDataModule):
         sentences_per_image: drawn per item and epoch; None takes all.
         augment: changes training images; None leaves them.
         cache: true or ``memory`` keeps preprocessed images in memory, rounded to half precision; a folder, or a
-            :class:`medvl.data.cache.SampleCache` that says how large it may grow, keeps them on disk, exactly, for later runs too; false
+            :class:`medvl.data.cache.SampleCache` that says how large it may grow, keeps them on disk, exactly, for later runs too; a
+            :class:`medvl.data.shards.ShardStore` streams them from shards that were written before, without reading any file; false
             reads the files every time.
         workers: loader processes; with images in memory 0 is fastest.
         seed: of order, sentences and augmentation.
@@ -96,7 +100,7 @@ class StudyDataModule(L.LightningDataModule):
         batch_size: int = 64,
         sentences_per_image: int | None = None,
         augment: Augment | None = None,
-        cache: bool | str | SampleCache = True,
+        cache: bool | str | SampleStore = True,
         workers: int = 0,
         seed: int = 0,
         views: Views = "image",
@@ -135,7 +139,10 @@ class StudyDataModule(L.LightningDataModule):
         )
         in_memory, reader = self.cache in (True, "memory"), self.reader
         if not in_memory and self.cache is not False:
-            reader = CachedReader(reader, self.cache if isinstance(self.cache, SampleCache) else SampleCache(str(self.cache)))
+            store = self.cache if isinstance(self.cache, SampleStore) else SampleCache(str(self.cache))
+            if isinstance(store, ShardStore):
+                store = store.under(Path(os.path.abspath(self.manifest_path)).parent)  # noqa: PTH100 (as the manifest does it)
+            reader = CachedReader(reader, store)
         for split in ("train", "val", "test"):
             kinds = [self.modality] if isinstance(self.modality, str) else list(self.modality)
             chosen = [row for kind in kinds for row in self.manifest.select(split=split, modality=kind)]
@@ -229,6 +236,10 @@ class StudyDataModule(L.LightningDataModule):
             return MixedBatches(groups, [self.modality[kind] for kind in kinds], self.seed, rank=rank, world_size=world_size)
         data = self.sets["train"]
         sizes = (len(data), self.batch_size, self.seed)
+        if isinstance(self.cache, ShardStore) and self.cap is None and not self.one_per_patient:
+            shards = [self.cache.shard(data.images[indices[0]].path) for indices in data.items]
+            of_run: Any = {"rank": rank, "world_size": world_size, "drop_last": self.drop_last}
+            return ShardBatches(shards, self.cache.window, self.batch_size, self.seed, **of_run)
         if self.cap is not None or self.one_per_patient:
             chances, patients = None, None
             if self.cap is not None:

@@ -68,13 +68,31 @@ def recipe(tmp_path_factory):
     return root / "recipe.yaml"
 
 
-def fit(recipe, out, ranks, at=-1, by="KILL"):
+@pytest.fixture(scope="module")
+def shards(recipe):
+    """The films in shards of a few."""
+    pytest.importorskip("litdata", reason="shards need the extra 'streaming'")
+    from medvl.data.manifest import read_manifest
+    from medvl.data.shards import write_shards
+    from modalities.xray.reader import XrayReader
+
+    rows = read_manifest(recipe.parent / "manifest.csv").rows
+    write_shards(XrayReader(size=32), rows, recipe.parent, recipe.parent / "shards", shard_mib=0)
+    return [
+        "--data.init_args.cache",
+        "medvl.data.shards.ShardStore",
+        "--data.init_args.cache.init_args.folder",
+        str(recipe.parent / "shards"),
+    ]
+
+
+def fit(recipe, out, ranks, at=-1, by="KILL", options=()):
     """One process (with its ranks) of a run; its exit code and what it said."""
     path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "INTERRUPT_AT": str(at), "INTERRUPT_BY": by}
     env["BATCH_LOG"] = str(out.with_suffix(".batches"))
     more = ["--trainer.devices", str(ranks), *(["--trainer.strategy", "ddp", "--data.init_args.batch_size", "4"] if ranks > 1 else [])]
-    command = [sys.executable, "-m", "medvl", "fit", "--config", str(recipe), "--out", str(out), "--resume", "true", *more]
+    command = [sys.executable, "-m", "medvl", "fit", "--config", str(recipe), "--out", str(out), "--resume", "true", *more, *options]
     running = subprocess.Popen(command, env=env, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     said, _ = running.communicate(timeout=400)
     return running.returncode, said
@@ -103,36 +121,38 @@ def whole(recipe):
     """Number of processes -> folder of a run that nobody disturbed, made once."""
     made = {}
 
-    def of(ranks):
-        if ranks not in made:
-            made[ranks] = recipe.parent / f"whole{ranks}"
-            code, said = fit(recipe, made[ranks], ranks)
+    def of(ranks, options=()):
+        key = (ranks, *options)
+        if key not in made:
+            made[key] = recipe.parent / f"whole{len(made)}"
+            code, said = fit(recipe, made[key], ranks, options=options)
             assert code == 0, said
-        return made[ranks]
+        return made[key]
 
     return of
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_killed_at_random_steps_and_resumed(recipe, whole, tmp_path, ranks):
+@pytest.mark.parametrize(("ranks", "streamed"), [(1, False), (1, True), (2, True)])
+def test_killed_at_random_steps_and_resumed(recipe, shards, whole, tmp_path, ranks, streamed):
     """MEDVL_KILLS times (3 unless told), each at a random moment of a random step after where the run is."""
+    options = tuple(shards) if streamed else ()
     out, rng, done, kills = tmp_path / "run", random.Random(ranks), 0, 0
     while kills < int(os.environ.get("MEDVL_KILLS", "3")):
         at = rng.randint(done, min(done + 4, STEPS - 1))
-        code, said = fit(recipe, out, ranks, at)
+        code, said = fit(recipe, out, ranks, at, options=options)
         assert code == -signal.SIGKILL, said
         kills += 1
         saved = AtomicCheckpointIO().load_checkpoint(out / "resume.ckpt")["global_step"] if (out / "resume.ckpt").is_file() else 0
         done = saved if saved < STEPS - 4 else done
         if saved >= STEPS - 4:  # near its end: another run from the start
-            code, said = fit(recipe, out, ranks)
+            code, said = fit(recipe, out, ranks, options=options)
             assert code == 0, said
-            assert_as_undisturbed(out, whole(ranks), ranks)
+            assert_as_undisturbed(out, whole(ranks, options), ranks)
             out, done = tmp_path / f"run{kills}", 0
-    code, said = fit(recipe, out, ranks)
+    code, said = fit(recipe, out, ranks, options=options)
     assert code == 0, said
-    assert_as_undisturbed(out, whole(ranks), ranks)
+    assert_as_undisturbed(out, whole(ranks, options), ranks)
 
 
 @pytest.mark.slow

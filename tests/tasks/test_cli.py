@@ -28,6 +28,7 @@ COMMANDS = [
     "phantom",
     "inspect",
     "reports",
+    "shards",
     "match",
     "fit",
     "validate",

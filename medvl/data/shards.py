@@ -1,0 +1,214 @@
+"""Preprocessed images in shards, on a disk or in object storage, streamed while a model trains.
+
+A folder of shards holds chunks of LitData (``chunk-*.bin``, ``index.json``), whose items are the bytes that :mod:`medvl.data.cache` keeps
+of an image, and ``samples.json``: which item an image is, by its path relative to the manifest, with what reader it was made, and what
+could not be read. The manifest itself stays a table in memory, so reports, patients and labels need no shard, and a batch is what it
+always is: a function of seed, epoch and position. LitData fetches chunks, keeps so many of them, and gives any item of them; its own
+shuffling and its own state are not used, for the sampler (:class:`medvl.data.studies.ShardBatches`) has the order.
+
+Nothing is unpickled: items are bytes, and a folder that says otherwise is refused. Pixels are those of patients: protect the folder as the
+images are protected.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from medvl.data.cache import SampleStore, packed_sample, settings_of, unpacked_sample
+from medvl.data.manifest import StudyImage
+from medvl.data.studies import Skipped, generator
+from medvl.types import ImageReader, ImageSample, UnreadableImageError
+
+SAMPLES, FORMAT = "samples.json", 1
+MIB = 2**20
+
+
+class ShardStore(SampleStore):
+    """Images of a folder of shards, for ``cache:`` of a recipe's data.
+
+    Args:
+        folder: where :func:`write_shards` wrote to; a path, or ``s3://``, ``gs://`` or ``azure://`` (as LitData takes it, with the
+            credentials of the environment).
+        max_cache: how much of fetched chunks is kept on the disk, such as ``"50GB"``; of a local folder nothing is copied.
+        window: shards whose images are shuffled together: more mixes better, and wants as many chunks at once.
+    Raises:
+        ImportError: LitData is not installed.
+        FileNotFoundError: no ``samples.json``, or none that can be read.
+        ValueError: another format, or a ``window`` below 1.
+    """
+
+    def __init__(self, folder: str, max_cache: str = "50GB", window: int = 8) -> None:
+        if window < 1:
+            raise ValueError(f"window is {window}, expected at least 1")
+        self.folder, self.max_cache, self.window = folder, max_cache, window
+        found = json.loads(_text(folder, SAMPLES))
+        index = json.loads(_text(folder, "index.json"))
+        if found.get("format") != FORMAT or index["config"]["data_format"] != ["bytes"]:
+            raise ValueError(f"{folder}: shards of another format than this version writes; write them again with `medvl shards`")
+        self.settings: str = found["settings"]
+        self.places: dict[str, int] = found["places"]
+        self.frontal: dict[str, bool] = found["frontal"]
+        self.rejected: dict[str, str] = found["rejected"]
+        self.root: Path | None = None
+        ends = np.cumsum([chunk["chunk_size"] for chunk in index["chunks"]])
+        self._shards = np.searchsorted(ends, np.arange(ends[-1] if len(ends) else 0), side="right")
+        self._items: Any = None
+
+    def under(self, root: Path) -> ShardStore:
+        """The store for a manifest in the folder ``root``."""
+        self.root = root
+        return self
+
+    def known(self, reader: ImageReader, path: Path) -> bool:
+        """Whether an image is there, and from the front; without fetching it.
+
+        Raises:
+            UnreadableImageError: it is not among the shards, or could not be read when they were written.
+            ValueError: the shards were made by another reader.
+        """
+        self._check(reader)
+        key = self._key(path)
+        if key in self.rejected:
+            raise UnreadableImageError(f"{path}: could not be read when the shards were written: {self.rejected[key]}")
+        if key not in self.places:
+            raise UnreadableImageError(f"{path}: not among the shards of {self.folder}; write them again with `medvl shards`")
+        return self.frontal[key]
+
+    def shard(self, path: Path) -> int:
+        """Number of the shard that an image is in."""
+        return int(self._shards[self.places[self._key(path)]])
+
+    def read(self, reader: ImageReader, path: Path) -> ImageSample:
+        """The image, from its shard.
+
+        Raises:
+            UnreadableImageError: not there, or damaged.
+        """
+        self.known(reader, path)
+        place = self.places[self._key(path)]
+        try:
+            sample = unpacked_sample(bytes(self._opened()[place]))
+        except Exception as error:  # a chunk that is cut short or damaged raises anything
+            where = f"item {place} of shard {self.shard(path)} in {self.folder}"
+            raise UnreadableImageError(f"{path}: {where} is damaged ({type(error).__name__}); write the shards again") from None
+        return replace(sample, pixels=sample.pixels.float())
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is open: each loader process opens its own."""
+        return {**self.__dict__, "_items": None}
+
+    def _opened(self) -> Any:
+        if self._items is None:
+            self._items = _litdata().StreamingDataset(self.folder, shuffle=False, max_cache_size=self.max_cache)
+        return self._items
+
+    def _check(self, reader: ImageReader) -> None:
+        if settings_of(reader) != self.settings:
+            raise ValueError(f"{self.folder}: the shards were written with another reader than the recipe's; write them again")
+
+    def _key(self, path: Path) -> str:
+        if self.root is None:
+            raise ValueError("shards are asked for by paths relative to a manifest; call under(its folder) first")
+        return Path(path).relative_to(self.root).as_posix() if Path(path).is_relative_to(self.root) else str(path)
+
+
+def write_shards(
+    reader: ImageReader,
+    images: Sequence[StudyImage],
+    root: Path,
+    out: Path,
+    *,
+    dtype: Literal["float32", "float16"] = "float32",
+    shard_mib: int = 64,
+    seed: int = 0,
+    progress: Callable[[], None] = lambda: None,
+) -> list[Skipped]:
+    """Read every image and write the shards, in an order that mixes patients; what could not be read.
+
+    The folder is written beside its place and renamed into it, so there are all shards or none.
+
+    Args:
+        root: folder of the manifest, which paths are relative to.
+        out: where to; replaced if it holds shards.
+        dtype: of the stored pixels; ``float16`` takes half the room and rounds.
+        shard_mib: size of a shard.
+        seed: of the order.
+    Raises:
+        ImportError: LitData is not installed.
+        OSError: the folder cannot be written to, or is another's.
+        ValueError: no image that can be read.
+    """
+    _litdata()
+    from litdata.streaming.writer import BinaryWriter
+
+    if out.exists() and any(out.iterdir()) and not (out / SAMPLES).is_file():
+        raise FileExistsError(f"{out} is there and holds no shards; name another folder")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    places: dict[str, int] = {}
+    frontal: dict[str, bool] = {}
+    rejected: list[Skipped] = []
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
+        writer = BinaryWriter(temporary, chunk_bytes=shard_mib * MIB)
+        for i in generator(seed, "shards").permutation(len(images)):
+            image = images[int(i)]
+            key = image.path.relative_to(root).as_posix() if image.path.is_relative_to(root) else str(image.path)
+            try:
+                sample = reader.read(image.path)
+            except UnreadableImageError as error:
+                rejected.append(Skipped(image.row, image.study_id, str(image.path), str(error)))
+            else:
+                if key not in places:
+                    places[key] = len(places)
+                    frontal[key] = sample.pixels.ndim == 4 or (sample.view or "").upper() in ("PA", "AP")
+                    writer[places[key]] = packed_sample(replace(sample, pixels=sample.pixels.to(getattr(torch, dtype))))
+            progress()
+        if not places:
+            raise ValueError(f"none of {len(images)} images could be read; first: {rejected[0].reason if rejected else 'there are none'}")
+        writer.done()
+        writer.merge()
+        told = {"format": FORMAT, "settings": settings_of(reader), "places": places, "frontal": frontal}
+        told["rejected"] = {_relative(one.path, root): one.reason for one in rejected}
+        (Path(temporary) / SAMPLES).write_text(json.dumps(told), encoding="utf-8")
+        if out.exists():
+            shutil.rmtree(out)
+        shutil.move(temporary, out)
+        Path(temporary).mkdir()  # for the context to remove
+    return rejected
+
+
+def _relative(path: str, root: Path) -> str:
+    return Path(path).relative_to(root).as_posix() if Path(path).is_relative_to(root) else path
+
+
+def _text(folder: str, name: str) -> str:
+    """A small file of a local or remote folder.
+
+    Raises:
+        FileNotFoundError: none of that name.
+    """
+    import fsspec
+
+    place = f"{folder.rstrip('/')}/{name}"
+    try:
+        with fsspec.open(place, "r", encoding="utf-8") as file:
+            found: str = file.read()
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(f"{place} cannot be read ({type(error).__name__}); expected a folder that `medvl shards` wrote") from error
+    return found
+
+
+def _litdata() -> Any:
+    try:
+        import litdata
+    except ImportError as error:
+        raise ImportError("shards need LitData, which is not installed: pip install 'medvl[streaming]'") from error
+    return litdata
