@@ -396,6 +396,7 @@ def compare(
     workers: int = 1,
     options: Sequence[str] = (),
     console: Console | None = None,
+    synthetic: bool = False,
 ) -> tuple[list[Line], dict[str, str]]:
     """Train, score, write the tables and the page; the lines, and run -> why it failed."""
     from tasks.page.comparison import write_comparison
@@ -406,10 +407,8 @@ def compare(
     lines = lines_of(jobs)
     write_tables(lines, jobs, failed, out)
     rows = read_manifest(manifest).rows
-    splits = {split: len({row.study_id for row in rows if row.split == split}) for split in ("train", "val", "test")}
-    write_comparison(
-        out / PAGE, lines, {"images seen in training": images, "seeds": seeds, **{f"{k} studies": v for k, v in splits.items()}}
-    )
+    splits = {f"{split} studies": len({row.study_id for row in rows if row.split == split}) for split in ("train", "val", "test")}
+    write_comparison(out / PAGE, lines, {"images seen in training by each run": images, "seeds": seeds, **splits}, synthetic)
     return lines, failed
 
 

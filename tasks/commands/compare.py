@@ -65,7 +65,7 @@ def compare(
         if not path.is_file():
             raise click.UsageError(f"{name}: no such file, and no recipe of that name comes with medvl")
         found.append(path)
-    console = Console(stderr=True)
+    console, synthetic = Console(stderr=True), manifest is None
     if manifest is None:
         from tasks.phantoms import write_cohort
 
@@ -74,7 +74,7 @@ def compare(
         manifest = write_cohort(
             out / "data", studies, data_seed, size=size, counts={"train": studies - test - val, "val": val, "test": test}, workers=workers
         )
-    lines, failed = run_comparison(found, seeds, out, manifest, images, workers, [f"--{one}" for one in options], console)
+    lines, failed = run_comparison(found, seeds, out, manifest, images, workers, [f"--{one}" for one in options], console, synthetic)
     show(lines)
     click.echo(f"Open {out / 'comparison.html'}; figures in {out / 'comparison.csv'}.")
     echo_notice()

@@ -19,12 +19,13 @@ LEFT, RIGHT, STEP = 160, 540, 24
 BEST, OTHER = "#0a5bff", "#59626d"
 
 
-def write_comparison(path: Path, lines: Sequence[Line], facts: Mapping[str, Any]) -> Path:
+def write_comparison(path: Path, lines: Sequence[Line], facts: Mapping[str, Any], synthetic: bool) -> Path:
     """Write the page whole or not at all.
 
     Args:
         lines: at least none; differences are from the first.
         facts: how it was made.
+        synthetic: the studies are phantoms, which the page then says.
     """
     from jinja2 import Environment, StrictUndefined
 
@@ -33,6 +34,7 @@ def write_comparison(path: Path, lines: Sequence[Line], facts: Mapping[str, Any]
     shown = [m for m in METRICS if any(m in line.metrics for line in lines)]
     page = {
         "notice": RESEARCH_USE[:1].upper() + RESEARCH_USE[1:],
+        "synthetic": synthetic,
         "base": lines[0].name if lines else "",
         "metrics": [{"title": TITLES[m], "words": METRICS[m]} for m in shown],
         "rows": [_row(line, shown) for line in lines],

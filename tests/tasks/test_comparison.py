@@ -137,7 +137,12 @@ def test_a_comparison_end_to_end(compared):
     failed = list(csv.DictReader((out / "rejected.csv").open()))
     assert [row["run"] for row in failed] == ["broken-0", "broken-1"] and "dimensions" in failed[0]["reason"]
     page = (out / "comparison.html").read_text()
-    assert "esearch use, not for diagnosis" in page and page.count("<svg") == len(METRICS) and "http" not in page
+    assert (
+        "esearch use, not for diagnosis" in page
+        and "synthetic phantoms" in page
+        and page.count("<svg") == len(METRICS)
+        and "http" not in page
+    )
 
 
 def test_what_is_finished_is_kept_and_what_was_asked_otherwise_is_not(compared):
