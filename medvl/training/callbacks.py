@@ -15,6 +15,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback
 
 from medvl.model import commit, write_atomically
+from medvl.training.averaging import Ema
 from medvl.training.data import StudyDataModule
 from medvl.training.module import AlignmentModule
 
@@ -74,6 +75,7 @@ class KeepBest(Callback):
     def __init__(self, folder: Path, monitor: str = "val/loss", best: bool = True, mode: Literal["min", "max"] = "min") -> None:
         self.folder, self.monitor, self.best, self.mode = folder, monitor, best, mode
         self.lowest: float | None = None
+        self._wrote = False
 
     def state_dict(self) -> dict[str, Any]:
         """The best value so far, for a resumed run; of a value to be high, less than nothing."""
@@ -98,8 +100,17 @@ class KeepBest(Callback):
         if self.lowest is None:
             self._write(trainer, pl_module, chosen_by="last step", value=None)
 
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Without a validated model, write the last of a run that was stopped after its last checkpoint: it has nothing left to train."""
+        if self.lowest is None and not self._wrote:
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, Ema):
+                    callback.on_train_end(trainer, pl_module)
+            self._write(trainer, pl_module, chosen_by="last step", value=None)
+
     def _write(self, trainer: L.Trainer, pl_module: L.LightningModule, chosen_by: str, value: float | None) -> None:
         assert isinstance(pl_module, AlignmentModule)
+        self._wrote = True
         data = trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(data, StudyDataModule)
         if not trainer.is_global_zero:

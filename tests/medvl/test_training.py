@@ -298,6 +298,15 @@ def test_killed_anywhere_and_resumed_ends_with_the_same_weights(recipe, finished
     assert_same_weights(tmp_path, finished)
 
 
+def test_a_run_that_was_killed_after_its_last_checkpoint_writes_its_model(recipe, finished, tmp_path):
+    from medvl.training.cli import run
+
+    for name in ("resume.ckpt", "config.yaml"):
+        (tmp_path / name).write_bytes((finished / name).read_bytes())
+    assert run("fit", ["--config", str(recipe), "--out", str(tmp_path), "--resume", "true"]) == 0
+    assert_same_weights(tmp_path, finished)
+
+
 def test_parts_of_another_run_are_taken_and_kept(recipe, finished, tmp_path):
     from medvl.training.cli import run
 
