@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Literal
@@ -243,6 +243,12 @@ class StudyDataset(Dataset[Item]):
         self.items = self._items()
         if self._cache is not None:
             self._cache = cache
+
+    def keep(self, items: Iterable[int]) -> None:
+        """Serve these items alone, before any image was read."""
+        kept = sorted({i for item in items for i in self.items[item]})
+        self.images, self.sourced = [self.images[i] for i in kept], [self.sourced[i] for i in kept]
+        self.items = self._items()
 
     def sample(self, index: int) -> ImageSample:
         """Image ``index``, from the cache if there is one."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -224,10 +225,17 @@ class StudyDataModule(L.LightningDataModule):
             ValueError: no usable training image.
         """
         if not len(self.sets["train"]):
-            raise ValueError(
-                f"{self.manifest_path}: no usable {self.modality} image in split 'train'; see {REJECTED} for what was left out"
-            )
+            left_out = self.skipped()
+            why = f"; first of {len(left_out)} left out (all are in {REJECTED}): {left_out[0].reason}" if left_out else ""
+            raise ValueError(f"{self.manifest_path}: no usable {self.modality} image in split 'train'{why}")
         return len(self._batches(0, world_size))
+
+    def keep_batches(self, count: int) -> None:
+        """Train on what is in the first batches alone, for a trial; what of it cannot be read is left out."""
+        train = self.sets["train"]
+        draws = itertools.islice(self._batches(0, 1), count)
+        train.keep({draw.index for batch in draws for draw in batch})
+        train.drop_unreadable()
 
     def _batches(self, rank: int, world_size: int) -> EpochBatches:
         if isinstance(self.modality, dict):

@@ -54,6 +54,9 @@ def estimate(module: AlignmentModule, data: StudyDataModule, trainer: L.Trainer)
     Raises:
         ValueError: as a fit would.
     """
+    per_epoch, world = data.batches_per_epoch(trainer.world_size), trainer.world_size
+    data.keep_batches(WARM_UP + MEASURED)
+    data.batches_per_epoch()  # raises where nothing of it could be read
     clock = _Clock()
     before = memory_mb(trainer.strategy.root_device)
     probe = L.Trainer(
@@ -75,7 +78,6 @@ def estimate(module: AlignmentModule, data: StudyDataModule, trainer: L.Trainer)
     probe.fit(module, datamodule=data)
     seen = module.observed
     assert seen is not None
-    per_epoch, world = data.batches_per_epoch(trainer.world_size), trainer.world_size
     total = trainer.max_steps if trainer.max_steps > 0 else per_epoch * (trainer.max_epochs or 1)
     step = statistics.median(clock.steps[WARM_UP:])
     trained = sum(count for _, count in parameters(module).values())
@@ -91,8 +93,9 @@ def estimate(module: AlignmentModule, data: StudyDataModule, trainer: L.Trainer)
         "steps in all": str(total),
         "weights, gradients, optimiser": f"{(sum(n for n, _ in parameters(module).values()) + 3 * trained) * 4 / 2**20:.1f} MiB",
         "peak memory": f"{memory_mb(module.device):.0f} MiB measured, {before:.0f} before the first step",
-        "seconds a step": f"{step:.3g} (median of {MEASURED} after {WARM_UP}; files and texts are read for the first time)",
+        "seconds a step": f"{step:.3g} (median of {MEASURED} after {WARM_UP})",
         "training time": _duration(step * total),
+        "left out": f"{len(data.skipped())} so far; a fit reads every image first and lists what it leaves out",
     }
 
 

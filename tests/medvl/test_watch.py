@@ -128,6 +128,31 @@ def test_a_dry_run_tells_and_writes_nothing(recipe, tmp_path, capsys, monkeypatc
     assert "seconds a step" in rows and "MiB" in rows["peak memory"]
 
 
+def test_a_dry_run_leaves_out_what_cannot_be_read(recipe, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    for path in recipe.parent.glob("*.png"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    table = (recipe.parent / "manifest.csv").read_text()
+    (tmp_path / "manifest.csv").write_text(table)
+    for i in range(0, 24, 5):
+        (tmp_path / f"{i}.png").write_bytes(b"no image")
+    args = [
+        "--config",
+        str(recipe),
+        "--data.init_args.manifest",
+        str(tmp_path / "manifest.csv"),
+        "--out",
+        str(tmp_path / "run"),
+        "--dry-run",
+    ]
+    assert run("fit", args) == 0
+    assert "5 so far" in capsys.readouterr().out and not (tmp_path / "run").exists()
+    for path in tmp_path.glob("*.png"):
+        path.write_bytes(b"no image")
+    with pytest.raises(ValueError, match="no usable xray image in split 'train'; first of 24 left out"):
+        run("fit", args)
+
+
 def test_a_dry_run_of_a_bad_recipe_says_what_a_fit_would(recipe, tmp_path):
     with pytest.raises(ValueError, match="dimensions"):
         run("fit", ["--config", str(recipe), "--out", str(tmp_path / "run"), "--dry-run", "--model.report.init_args.embed_dim", "8"])
