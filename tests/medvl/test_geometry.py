@@ -186,25 +186,30 @@ def test_lps_to_ras_agrees_with_nibabel_reading_what_simpleitk_wrote(tmp_path_fa
 
 
 def _chain(rng, shape, most=6):
-    """A random record: turns, resamplings, crops and paddings in any order."""
+    """A random record: turns, resamplings, crops and paddings in any order; a step that would leave nothing of the image is not taken."""
     record = GridTransform(shape)
-    n = len(shape)
     for _ in range(rng.integers(1, most)):
-        kind = rng.integers(5)
-        if kind == 0:
-            record = record.reorient(rng.permutation(n).tolist(), (rng.random(n) < 0.5).tolist())
-        elif kind == 1:
-            record = record.resize(rng.integers(3, 14, n).tolist())
-        elif kind == 2:
-            record = record.resample(rng.uniform(0.4, 2.2, n).tolist())
-        elif kind == 3:
-            record = record.pad(rng.integers(0, 4, n).tolist(), rng.integers(0, 4, n).tolist())
-        else:
-            size = np.array(record.shape)
-            low, high = (np.clip(np.round(np.array(record.seen)[:, i]).astype(int), 0, size - 1) for i in (0, 1))
-            start = rng.integers(np.maximum(low - 1, 0), np.maximum(low, 1))  # from before the image, so that something of it is left
-            record = record.crop(start.tolist(), (np.maximum(high, low + 1).clip(max=size - 1) - start + 1).tolist())
+        try:
+            record = _with_step(record, rng)
+        except ValueError as error:
+            assert "is left" in str(error)
     return record
+
+
+def _with_step(record, rng):
+    kind, n = rng.integers(5), len(record.shape)
+    if kind == 0:
+        return record.reorient(rng.permutation(n).tolist(), (rng.random(n) < 0.5).tolist())
+    if kind == 1:
+        return record.resize(rng.integers(3, 14, n).tolist())
+    if kind == 2:
+        return record.resample(rng.uniform(0.4, 2.2, n).tolist())
+    if kind == 3:
+        return record.pad(rng.integers(0, 4, n).tolist(), rng.integers(0, 4, n).tolist())
+    size = np.array(record.shape)
+    low, high = (np.clip(np.round(np.array(record.seen)[:, i]).astype(int), 0, size - 1) for i in (0, 1))
+    start = rng.integers(np.maximum(low - 1, 0), np.maximum(low, 1))  # from before the image, so that something of it is left
+    return record.crop(start.tolist(), (np.maximum(high, low + 1).clip(max=size - 1) - start + 1).tolist())
 
 
 def _by_hand(record, points):
