@@ -7,6 +7,7 @@ Every term is the mean over the whole batch, on every process, with the gradient
 from __future__ import annotations
 
 import abc
+import math
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from torch.nn import functional as F
 from medvl.losses.objectives import info_nce
 from medvl.losses.pairs import Pairs, pairs_of
 from medvl.losses.ranks import rows_of_ranks, sum_over_ranks
+from medvl.losses.statistics import no_pairs, statistics
 from medvl.types import ImageFeatures, Product, TextFeatures
 
 
@@ -28,9 +30,10 @@ class TermContext:
     pairs: Pairs  # of all B images and M texts; its ``here`` says which images are here
     items: tuple[int, ...] | None = None  # images of each process, in the order of ranks; None: one process has all
     again: ImageFeatures | None = None  # of the same b images, changed by chance once more
-    labels: Tensor | None = None  # (b, C) float, 1 present, 0 absent, NaN not known
+    labels: Tensor | None = None  # (b, C) float, 1 present, 0 absent, NaN or -1 not known
     teacher_images: Tensor | None = None  # (b, D') of the same images by a teacher
     teacher_texts: Tensor | None = None  # (M, D') of the same texts by a teacher
+    generator: torch.Generator | None = None  # of what terms draw, in the same state on every process; None: torch's own
 
     @property
     def across(self) -> bool:
@@ -53,9 +56,6 @@ class Term(nn.Module, abc.ABC):
         weight: what the term is multiplied with before it is added to the objective.
     """
 
-    needs_second_view = False
-    """Whether the batch must come with its images changed by chance twice."""
-
     def __init__(self, weight: float = 1.0) -> None:
         super().__init__()
         self.weight = weight
@@ -74,8 +74,6 @@ class ImageImageContrast(Term):
     Source: "CXR-CLIP", arXiv:2310.13292, eq. 4 (there also two films of a study).
     """
 
-    needs_second_view = True
-
     def __init__(self, weight: float = 1.0, temperature: float = 0.07) -> None:
         super().__init__(weight)
         self.temperature = temperature
@@ -83,7 +81,9 @@ class ImageImageContrast(Term):
     def forward(self, context: TermContext) -> Tensor:
         """Raises ValueError where the batch has no second view."""
         if context.again is None:
-            raise ValueError("image-image contrast needs a second view of every image: give the data an `augment`")
+            raise ValueError(
+                "image-image contrast needs a second view of every image: set data.init_args.second_view to true, with an augment"
+            )
         one, other = _unit(context.images.pooled), context.all_images(_unit(context.again.pooled))
         same = torch.arange(len(other), device=other.device)
         pairs = pairs_of(torch.stack([same, same], 1), (len(other), len(other)), here=context.pairs.here)
@@ -123,9 +123,11 @@ class TextTextContrast(Term):
 class FalseTextContrast(Term):
     """Each text that is true of an image against the texts that were made to be false, and no others.
 
-        L = 1/B' sum_i 1/|P_i| sum_{j in P_i} log(1 + sum_{f false} exp(s_if - s_ij))   over the B' images that have a positive
+        L = 1/B' sum_i 1/|P_i| sum_{j in P_i} log(1 + sum_{f in F_i} exp(s_if - s_ij))   over the B' images that have a positive
 
-    0 in a batch without false texts. Under the objective they are negatives among many; here they are all there is.
+    F_i are the texts made to be false, without those that are true of image i after all (what is false of one study may be true of
+    another) and those that ``pairs`` ignores. 0 in a batch without false texts. Under the objective they are negatives among many; here
+    they are all there is.
 
     Args:
         weight: see :class:`Term`.
@@ -141,16 +143,24 @@ class FalseTextContrast(Term):
     def forward(self, context: TermContext) -> Tensor:
         """See the class."""
         images, texts = _unit(context.images.pooled), _unit(context.texts.pooled)
-        positive, _, _ = context.pairs.of_here()
-        false = context.pairs.false_texts
+        positive, _, ignored = context.pairs.of_here()
+        false = context.pairs.false_texts & context.pairs.used_columns
         if not false.any():
             return 0 * (images.sum() + texts.sum())
-        wrong = (images @ texts[false].T / self.temperature).logsumexp(1)
+        wrong = self._wrong(images, texts, false, torch.cat([positive, ignored]))
         right = (images[positive[:, 0]] * texts[positive[:, 1]]).sum(1) / self.temperature
         losses = F.softplus(wrong[positive[:, 0]] - right)
         count = torch.bincount(positive[:, 0], minlength=len(images)).clamp_min(1)
         stated = max(1, len(context.pairs.rows.unique()))
         return sum_over_ranks((losses / count[positive[:, 0]]).sum(), context.across) / stated
+
+    def _wrong(self, images: Tensor, texts: Tensor, false: Tensor, excluded: Tensor) -> Tensor:
+        """(b,) log-sum-exp over the false texts of each image, without the excluded pairs (L, 2) of images here and texts."""
+        excluded = excluded[false[excluded[:, 1]]]
+        excluded = excluded[torch.argsort(excluded[:, 0], stable=True)]
+        numbered = torch.stack([excluded[:, 0], (false.long().cumsum(0) - 1)[excluded[:, 1]]], dim=1)
+        scores = Product(images, texts[false], images.new_tensor(1 / self.temperature))
+        return statistics(scores, numbered, no_pairs(images.device))[0]
 
 
 class UniformityAlignment(Term):
@@ -193,12 +203,18 @@ class FeatureMimic(Term):
 
     def __init__(self, embed_dim: int, teacher_dim: int, weight: float = 1.0) -> None:
         super().__init__(weight)
+        self.teacher_dim = teacher_dim
         self.out = nn.Identity() if embed_dim == teacher_dim else nn.Linear(embed_dim, teacher_dim, bias=False)
 
     def forward(self, context: TermContext) -> Tensor:
-        """Raises ValueError where the batch has no teacher's features."""
+        """Raises ValueError where the batch has no teacher's features, or features of another width."""
         if context.teacher_images is None or context.teacher_texts is None:
             raise ValueError("feature mimicry needs the features of a teacher: set model.teacher to the folder of a run")
+        for features in (context.teacher_images, context.teacher_texts):
+            if features.shape[1] != self.teacher_dim:
+                raise ValueError(
+                    f"feature mimicry: teacher_dim is {self.teacher_dim}, the teacher embeds in {features.shape[1]} dimensions"
+                )
         of_images = mimicry(self.out(_unit(context.images.pooled)), context.teacher_images)
         of_texts = mimicry(self.out(_unit(context.texts.pooled)), context.teacher_texts)
         return context.mean_over_images(of_images) + of_texts.mean()
@@ -229,9 +245,8 @@ class MultiLabelCodes(Term):
                 f"multi-label codes: the model has {self.out.out_features}, the batch {'none' if labels is None else labels.shape[1]}; "
                 "name as many in data.init_args.labels"
             )
-        known = ~labels.isnan()
         total = masked_codes(self.out(context.images.pooled), labels, self.positive_weight)
-        count = sum_over_ranks(known.sum().float(), context.across)
+        count = sum_over_ranks((labels >= 0).sum().float(), context.across)
         return sum_over_ranks(total, context.across) / count.clamp_min(1)
 
 
@@ -241,7 +256,7 @@ class SentencePrototypes(Term):
     With p_j = softmax_k(cos(t_j, c_k) / tau) and q_i the same of images:
         L = mean_j |t_j - unit(sum_k p_jk c_k)|^2 + mean_i H(mean_{j in P_i} p_j, q_i)
     where no gradient goes through p in the second part. With ``gumbel`` the first part draws a prototype for each text in training
-    (straight-through Gumbel softmax); in evaluation nothing is drawn.
+    (straight-through Gumbel softmax, by the context's ``generator``); in evaluation nothing is drawn.
 
     Args:
         embed_dim: D.
@@ -261,16 +276,16 @@ class SentencePrototypes(Term):
     def forward(self, context: TermContext) -> Tensor:
         """See the class."""
         images, texts, bank = _unit(context.images.pooled), _unit(context.texts.pooled), _unit(self.bank)
-        scores = texts @ bank.T / self.temperature
-        shares = F.gumbel_softmax(scores, hard=True) if self.gumbel and self.training else scores.softmax(1)
-        rebuilt = (texts - _unit(shares @ bank)).square().sum(1).mean()
+        scores = _exact_product(texts, bank.T) / self.temperature
+        shares = drawn(scores, context.generator) if self.gumbel and self.training else scores.softmax(1)
+        rebuilt = (texts - _unit(_exact_product(shares, bank))).square().sum(1).mean()
         positive, weights, _ = context.pairs.of_here()
         weights = weights.to(images.dtype)
         total = torch.zeros(len(images), dtype=images.dtype, device=images.device).index_add(0, positive[:, 0], weights)
         wanted = images.new_zeros(len(images), len(bank)).index_add(
             0, positive[:, 0], (weights / total[positive[:, 0]])[:, None] * scores.detach().softmax(1)[positive[:, 1]]
         )
-        foretold = -(wanted * (images @ bank.T / self.temperature).log_softmax(1)).sum(1)
+        foretold = -(wanted * (_exact_product(images, bank.T) / self.temperature).log_softmax(1)).sum(1)
         return rebuilt + sum_over_ranks(foretold.sum(), context.across) / max(1, len(context.pairs.rows.unique()))
 
 
@@ -280,12 +295,15 @@ def alignment(images: Tensor, texts: Tensor, positive: Tensor) -> Tensor:
 
 
 def uniformity(x: Tensor, t: float = 2.0) -> Tensor:
-    """Log mean over pairs of exp(-t |x_i - x_k|^2) of unit vectors (N, D); 0 of fewer than two."""
+    """Log mean over pairs of exp(-t |x_i - x_k|^2) of unit vectors (N, D); 0 of fewer than two. No (N, N) matrix is held.
+
+    Of unit vectors it is a log-sum-exp of inner products: -t |x_i - x_k|^2 = 2t (x_i . x_k) - 2t.
+    """
     if len(x) < 2:
         return 0 * x.sum()
-    first, second = torch.triu_indices(len(x), len(x), 1, device=x.device)
-    distances = (2 - 2 * (x @ x.T)).clamp_min(0)[first, second]
-    return (-t * distances).logsumexp(0) - torch.tensor(float(len(first)), dtype=x.dtype, device=x.device).log()
+    itself = torch.arange(len(x), device=x.device)
+    rows, _, _ = statistics(Product(x, x, x.new_tensor(2 * t)), torch.stack([itself, itself], 1), no_pairs(x.device))
+    return rows.logsumexp(0) - 2 * t - math.log(len(x) * (len(x) - 1))
 
 
 def mimicry(student: Tensor, teacher: Tensor) -> Tensor:
@@ -294,12 +312,36 @@ def mimicry(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def masked_codes(logits: Tensor, labels: Tensor, positive_weight: float = 1.0) -> Tensor:
-    """Sum of binary cross-entropies over the known labels; NaN is not known."""
-    known = ~labels.isnan()
+    """Sum of binary cross-entropies over the known labels; NaN, and -1, is not known, and what stands there has no gradient.
+
+    Args:
+        logits, labels: (N, C).
+        positive_weight: of present codes.
+    Raises:
+        ValueError: labels of another shape, or one that is neither from 0 to 1 nor -1 nor NaN.
+    """
+    if logits.shape != labels.shape:
+        raise ValueError(f"labels of shape {tuple(labels.shape)}, logits of {tuple(logits.shape)}")
+    known = labels >= 0
+    if ((labels > 1) | (~known & (labels != -1) & ~labels.isnan())).any():
+        raise ValueError("labels must be 1 (present), 0 (absent), a probability between, or NaN or -1 (not known)")
     logits = logits if logits.dtype == torch.float64 else logits.float()
     weight = logits.new_tensor(positive_weight)
-    losses = F.binary_cross_entropy_with_logits(logits[known], labels[known].to(logits.dtype), reduction="none", pos_weight=weight)
-    return losses.sum() + 0 * logits.sum()
+    return F.binary_cross_entropy_with_logits(logits[known], labels[known].to(logits.dtype), reduction="sum", pos_weight=weight)
+
+
+def drawn(scores: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """(N, K) one-hot draws by the softmax of each row, whose gradients are those of the softmax of the noisy scores.
+
+    Args:
+        generator: of the draws, on any device; None: torch's own of the scores' device.
+    Source: "Categorical Reparameterization with Gumbel-Softmax", arXiv:1611.01144, sec. 2.2 (straight-through).
+    """
+    device = scores.device if generator is None else generator.device
+    noise = torch.empty(scores.shape, dtype=scores.dtype, device=device).exponential_(generator=generator)
+    soft = (scores - noise.to(scores.device).clamp_min(torch.finfo(scores.dtype).tiny).log()).softmax(1)
+    hard = torch.zeros_like(soft).scatter_(1, soft.argmax(1, keepdim=True), 1.0)
+    return hard + (soft - soft.detach())
 
 
 def siblings(pairs: Pairs) -> Tensor:
@@ -319,3 +361,9 @@ def siblings(pairs: Pairs) -> Tensor:
 
 def _unit(x: Tensor) -> Tensor:
     return F.normalize(x if x.dtype == torch.float64 else x.float(), dim=-1)
+
+
+def _exact_product(a: Tensor, b: Tensor) -> Tensor:
+    """The matrix product, not rounded under autocast."""
+    with torch.autocast(a.device.type, enabled=False):
+        return a @ b
