@@ -12,10 +12,12 @@ images are protected.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -61,6 +63,7 @@ class ShardStore(SampleStore):
         self.root: Path | None = None
         ends = np.cumsum([chunk["chunk_size"] for chunk in index["chunks"]])
         self._shards = np.searchsorted(ends, np.arange(ends[-1] if len(ends) else 0), side="right")
+        self._cut = _cut_short(folder, index["chunks"])
         self._items: Any = None
 
     def under(self, root: Path) -> ShardStore:
@@ -72,7 +75,8 @@ class ShardStore(SampleStore):
         """Whether an image is there, and from the front; without fetching it.
 
         Raises:
-            UnreadableImageError: it is not among the shards, or could not be read when they were written.
+            UnreadableImageError: it is not among the shards, could not be read when they were written, or is in a shard of a local folder
+                that is missing or cut short.
             ValueError: the shards were made by another reader.
         """
         self._check(reader)
@@ -81,6 +85,8 @@ class ShardStore(SampleStore):
             raise UnreadableImageError(f"{path}: could not be read when the shards were written: {self.rejected[key]}")
         if key not in self.places:
             raise UnreadableImageError(f"{path}: not among the shards of {self.folder}; write them again with `medvl shards`")
+        if (shard := int(self._shards[self.places[key]])) in self._cut:
+            raise UnreadableImageError(f"{path}: shard {shard} of {self.folder} {self._cut[shard]}; write them again with `medvl shards`")
         return self.frontal[key]
 
     def shard(self, path: Path) -> int:
@@ -91,14 +97,22 @@ class ShardStore(SampleStore):
         """The image, from its shard.
 
         Raises:
-            UnreadableImageError: not there, or damaged.
+            UnreadableImageError: not there, damaged, or not to be had from where the shards are.
+            OSError: the disk that fetched shards are kept on is full.
         """
         self.known(reader, path)
         place = self.places[self._key(path)]
+        where = f"item {place} of shard {self.shard(path)} in {self.folder}"
         try:
-            sample = unpacked_sample(bytes(self._opened()[place]))
-        except Exception as error:  # a chunk that is cut short or damaged raises anything
-            where = f"item {place} of shard {self.shard(path)} in {self.folder}"
+            content = bytes(self._opened()[place])
+        except Exception as error:  # storage and network raise anything, and so does a damaged table of a chunk
+            if _is_full(error):
+                raise
+            why = f"could not be fetched ({type(error).__name__}): see that the storage can be reached; if it can, write the shards again"
+            raise UnreadableImageError(f"{path}: {where} {why}") from None
+        try:
+            sample = unpacked_sample(content)
+        except Exception as error:  # damaged bytes raise anything
             raise UnreadableImageError(f"{path}: {where} is damaged ({type(error).__name__}); write the shards again") from None
         return replace(sample, pixels=sample.pixels.float())
 
@@ -134,7 +148,8 @@ def write_shards(
 ) -> list[Skipped]:
     """Read every image and write the shards, in an order that mixes patients; what could not be read.
 
-    The folder is written beside its place and renamed into it, so there are all shards or none.
+    The folder is written beside its place and renamed into it, so there are all shards or none, and shards that were there before stay
+    until then (a run killed between the two renames leaves them in ``.NAME-before-*`` beside the place).
 
     Args:
         root: folder of the manifest, which paths are relative to.
@@ -144,7 +159,7 @@ def write_shards(
         seed: of the order.
     Raises:
         ImportError: LitData is not installed.
-        OSError: the folder cannot be written to, or is another's.
+        OSError: the folder cannot be written to, or is another's, or the disk is full.
         ValueError: no image that can be read.
     """
     _litdata()
@@ -156,7 +171,7 @@ def write_shards(
     places: dict[str, int] = {}
     frontal: dict[str, bool] = {}
     rejected: list[Skipped] = []
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
+    with _said_if_full(out), tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
         writer = BinaryWriter(temporary, chunk_bytes=shard_mib * MIB)
         for i in generator(seed, "shards").permutation(len(images)):
             image = images[int(i)]
@@ -178,11 +193,58 @@ def write_shards(
         told = {"format": FORMAT, "settings": settings_of(reader), "places": places, "frontal": frontal}
         told["rejected"] = {_relative(one.path, root): one.reason for one in rejected}
         (Path(temporary) / SAMPLES).write_text(json.dumps(told), encoding="utf-8")
-        if out.exists():
-            shutil.rmtree(out)
-        shutil.move(temporary, out)
+        _put(Path(temporary), out)
         Path(temporary).mkdir()  # for the context to remove
     return rejected
+
+
+def _put(made: Path, out: Path) -> None:
+    """Rename a folder into its place; what was there is deleted once the new one is, and put back if it cannot be."""
+    before = None
+    if out.exists():
+        before = Path(tempfile.mkdtemp(prefix=f".{out.name}-before-", dir=out.parent))
+        out.replace(before)
+    try:
+        made.rename(out)
+    except OSError:
+        if before is not None:
+            before.replace(out)
+        raise
+    if before is not None:
+        shutil.rmtree(before)
+
+
+@contextlib.contextmanager
+def _said_if_full(out: Path) -> Iterator[None]:
+    """Say of a full disk what became of the shards."""
+    try:
+        yield
+    except OSError as error:
+        if not _is_full(error):
+            raise
+        kept = "the shards that were there are as they were" if (out / SAMPLES).is_file() else "no shards were left"
+        raise OSError(error.errno, f"{out}: the disk is full, {kept}; make room, or name a folder on another disk") from None
+
+
+def _is_full(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def _is_remote(folder: str) -> bool:
+    return "://" in folder or folder.startswith("local:")
+
+
+def _cut_short(folder: str, chunks: Sequence[dict[str, Any]]) -> dict[int, str]:
+    """Shard -> what is wrong with its file, by size alone; of a remote folder nothing is known before it is fetched."""
+    if _is_remote(folder):
+        return {}
+    wrong: dict[int, str] = {}
+    for i, chunk in enumerate(chunks):
+        file = Path(folder) / chunk["filename"]
+        size = file.stat().st_size if file.is_file() else None
+        if size != chunk["chunk_bytes"]:
+            wrong[i] = "is missing" if size is None else f"has {size} bytes, expected {chunk['chunk_bytes']}"
+    return wrong
 
 
 def _relative(path: str, root: Path) -> str:
@@ -190,20 +252,25 @@ def _relative(path: str, root: Path) -> str:
 
 
 def _text(folder: str, name: str) -> str:
-    """A small file of a local or remote folder.
+    """A small file of a local or remote folder; this is fetched as LitData fetches chunks, with the same credentials.
 
     Raises:
         FileNotFoundError: none of that name.
     """
-    import fsspec
-
     place = f"{folder.rstrip('/')}/{name}"
     try:
-        with fsspec.open(place, "r", encoding="utf-8") as file:
-            found: str = file.read()
-    except (OSError, ValueError) as error:
+        if not _is_remote(folder):
+            return Path(place).read_text(encoding="utf-8")
+        _litdata()
+        from litdata.streaming.downloader import get_downloader
+
+        with tempfile.TemporaryDirectory() as temporary:
+            get_downloader(folder, temporary, []).download_file(place, f"{temporary}/{name}")
+            return (Path(temporary) / name).read_text(encoding="utf-8")
+    except ImportError:
+        raise
+    except Exception as error:  # each storage has errors of its own
         raise FileNotFoundError(f"{place} cannot be read ({type(error).__name__}); expected a folder that `medvl shards` wrote") from error
-    return found
 
 
 def _litdata() -> Any:

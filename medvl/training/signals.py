@@ -111,7 +111,7 @@ def explained(error: BaseException, folder: Path) -> str | None:
         folder: of the run; its last whole checkpoint is still there, for checkpoints are written beside and renamed.
     """
     go_on = f"the last checkpoint in {folder} is whole: go on with --resume true"
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    if isinstance(error, OSError) and _is_full(error):
         return f"the disk is full ({error.filename or folder}): make room; {go_on}"
     words = str(error)
     if isinstance(error, RuntimeError) and "DataLoader worker" in words:
@@ -122,3 +122,9 @@ def explained(error: BaseException, folder: Path) -> str | None:
     if isinstance(error, torch.cuda.OutOfMemoryError) or (isinstance(error, RuntimeError) and "can't allocate memory" in words):
         return f"memory ran out: give a smaller model.micro_batch (the batch under the loss stays as it is); {go_on}"
     return None
+
+
+def _is_full(error: OSError) -> bool:
+    """Whether a disk is full; an error that comes from a loader process has lost its number and keeps it in its words alone."""
+    numbers = (errno.ENOSPC, errno.EDQUOT)
+    return error.errno in numbers or (error.errno is None and any(f"[Errno {number}]" in str(error) for number in numbers))

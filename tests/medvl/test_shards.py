@@ -1,8 +1,10 @@
 """Shards: what comes out is what the reader gave, whatever is damaged is said, and a training that streams is one that reads files."""
 
 import csv
+import errno
 import pickle
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -13,12 +15,14 @@ from safetensors.torch import load_file
 
 pytest.importorskip("litdata", reason="shards need the extra 'streaming'")
 
+from medvl.data.cache import CachedReader
 from medvl.data.manifest import read_manifest
 from medvl.data.shards import SAMPLES, ShardStore, write_shards
-from medvl.data.studies import ShardBatches
+from medvl.data.studies import ShardBatches, StudyDataset
 from medvl.training.cli import run
 from medvl.types import UnreadableImageError
 from modalities.xray.reader import XrayReader
+from reports.text_source import ReportSentences
 from tasks.cli import cli
 from tasks.demo import recipe_path
 
@@ -96,19 +100,83 @@ def _whole(store, path):
         return False
 
 
-@pytest.mark.parametrize("damage", ["flip", "cut"])
-def test_a_damaged_shard_costs_the_images_in_it_and_says_so(table, shards, tmp_path, damage):
+def test_a_shard_that_is_cut_short_or_missing_is_listed_before_training(table, shards, tmp_path):
+    """Image by image with their rows, at once, and without the others."""
+    copy = tmp_path / "copy"
+    shutil.copytree(shards, copy)
+    chunks = sorted(copy.glob("chunk-*.bin"), key=lambda path: int(path.stem.split("-")[-1]))
+    chunks[0].write_bytes(chunks[0].read_bytes()[:-1])
+    chunks[1].unlink()
+    store, rows = ShardStore(str(copy)).under(table.parent), read_manifest(table).select(split="train")
+    lost = {row.row for row in rows if row.study_id != "s7" and store.shard(row.path) < 2}
+    data = StudyDataset(rows, CachedReader(READER, store), ReportSentences())
+    start = time.monotonic()
+    data.drop_unreadable()
+    assert time.monotonic() - start < 1, "waited for a file that does not come"
+    assert {one.row for one in data.skipped} == lost | {9} and 0 < len(lost) < len(rows) - 1
+    assert len(data) == len(rows) - len(lost) - 1
+    assert {one.reason.partition(": shard ")[2][:1] for one in data.skipped} == {"0", "1", ""}
+    assert all(("expected" in one.reason or "is missing" in one.reason) for one in data.skipped if one.row != 9)
+    assert torch.equal(data.sample(0).pixels, READER.read(data.images[0].path).pixels)
+
+
+def test_shards_elsewhere_are_fetched_and_kept_here(table, shards, tmp_path, monkeypatch):
+    """By LitData's own way to a folder that is not read in place; what cannot be fetched is not called damaged."""
+    there = tmp_path / "there"
+    shutil.copytree(shards, there)
+    rows = [row for row in read_manifest(table).rows if row.study_id != "s7"]
+    store = ShardStore(f"local:{there}").under(table.parent)
+    assert all(torch.equal(store.read(READER, row.path).pixels, READER.read(row.path).pixels) for row in rows[:8])
+    with pytest.raises(FileNotFoundError, match="expected a folder that `medvl shards` wrote"):
+        ShardStore(f"local:{tmp_path / 'nowhere'}")
+
+    class Broken:
+        error: Exception = ConnectionError("no route")
+
+        def __getitem__(self, place):
+            raise self.error
+
+    broken = Broken()
+    monkeypatch.setattr(store, "_items", broken)
+    with pytest.raises(UnreadableImageError, match=r"could not be fetched \(ConnectionError\)"):
+        store.read(READER, rows[0].path)
+    broken.error = OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(OSError, match="No space left"):
+        store.read(READER, rows[0].path)
+
+
+@pytest.mark.parametrize("when", ["chunks", "rename"])
+def test_a_full_disk_says_so_and_leaves_the_shards_that_were_there(table, shards, tmp_path, monkeypatch, when):
+    from litdata.streaming.writer import BinaryWriter
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    out, rows = tmp_path / "of", read_manifest(table).rows
+    shutil.copytree(shards, out)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    with monkeypatch.context() as patch:
+        patch.setattr(*((BinaryWriter, "write_chunk_to_file") if when == "chunks" else (type(out), "rename")), full)
+        with pytest.raises(OSError, match="the disk is full, the shards that were there are as they were"):
+            write_shards(READER, rows, table.parent, out, shard_mib=1)
+        with pytest.raises(OSError, match="the disk is full, no shards were left"):
+            write_shards(READER, rows, table.parent, tmp_path / "fresh", shard_mib=1)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["of"]
+    write_shards(READER, rows, table.parent, out, shard_mib=1, seed=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["of"]
+    assert torch.equal(ShardStore(str(out)).under(table.parent).read(READER, rows[0].path).pixels, READER.read(rows[0].path).pixels)
+
+
+def test_a_damaged_shard_costs_the_images_in_it_and_says_so(table, shards, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(shards, copy)
     store, rows = ShardStore(str(copy)).under(table.parent), [row for row in read_manifest(table).rows if row.study_id != "s7"]
     chunk = sorted(copy.glob("chunk-*.bin"), key=lambda path: int(path.stem.split("-")[-1]))[0]
     content = bytearray(chunk.read_bytes())
-    if damage == "flip":
-        for place in range(len(content) // 4, len(content), 997):
-            content[place] ^= 0x55
-        chunk.write_bytes(content)
-    else:
-        chunk.write_bytes(content[: len(content) // 3])
+    for place in range(len(content) // 4, len(content), 997):
+        content[place] ^= 0x55
+    chunk.write_bytes(content)
     outcomes = []
     for row in rows:
         whole = _whole(store, row.path)
