@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import logging
+import math
 import os
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +20,8 @@ from medvl.model import commit, write_atomically
 from medvl.training.averaging import Ema
 from medvl.training.data import StudyDataModule
 from medvl.training.module import AlignmentModule
+
+log = logging.getLogger(__name__)
 
 RESUME, RESOLVED = "resume.ckpt", "config.yaml"
 
@@ -75,7 +79,7 @@ class KeepBest(Callback):
     def __init__(self, folder: Path, monitor: str = "val/loss", best: bool = True, mode: Literal["min", "max"] = "min") -> None:
         self.folder, self.monitor, self.best, self.mode = folder, monitor, best, mode
         self.lowest: float | None = None
-        self._wrote = False
+        self._wrote = self._missed = False
 
     def state_dict(self) -> dict[str, Any]:
         """The best value so far, for a resumed run; of a value to be high, less than nothing."""
@@ -87,13 +91,23 @@ class KeepBest(Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Compare, and write if better."""
-        if trainer.sanity_checking or not self.best or self.monitor not in trainer.callback_metrics:
+        if trainer.sanity_checking or not self.best:
+            return
+        if self.monitor not in trainer.callback_metrics:
+            self._say_missing(trainer)
             return
         value = float(trainer.callback_metrics[self.monitor])
         cost = value if self.mode == "min" else -value
-        if self.lowest is None or cost < self.lowest:
+        if math.isfinite(cost) and (self.lowest is None or cost < self.lowest):
             self.lowest = cost
             self._write(trainer, pl_module, chosen_by=self.monitor, value=value)
+
+    def _say_missing(self, trainer: L.Trainer) -> None:
+        if self._missed or not trainer.is_global_zero:
+            return
+        self._missed = True
+        logged = ", ".join(sorted(name for name in trainer.callback_metrics if name.startswith("val/")))
+        log.warning("validation logged no %s to choose the best model by (--monitor), but %s", self.monitor, logged)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Without a validated model, write the last."""

@@ -60,7 +60,7 @@ class AlignmentCLI(LightningCLI):
         parser.add_argument("--out", type=str, default="runs/last", help="folder of the run: weights, resolved recipe, logs, checkpoint")
         parser.add_argument("--resume", type=bool, default=False, help="go on from the run's resume.ckpt, if there is one")
         parser.add_argument("--checkpoint_every", type=int, default=200, help="steps between two writings of resume.ckpt")
-        parser.add_argument("--keep_best", type=bool, default=True, help="keep the model of lowest validation loss; false keeps the last")
+        parser.add_argument("--keep_best", type=bool, default=True, help="keep the best model by --monitor; false keeps the last")
         parser.add_argument("--monitor", type=str, default="val/loss", help="logged value that says which model is the best")
         parser.add_argument("--mode", type=Literal["min", "max"], default="min", help="whether the best is the lowest or the highest")
         parser.add_argument("--dry_run", type=bool, default=False, help="say what the run would cost and write nothing (also --dry-run)")
@@ -72,8 +72,10 @@ class AlignmentCLI(LightningCLI):
         """Find out before any image is read whether the run's folder can be written to, or has the weights to be measured."""
         out = Path(self.config[self.subcommand].out)
         if self.subcommand == "fit" and self.config.fit.dry_run:
-            return
-        if self.subcommand == "fit":
+            there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+            if not there.is_dir() or not os.access(there, os.W_OK):
+                raise ValueError(f"--out {out}: cannot be made a folder to write to")
+        elif self.subcommand == "fit":
             try:
                 out.mkdir(parents=True, exist_ok=True)
                 with tempfile.TemporaryFile(dir=out):
@@ -96,7 +98,7 @@ class AlignmentCLI(LightningCLI):
             callbacks.append(RichProgressBar(leave=False, console_kwargs={"stderr": True}))
         if self.subcommand == "fit":
             best = KeepBest(out, monitor=config.monitor, best=config.keep_best, mode=config.mode)
-            callbacks += [Watch(), best, ResumePoint(out, config.checkpoint_every), SaveOnSignal(out / RESUME), LearningRateMonitor("step")]
+            callbacks += [best, ResumePoint(out, config.checkpoint_every), SaveOnSignal(out / RESUME), LearningRateMonitor("step"), Watch()]
         return super().instantiate_trainer(
             callbacks=callbacks,
             logger=loggers if chosen.logger is None else chosen.logger,
@@ -106,15 +108,18 @@ class AlignmentCLI(LightningCLI):
         )
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Run it; of a fit that is to be tried alone say what it would cost."""
+        """Run it; of a fit that is to be tried alone say, in one process, what it would cost."""
         if subcommand != "fit" or not self.config_init.fit.dry_run:
             super()._run_subcommand(subcommand)
             return
         data = self.datamodule
         assert isinstance(data, StudyDataModule)
+        if not self.trainer.is_global_zero:
+            return
         self._check(data)
         data.setup()
-        show(self.model, estimate(self.model, data, self.trainer), Console())
+        show(estimate(self.model, data, self.trainer), console := Console())
+        console.print(f"Nothing was written to {self.config_init.fit.out}.")
 
     def before_fit(self) -> None:
         """Read every image once, list what cannot be used, embed the texts of a frozen tower, and find the checkpoint."""
@@ -182,16 +187,23 @@ def _tensorboard(out: Path) -> Logger:
 def _wandb(out: Path) -> Logger:
     from lightning.pytorch.loggers import WandbLogger
 
+    # what stands on the console and the command line may name studies and folders
+    quiet = {"console": "off", "x_disable_meta": True, "disable_git": True, "disable_code": True}
     with _extra("wandb", "Weights & Biases"):
-        return WandbLogger(save_dir=out, project="medvl", name=out.name, offline=os.environ.get("WANDB_MODE", "offline") == "offline")
+        offline = os.environ.get("WANDB_MODE", "offline") == "offline"
+        return WandbLogger(save_dir=out, project="medvl", name=out.name, offline=offline, settings=quiet)
 
 
 def _mlflow(out: Path) -> Logger:
     from lightning.pytorch.loggers import MLFlowLogger
 
+    folder = out.resolve()  # MLflow has given up its store of plain files
     with _extra("mlflow", "MLflow"):
         return MLFlowLogger(
-            "medvl", run_name=out.name, tracking_uri=os.environ.get("MLFLOW_TRACKING_URI", f"file:{out.resolve() / 'mlruns'}")
+            "medvl",
+            run_name=out.name,
+            tracking_uri=os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}"),
+            artifact_location=(folder / "mlartifacts").as_uri() if "MLFLOW_TRACKING_URI" not in os.environ else None,
         )
 
 

@@ -44,12 +44,15 @@ def _write_card(folder: Path) -> None:
 def fit(ctx: click.Context, args: tuple[str, ...]) -> None:
     """Train a model from a recipe; weights, model card, resolved recipe, logs and the checkpoint go to --out.
 
-    Exits with 1 if an image or row had to be left out; rejected.csv in that folder says which and why.
+    Exits with 1 if an image or row had to be left out; rejected.csv in that folder says which and why. --dry-run takes a few steps and says
+    what the run would cost: weights, memory, steps, time. --monitor and --mode say by what the best model is chosen; losses and measures
+    are logged as CSV, and with --tensorboard, --wandb (offline unless WANDB_MODE says otherwise) or --mlflow there too.
 
     \b
     Examples:
       medvl fit --config tasks/recipes/xray_phantom.yaml --data.init_args.manifest data/manifest.csv --out run
       medvl fit --config tasks/recipes/xray_notes.yaml --data.init_args.manifest films.csv --trainer.max_epochs 5 --out run
+      medvl fit --config tasks/recipes/clip.yaml --data.init_args.manifest films.csv --dry-run
       medvl fit --config run/config.yaml --out run --resume true      go on where a stopped run was
     """
     _run(ctx, "fit", args)
