@@ -14,16 +14,24 @@ from medvl.types import RESEARCH_USE
 if TYPE_CHECKING:
     from tasks.comparison import Line
 
-TITLES = {"auroc": "AUROC", "pointing": "Pointing game", "cnr": "CNR", "recall_at_10": "Recall@10", "negation": "Negation"}
+TITLES = {
+    "auroc": "AUROC",
+    "pointing": "Pointing game",
+    "cnr": "CNR",
+    "cnr_absolute": "CNR, absolute",
+    "recall_at_10": "Recall@10",
+    "negation": "Negation",
+}
 LEFT, RIGHT, STEP = 160, 540, 24
 BEST, OTHER = "#0a5bff", "#59626d"
 
 
-def write_comparison(path: Path, lines: Sequence[Line], facts: Mapping[str, Any], synthetic: bool) -> Path:
+def write_comparison(path: Path, lines: Sequence[Line], base: str, facts: Mapping[str, Any], synthetic: bool) -> Path:
     """Write the page whole or not at all.
 
     Args:
-        lines: at least none; differences are from the first.
+        lines: at least none.
+        base: the recipe that differences are from, in ``lines`` or, if it failed, not.
         facts: how it was made.
         synthetic: the studies are phantoms, which the page then says.
     """
@@ -35,7 +43,9 @@ def write_comparison(path: Path, lines: Sequence[Line], facts: Mapping[str, Any]
     page = {
         "notice": RESEARCH_USE[:1].upper() + RESEARCH_USE[1:],
         "synthetic": synthetic,
-        "base": lines[0].name if lines else "",
+        "base": base,
+        "compared": any(line.name == base for line in lines),
+        "chosen": any(line.best for line in lines),
         "metrics": [{"title": TITLES[m], "words": METRICS[m]} for m in shown],
         "rows": [_row(line, shown) for line in lines],
         "plots": [plot(TITLES[m], [(line.name, line.metrics[m], line.best) for line in lines if m in line.metrics]) for m in shown],
