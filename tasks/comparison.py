@@ -49,7 +49,9 @@ METRICS = {
     "recall_at_10": "own report among the first 10",
     "negation": "'X' against 'no X', mean of sensitivity and specificity, then over findings",
 }
-"""What is measured; more is better."""
+"""What is measured; more is better, but for the absolute ratio, which a map that is wrong throughout can win."""
+SHOWN = tuple(m for m in METRICS if m != "cnr_absolute")
+"""What has a column of its own on the page and the terminal."""
 CHOSEN_BY = ("auroc", "pointing", "recall_at_10")
 """Their mean on the validation split says which recipe is the best."""
 

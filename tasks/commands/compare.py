@@ -96,14 +96,13 @@ def show(lines: Sequence[Line]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from tasks.comparison import METRICS
+    from tasks.comparison import SHOWN
     from tasks.page.comparison import TITLES
 
-    shown = [m for m in METRICS if m != "cnr_absolute"]  # for want of room
-    table = Table("recipe", *(TITLES[m] for m in shown), "validation", "CPU s / 1000", "MB")
+    table = Table("recipe", *(TITLES[m] for m in SHOWN), "validation", "CPU s / 1000", "MB")
     for line in lines:
         cells = []
-        for m in shown:
+        for m in SHOWN:
             one = line.metrics.get(m)
             cells.append("–" if one is None else f"{one.value:.3f} ({one.ci_low:.3f} to {one.ci_high:.3f})")
         name = f"[bold]{line.name}[/bold]" if line.best else line.name

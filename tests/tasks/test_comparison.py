@@ -20,7 +20,7 @@ from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 from medvl.data.manifest import StudyImage
 from medvl.metrics import auroc_statistic, bootstrap_intervals, combined, contrast_to_noise, mean_statistic
 from tasks.cli import cli
-from tasks.comparison import METRICS, Job, Scores, budget, jobs_of, lines_of, names_of, read_scores, scores_of
+from tasks.comparison import METRICS, SHOWN, Job, Scores, budget, jobs_of, lines_of, names_of, read_scores, scores_of
 from tasks.demo import recipe_path
 from tasks.evaluation import Predictions
 from tasks.page.comparison import plot, write_comparison
@@ -226,7 +226,8 @@ def test_a_comparison_end_to_end(compared):
     assert (
         "esearch use, not for diagnosis" in page
         and "synthetic phantoms" in page
-        and page.count("<svg") == len(METRICS)
+        and page.count("<svg") == len(SHOWN)
+        and page.count("<small>absolute ") == 2
         and "http" not in page
     )
 
