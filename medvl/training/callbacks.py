@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import logging
+import math
 import os
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +20,8 @@ from medvl.model import commit, write_atomically
 from medvl.training.averaging import Ema
 from medvl.training.data import StudyDataModule
 from medvl.training.module import AlignmentModule
+
+log = logging.getLogger(__name__)
 
 RESUME, RESOLVED = "resume.ckpt", "config.yaml"
 
@@ -90,6 +94,9 @@ class KeepBest(Callback):
         if trainer.sanity_checking or not self.best or self.monitor not in trainer.callback_metrics:
             return
         value = float(trainer.callback_metrics[self.monitor])
+        if math.isnan(value):  # nothing is better than that, nor worse
+            log.warning("%s is not a number at step %d: the model is not kept", self.monitor, trainer.global_step)
+            return
         cost = value if self.mode == "min" else -value
         if self.lowest is None or cost < self.lowest:
             self.lowest = cost
