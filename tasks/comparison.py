@@ -2,6 +2,8 @@
 
 Shapes: N test images, F findings. Every run is a process of its own, so that its time and memory are its own; what is finished is kept,
 and a comparison that was stopped goes on. Everything reported is of the test split; what is best is chosen on the validation split.
+Runs are validated after equal numbers of images, the last time after their last step: validation at the end of epochs alone would leave
+out what a run of some epochs and a half learned in the half.
 """
 
 from __future__ import annotations
@@ -9,15 +11,17 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +45,13 @@ METRICS = {
     "auroc": "zero-shot AUROC, mean over findings",
     "pointing": "pointing game, mean over focal findings",
     "cnr": "contrast-to-noise ratio of map and mask, signed, mean over focal findings",
+    "cnr_absolute": "contrast-to-noise ratio without its sign, as published: a map that is darkest on the finding scores too",
     "recall_at_10": "own report among the first 10",
     "negation": "'X' against 'no X', mean of sensitivity and specificity, then over findings",
 }
-"""What is measured; more is better."""
+"""What is measured; more is better, but for the absolute ratio, which a map that is wrong throughout can win."""
+SHOWN = tuple(m for m in METRICS if m != "cnr_absolute")
+"""What has a column of its own on the page and the terminal."""
 CHOSEN_BY = ("auroc", "pointing", "recall_at_10")
 """Their mean on the validation split says which recipe is the best."""
 
@@ -59,6 +66,7 @@ class Job:
     folder: Path
     manifest: Path
     images: int  # to be seen in training
+    checks: int = 1  # validations, equally apart, the last after the last step
     options: tuple[str, ...] = ()
     threads: int = 1
 
@@ -66,7 +74,7 @@ class Job:
         """What a finished run must have been asked for to be kept."""
         files = {"recipe_sha256": self.recipe, "manifest_sha256": self.manifest}
         hashes = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
-        return {**hashes, "seed": self.seed, "images": self.images, "options": list(self.options)}
+        return {**hashes, "seed": self.seed, "images": self.images, "checks": self.checks, "options": list(self.options)}
 
 
 @dataclass(frozen=True)
@@ -88,6 +96,7 @@ class Scores:
             "auroc": _mean([auroc_statistic(self.labels[:, f], self.scores[:, f]) for f in self._both()]),
             "pointing": _mean([mean_statistic(self.hits[:, f]) for f in np.flatnonzero(self.focal)]),
             "cnr": _mean([mean_statistic(self.contrast[:, f]) for f in np.flatnonzero(self.focal)]),
+            "cnr_absolute": _mean([mean_statistic(np.abs(self.contrast[:, f])) for f in np.flatnonzero(self.focal)]),
             "recall_at_10": None if np.isnan(self.recall).all() else mean_statistic(self.recall),
             "negation": _mean([self._right(f, label) for f in self._both() for label in (0.0, 1.0)]),
         }
@@ -107,8 +116,10 @@ def _mean(statistics: Sequence[Statistic]) -> Statistic | None:
 
 
 def scores_of(predictions: Predictions) -> Scores:
-    """The lines of a prediction that comparisons need."""
+    """The lines of a prediction that comparisons need; labels of images that do not count, as their study does already, are NaN."""
     counted = predictions.counted()
+    labels = np.full_like(predictions.labels, math.nan)
+    labels[counted] = predictions.labels[counted]
     numbers: dict[str, str] = {}
     patients = tuple(numbers.setdefault(row.patient_id, str(len(numbers))) for row in predictions.rows)
     recall = np.full(len(predictions.rows), math.nan)
@@ -122,7 +133,7 @@ def scores_of(predictions: Predictions) -> Scores:
     return Scores(
         predictions.findings,
         patients,
-        predictions.labels,
+        labels,
         predictions.scores,
         predictions.hits,
         predictions.contrast,
@@ -131,22 +142,61 @@ def scores_of(predictions: Predictions) -> Scores:
     )
 
 
+def names_of(recipes: Sequence[Path]) -> list[str]:
+    """What recipes are called: the names of their files, numbered from the second of one name.
+
+    Raises:
+        ValueError: a recipe given twice.
+    """
+    files = [recipe.resolve() for recipe in recipes]
+    if len(set(files)) < len(files):
+        raise ValueError(f"{next(one.name for one in files if files.count(one) > 1)} was given twice; give every recipe once")
+    names: list[str] = []
+    taken = {file.stem for file in files}
+    for file in files:
+        free = (f"{file.stem}-{i}" for i in itertools.count(2))
+        names.append(file.stem if file.stem not in names else next(name for name in free if name not in taken))
+        taken.add(names[-1])
+    return names
+
+
+def budget(images: int, per_step: Sequence[int], epoch: int) -> tuple[int, int]:
+    """Images that every run can see exactly, near what was asked for, and the number of validations: one per epoch, about.
+
+    Args:
+        images: asked for.
+        per_step: images of a step of each recipe; both numbers of images, seen in all and between validations, are multiples of each.
+        epoch: images of the training split.
+    Raises:
+        ValueError: the recipes' steps have no common multiple near ``images``.
+    """
+    unit = math.lcm(*per_step)
+    if unit > 2 * images:
+        raise ValueError(
+            f"steps of {', '.join(map(str, sorted(set(per_step))))} images meet after {unit} images, more than twice the {images} "
+            "that each run is to see; give more --images, or every recipe one batch size: --set data.init_args.batch_size=16"
+        )
+    checks = max(1, min(round(images / epoch), images // unit))
+    return max(1, round(images / (checks * unit))) * unit * checks, checks
+
+
 def jobs_of(
     recipes: Sequence[Path], seeds: int, out: Path, manifest: Path, images: int, options: Sequence[str] = (), threads: int = 1
 ) -> list[Job]:
     """A job for every recipe and seed, seeds outermost, so that a stopped comparison has all recipes.
 
     Raises:
-        ValueError: two recipes of one name.
+        ValueError: a recipe given twice, or no number of images near ``images`` that all can see.
     """
-    names = [recipe.stem for recipe in recipes]
-    if len(set(names)) < len(names):
-        raise ValueError(f"two recipes have one name: {', '.join(sorted({n for n in names if names.count(n) > 1}))}; rename one")
+    epoch = max(1, sum(row.split == "train" for row in read_manifest(manifest).rows))
+    steps = [min(size, epoch) for recipe in recipes if (size := _images_per_step(recipe, options)) is not None]
+    exact, checks = budget(images, steps, epoch) if steps else (images, 1)
+    named = list(zip(names_of(recipes), recipes, strict=True))
     folders = out / "runs"
     return [
-        Job(name, recipe, seed, folders / f"{name}-{seed}", manifest, images, tuple(options), threads)
+        Job(name, recipe, seed, folders / f"{name}-{seed}", manifest, exact, checks, tuple(options), threads)
         for seed in range(seeds)
-        for name, recipe in zip(names, recipes, strict=True)
+        for name, recipe in named
     ]
 
 
@@ -164,21 +214,25 @@ def train_and_score(job: Job) -> None:
     from medvl.training.module import trainable
 
     torch.set_num_threads(job.threads)
-    batch = _batch_size(job)
+    batch, accumulated = _batch_size(job.recipe, job.options), _accumulated(job.recipe, job.options)
+    epoch = max(1, sum(row.split == "train" for row in read_manifest(job.manifest).rows))
+    steps = max(1, job.images // min(batch * accumulated, epoch))
     arguments = {
         "config": job.recipe,
         "seed_everything": job.seed,
         "out": job.folder / "model",
         "trainer.max_epochs": -1,
-        "trainer.max_steps": max(1, round(job.images / batch)),
+        "trainer.max_steps": steps,
+        "trainer.check_val_every_n_epoch": "null",  # but every so many batches
+        "trainer.val_check_interval": max(1, steps // job.checks) * accumulated,
         "trainer.enable_progress_bar": "false",
         "data.init_args.manifest": job.manifest,
         "data.init_args.seed": job.seed,
         "model.seed": job.seed,
     }
-    wall, cpu = time.perf_counter(), time.process_time()
+    wall, cpu = time.perf_counter(), _cpu_seconds()
     run("fit", [*(f"--{name}={value}" for name, value in arguments.items()), *job.options])
-    taken = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu, "peak_mb": _peak_mb()}
+    taken = {"seconds": time.perf_counter() - wall, "cpu_seconds": _cpu_seconds() - cpu, "peak_mb": _peak_mb()}
     model, source = load(job.folder / "model"), _retrieved(job.recipe)
     found = {}
     for split in ("val", "test"):
@@ -189,7 +243,8 @@ def train_and_score(job: Job) -> None:
     np.savez(content, **arrays)  # type: ignore[arg-type]
     write_atomically(job.folder / SCORES, content.getvalue())
     parameters = trainable(model)
-    note = {"key": job.key(), "name": job.name, "seed": job.seed, "batch_size": batch, "parameters": parameters, **taken}
+    seen = {"images": steps * min(batch * accumulated, epoch), "batch_size": batch}
+    note = {"key": job.key(), "name": job.name, "seed": job.seed, **seen, "parameters": parameters, **taken}
     write_atomically(job.folder / NOTE, json.dumps(note, indent=2).encode())
 
 
@@ -202,33 +257,49 @@ def read_scores(folder: Path, split: str) -> Scores:
 
 
 def run_jobs(jobs: Sequence[Job], workers: int, console: Console) -> dict[str, str]:
-    """Make every run that is not made yet; run -> why it failed, of those that did. A failed run costs only itself."""
+    """Make every run that is not made yet; run -> why it failed, of those that did.
+
+    A failed run costs only itself; an interrupt ends those that run and starts no other.
+    """
     failed: dict[str, str] = {}
+    running: dict[Path, subprocess.Popen[bytes]] = {}
     waiting = [job for job in jobs if not finished(job)]
-    with Progress(console=console, transient=True) as progress:
+    with Progress(console=console, transient=True) as progress, ThreadPoolExecutor(workers) as pool:
         task = progress.add_task("runs", total=len(jobs), completed=len(jobs) - len(waiting))
-        with ThreadPoolExecutor(workers) as pool:
-            futures = {pool.submit(_in_a_process, job): job for job in waiting}
+        try:
+            futures = {pool.submit(_in_a_process, job, running): job for job in waiting}
             for future in as_completed(futures):
                 job = futures[future]
                 if (why := future.result()) is not None:
                     failed[f"{job.name}-{job.seed}"] = why
                     console.print(f"[red]{job.name}, seed {job.seed}: failed[/red]; see {REJECTED} and {job.folder / LOG}")
                 progress.advance(task)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in list(running.values()):
+                process.kill()  # what is not finished is made anew
     return failed
 
 
-def _in_a_process(job: Job) -> str | None:
-    """Make a run in a new process; why it failed, or None."""
+def _in_a_process(job: Job, running: dict[Path, subprocess.Popen[bytes]]) -> str | None:
+    """Make a run in a new process, which is in ``running`` for as long as it lives; why it failed, or None."""
     job.folder.mkdir(parents=True, exist_ok=True)
     told = json.dumps({name: str(value) if isinstance(value, Path) else value for name, value in asdict(job).items()})
     env = os.environ | {"OMP_NUM_THREADS": str(job.threads)}
-    with (job.folder / LOG).open("w") as log:
-        done = subprocess.run([sys.executable, "-m", "tasks.comparison", told], stdout=log, stderr=log, env=env, check=False)  # noqa: S603 (own words)
-    if done.returncode == 0 and finished(job):
+    command = [sys.executable, "-m", "tasks.comparison", told]
+    with (job.folder / LOG).open("w") as log, subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=env) as process:  # noqa: S603 (own words)
+        running[job.folder] = process
+        code = process.wait()
+        del running[job.folder]
+    if code == 0 and finished(job):
         return None
     lines = [line for line in (job.folder / LOG).read_text(errors="replace").splitlines() if line.strip()]
-    return f"exit {done.returncode}: {lines[-1].strip() if lines else 'no message'}"
+    return f"exit {code}: {lines[-1].strip() if lines else 'no message'}"
+
+
+def _end_with_parent() -> None:
+    """End this process when standard input is closed, as it is when the process that holds its other end is gone, however it went."""
+    threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()
 
 
 @dataclass(frozen=True)
@@ -245,15 +316,15 @@ class Line:
     peak_mb: float
     parameters: int
     best: bool = False
-
-    @property
-    def choice(self) -> float:
-        """What the best is chosen by."""
-        return float(np.mean([self.validation.get(name, math.nan) for name in CHOSEN_BY]))
+    choice: float = math.nan  # what the best is chosen by
 
 
 def lines_of(jobs: Sequence[Job], repeats: int = 1000) -> list[Line]:
-    """The table: a line for each recipe that has a run, in the order given; differences are from the first over the seeds both have."""
+    """The table: a line for each recipe that has a run, in the order given.
+
+    Differences are from the first recipe over the seeds both have; there are none if it has no run. The best is chosen by the mean of those
+    of ``CHOSEN_BY`` that validation has for every recipe.
+    """
     made = [job for job in jobs if finished(job)]
     names = list(dict.fromkeys(job.name for job in made))
     tests = {name: {job.seed: read_scores(job.folder, "test") for job in made if job.name == name} for name in names}
@@ -274,14 +345,23 @@ def lines_of(jobs: Sequence[Job], repeats: int = 1000) -> list[Line]:
                 _intervals(over_seeds, patients, repeats),
                 {m: (min(values), max(values)) for m, values in each.items()},
                 {m: float(np.mean([of[m] for of in validation])) for m in METRICS if all(m in of for of in validation)},
-                {} if name == names[0] else _differences(tests[name], tests[names[0]], repeats),
-                float(np.mean([1000 * note["cpu_seconds"] / job.images for note, job in zip(notes, own, strict=True)])),
+                {} if name == jobs[0].name else _differences(tests[name], tests.get(jobs[0].name, {}), repeats),
+                float(np.mean([1000 * note["cpu_seconds"] / note["images"] for note in notes])),
                 float(np.max([note["peak_mb"] for note in notes])),
                 int(notes[0]["parameters"]),
             )
         )
-    chosen = max(lines, key=lambda line: -math.inf if math.isnan(line.choice) else line.choice, default=None)
-    return [line if line is not chosen else Line(**{**vars(line), "best": True}) for line in lines]
+    return _chosen(lines)
+
+
+def _chosen(lines: Sequence[Line]) -> list[Line]:
+    """The lines with what they are chosen by, and the best marked; none is if validation has nothing to choose by."""
+    shared = [m for m in CHOSEN_BY if all(math.isfinite(line.validation.get(m, math.nan)) for line in lines)]
+    if not shared or not lines:
+        return list(lines)
+    judged = [replace(line, choice=float(np.mean([line.validation[m] for m in shared]))) for line in lines]
+    best = max(judged, key=lambda line: line.choice)
+    return [replace(line, best=line is best) for line in judged]
 
 
 def _differences(mine: Mapping[int, Scores], others: Mapping[int, Scores], repeats: int) -> dict[str, Interval]:
@@ -312,7 +392,7 @@ def write_tables(lines: Sequence[Line], jobs: Sequence[Job], failed: Mapping[str
     _write(out / TABLE, header, (_cells(line) for line in lines))
     notes = [json.loads((job.folder / NOTE).read_text()) for job in jobs if finished(job)]
     values = [(_values(read_scores(job.folder, "test")), _values(read_scores(job.folder, "val"))) for job in jobs if finished(job)]
-    own = ["batch_size", "parameters", "seconds", "cpu_seconds", "peak_mb"]
+    own = ["images", "batch_size", "parameters", "seconds", "cpu_seconds", "peak_mb"]
     _write(
         out / RUNS,
         ["recipe", "seed", *METRICS, *(f"validation_{m}" for m in METRICS), *own],
@@ -371,9 +451,35 @@ def _retrieved(recipe: Path) -> TextSource:
     return ReportText(**spec.get("init_args", {})) if spec["class_path"].endswith(".ReportText") else ReportSentences()
 
 
-def _batch_size(job: Job) -> int:
-    asked = [option.split("=", 1)[1] for option in job.options if option.startswith("--data.init_args.batch_size=")]
-    return int(asked[-1] if asked else _recipe(job.recipe)["data"]["init_args"].get("batch_size", 64))
+def _asked(options: Sequence[str], name: str, default: Any) -> int:
+    """The number that ``options`` set last, or the recipe's own."""
+    given = [option.split("=", 1)[1] for option in options if option.startswith(f"--{name}=")]
+    return int(given[-1] if given else default)
+
+
+def _batch_size(recipe: Path, options: Sequence[str]) -> int:
+    return _asked(options, "data.init_args.batch_size", _recipe(recipe)["data"]["init_args"].get("batch_size", 64))
+
+
+def _accumulated(recipe: Path, options: Sequence[str]) -> int:
+    name = "accumulate_grad_batches"
+    return _asked(options, f"trainer.{name}", (_recipe(recipe).get("trainer") or {}).get(name) or 1)
+
+
+def _images_per_step(recipe: Path, options: Sequence[str]) -> int | None:
+    """None for what is no recipe: its run says so, and costs the others nothing."""
+    import yaml
+
+    try:
+        return _batch_size(recipe, options) * _accumulated(recipe, options)
+    except (OSError, UnicodeError, yaml.YAMLError, LookupError, TypeError, AttributeError):
+        return None
+
+
+def _cpu_seconds() -> float:
+    """Of this process and of the workers it has had."""
+    used = os.times()
+    return used.user + used.system + used.children_user + used.children_system
 
 
 def _peak_mb() -> float:
@@ -397,18 +503,30 @@ def compare(
     options: Sequence[str] = (),
     console: Console | None = None,
     synthetic: bool = False,
+    anew: bool = False,
 ) -> tuple[list[Line], dict[str, str]]:
-    """Train, score, write the tables and the page; the lines, and run -> why it failed."""
+    """Train, score, write the tables and the page; the lines, and run -> why it failed.
+
+    Args:
+        images: to be seen in training by each run; see :func:`budget` for what they are rounded to.
+        workers: runs at a time.
+        options: for every fit, as ``--key=value``.
+        synthetic: the studies are phantoms.
+        anew: make finished runs again.
+    """
     from tasks.page.comparison import write_comparison
 
     console = console or Console(stderr=True)
     jobs = jobs_of(recipes, seeds, out, manifest, images, options)
+    for job in jobs if anew else ():
+        (job.folder / NOTE).unlink(missing_ok=True)
     failed = run_jobs(jobs, workers, console)
     lines = lines_of(jobs)
     write_tables(lines, jobs, failed, out)
     rows = read_manifest(manifest).rows
     splits = {f"{split} studies": len({row.study_id for row in rows if row.split == split}) for split in ("train", "val", "test")}
-    write_comparison(out / PAGE, lines, {"images seen in training by each run": images, "seeds": seeds, **splits}, synthetic)
+    facts = {"images seen in training by each run": jobs[0].images, "validations of each run": jobs[0].checks, "seeds": seeds, **splits}
+    write_comparison(out / PAGE, lines, jobs[0].name, facts, synthetic)
     return lines, failed
 
 
@@ -416,4 +534,5 @@ if __name__ == "__main__":
     given: dict[str, Any] = json.loads(sys.argv[1])
     for place in ("recipe", "folder", "manifest"):
         given[place] = Path(given[place])
+    _end_with_parent()
     train_and_score(Job(**{**given, "options": tuple(given["options"])}))

@@ -70,7 +70,7 @@ class MultiPositiveInfoNCE(Objective):
 
     Args:
         weights: see :class:`Objective`.
-        denominator: one for both directions, or one for each (``{image: all, text: each}`` as in RadZero).
+        denominator: one for both directions, or one for each (``{image: each, text: all}`` as in RadZero).
         direction: one for all parts, or by the name of the part (``{image: image, text: text}`` of a
             :class:`medvl.nn.local.TokenwiseSimilarity`, as in FILIP); a part that is not named is trained in both.
         image_share: weight of the images' direction where there are both, the rest being that of the texts (ConVIRT, arXiv:2010.00747:

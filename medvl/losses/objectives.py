@@ -61,8 +61,9 @@ def info_nce(
             that has soft positives alone, in the direction that takes none; one-sided ``soft`` with another denominator than ``all``.
     Source: "Supervised Contrastive Learning", arXiv:2004.11362, eq. 2 (outside) and 3 (inside, there with a mean), in both directions;
         inside: "End-to-End Learning of Visual Representations from Uncurated Instructional Videos", arXiv:1912.06430, eq. 1;
-        negatives: "Decoupled Contrastive Learning", arXiv:2110.06848, eq. 5; each: the columns of "RadZero", arXiv:2504.07416, which has
-        all in its rows; one-sided weights: "CWCL: Cross-Modal Transfer with Continuously Weighted Contrastive Loss", arXiv:2309.14580.
+        negatives: "Decoupled Contrastive Learning", arXiv:2110.06848, eq. 5; each: the images of "RadZero", arXiv:2504.07416, which has
+        all for its sentences; one-sided weights: "CWCL: Cross-Modal Transfer with Continuously Weighted Contrastive Loss",
+        arXiv:2309.14580.
     """
     for name, value, known in (("denominator", denominator, Denominator), ("direction", direction, Direction), ("soft", soft, Direction)):
         _check_word(name, value, known)

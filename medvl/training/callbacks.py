@@ -97,8 +97,11 @@ class KeepBest(Callback):
             self._say_missing(trainer)
             return
         value = float(trainer.callback_metrics[self.monitor])
+        if math.isnan(value):  # nothing is better than that, nor worse
+            log.warning("%s is not a number at step %d: the model is not kept", self.monitor, trainer.global_step)
+            return
         cost = value if self.mode == "min" else -value
-        if math.isfinite(cost) and (self.lowest is None or cost < self.lowest):
+        if self.lowest is None or cost < self.lowest:
             self.lowest = cost
             self._write(trainer, pl_module, chosen_by=self.monitor, value=value)
 

@@ -126,7 +126,7 @@ class AlignmentCLI(LightningCLI):
         self._prepare(("train", "val"))
         config = self.config_init[self.subcommand]
         checkpoint = Path(config.out) / RESUME
-        if config.resume:
+        if config.resume or int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0:  # a requeued job has the command it began with
             if checkpoint.is_file():
                 config.ckpt_path = str(checkpoint)
             else:

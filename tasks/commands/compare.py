@@ -26,7 +26,14 @@ if TYPE_CHECKING:
 )
 @click.option("--data-seed", type=click.IntRange(min=0), default=200, show_default=True, help="Of the phantoms.")
 @click.option("--size", type=click.IntRange(min=32), default=128, show_default=True, help="Side of the phantoms in pixels.")
-@click.option("--images", type=click.IntRange(min=1), default=5400, show_default=True, help="Images that each run sees in training.")
+@click.option(
+    "--images",
+    type=click.IntRange(min=1),
+    default=5400,
+    show_default=True,
+    help="Images that each run sees in training, to the nearest that all batch sizes divide.",
+)
+@click.option("--anew", is_flag=True, help="Make finished runs again.")
 @click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Runs at a time, a thread each.")
 @click.option("--set", "options", multiple=True, metavar="KEY=VALUE", help="Passed to every fit, as --KEY=VALUE.")
 def compare(
@@ -40,6 +47,7 @@ def compare(
     images: int,
     workers: int,
     options: tuple[str, ...],
+    anew: bool,
 ) -> None:
     """Train every RECIPE (a file, or the name of one that comes with medvl) on the same studies, with the same number of images seen.
 
@@ -74,7 +82,7 @@ def compare(
         manifest = write_cohort(
             out / "data", studies, data_seed, size=size, counts={"train": studies - test - val, "val": val, "test": test}, workers=workers
         )
-    lines, failed = run_comparison(found, seeds, out, manifest, images, workers, [f"--{one}" for one in options], console, synthetic)
+    lines, failed = run_comparison(found, seeds, out, manifest, images, workers, [f"--{one}" for one in options], console, synthetic, anew)
     show(lines)
     click.echo(f"Open {out / 'comparison.html'}; figures in {out / 'comparison.csv'}.")
     echo_notice()
@@ -88,13 +96,13 @@ def show(lines: Sequence[Line]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from tasks.comparison import METRICS
+    from tasks.comparison import SHOWN
     from tasks.page.comparison import TITLES
 
-    table = Table("recipe", *(TITLES[m] for m in METRICS), "validation", "CPU s / 1000", "MB")
+    table = Table("recipe", *(TITLES[m] for m in SHOWN), "validation", "CPU s / 1000", "MB")
     for line in lines:
         cells = []
-        for m in METRICS:
+        for m in SHOWN:
             one = line.metrics.get(m)
             cells.append("–" if one is None else f"{one.value:.3f} ({one.ci_low:.3f} to {one.ci_high:.3f})")
         name = f"[bold]{line.name}[/bold]" if line.best else line.name

@@ -14,29 +14,39 @@ from medvl.types import RESEARCH_USE
 if TYPE_CHECKING:
     from tasks.comparison import Line
 
-TITLES = {"auroc": "AUROC", "pointing": "Pointing game", "cnr": "CNR", "recall_at_10": "Recall@10", "negation": "Negation"}
+TITLES = {
+    "auroc": "AUROC",
+    "pointing": "Pointing game",
+    "cnr": "CNR",
+    "recall_at_10": "Recall@10",
+    "negation": "Negation",
+}
 LEFT, RIGHT, STEP = 160, 540, 24
 BEST, OTHER = "#0a5bff", "#59626d"
 
 
-def write_comparison(path: Path, lines: Sequence[Line], facts: Mapping[str, Any], synthetic: bool) -> Path:
+def write_comparison(path: Path, lines: Sequence[Line], base: str, facts: Mapping[str, Any], synthetic: bool) -> Path:
     """Write the page whole or not at all.
 
     Args:
-        lines: at least none; differences are from the first.
+        lines: at least none.
+        base: the recipe that differences are from, in ``lines`` or, if it failed, not.
         facts: how it was made.
         synthetic: the studies are phantoms, which the page then says.
     """
     from jinja2 import Environment, StrictUndefined
 
-    from tasks.comparison import METRICS
+    from tasks.comparison import METRICS, SHOWN
 
-    shown = [m for m in METRICS if any(m in line.metrics for line in lines)]
+    shown = [m for m in SHOWN if any(m in line.metrics for line in lines)]
     page = {
         "notice": RESEARCH_USE[:1].upper() + RESEARCH_USE[1:],
         "synthetic": synthetic,
-        "base": lines[0].name if lines else "",
+        "base": base,
+        "compared": any(line.name == base for line in lines),
+        "chosen": any(line.best for line in lines),
         "metrics": [{"title": TITLES[m], "words": METRICS[m]} for m in shown],
+        "absolute": METRICS["cnr_absolute"],
         "rows": [_row(line, shown) for line in lines],
         "plots": [plot(TITLES[m], [(line.name, line.metrics[m], line.best) for line in lines if m in line.metrics]) for m in shown],
         "facts": dict(facts),
@@ -52,7 +62,7 @@ def _row(line: Line, shown: Sequence[str]) -> dict[str, Any]:
         "name": line.name,
         "seeds": line.seeds,
         "best": line.best,
-        "cells": [_cell(line.metrics.get(m), line.difference.get(m)) for m in shown],
+        "cells": [_cell(line.metrics.get(m), line.difference.get(m), line.metrics.get(f"{m}_absolute")) for m in shown],
         "choice": _figure(line.choice),
         "seconds": f"{line.seconds_per_1000:.1f}",
         "memory": f"{line.peak_mb:.0f}",
@@ -60,10 +70,11 @@ def _row(line: Line, shown: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _cell(value: Interval | None, difference: Interval | None) -> dict[str, str]:
+def _cell(value: Interval | None, difference: Interval | None, absolute: Interval | None) -> dict[str, str]:
     if value is None:
-        return {"value": "–", "interval": "", "difference": "", "sign": ""}
+        return {"value": "–", "interval": "", "difference": "", "sign": "", "absolute": ""}
     shown = {"value": _figure(value.value), "interval": f"{_figure(value.ci_low)} to {_figure(value.ci_high)}"}
+    shown["absolute"] = "" if absolute is None else f"absolute {_figure(absolute.value)}"
     if difference is None:
         return {**shown, "difference": "", "sign": ""}
     sign = "better" if difference.ci_low > 0 else "worse" if difference.ci_high < 0 else ""

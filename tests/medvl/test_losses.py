@@ -135,6 +135,26 @@ def test_objective_weighs_the_parts_of_a_similarity():
         MultiPositiveInfoNCE({"no_such": 1.0})(parts, positives)
 
 
+def test_the_denominators_of_radzero():
+    """Its recipe, against the published rows (a sentence among all images) and columns (an image's sentence among those of others)."""
+    import yaml
+
+    from tasks.demo import recipe_path
+
+    rng = np.random.default_rng(3)
+    scores, owner = rng.standard_normal((10, 4)) * 3, np.array([0, 0, 0, 1, 1, 2, 2, 2, 2, 3])  # sentences x images
+    rows = [-math.log(math.exp(scores[i, g]) / sum(math.exp(v) for v in scores[i])) for i, g in enumerate(owner)]
+    columns = [
+        -math.log(math.exp(scores[i, g]) / (math.exp(scores[i, g]) + sum(math.exp(scores[k, g]) for k in range(10) if owner[k] != g)))
+        for i, g in enumerate(owner)
+    ]
+    by_image = np.mean([np.mean([c for c, o in zip(columns, owner, strict=True) if o == g]) for g in range(4)])
+    options = yaml.safe_load(recipe_path("radzero.yaml").read_text())["model"]["loss"]["init_args"]
+    positives = torch.from_numpy(owner[None] == np.arange(4)[:, None])
+    loss = MultiPositiveInfoNCE(**options)({"attention": torch.from_numpy(scores.T.copy())}, positives)["loss"]
+    assert loss.item() == pytest.approx((np.mean(rows) + by_image) / 2, rel=1e-9)
+
+
 def test_the_bias_of_the_sigmoid_loss_is_kept_within_bounds_and_comes_back():
     logits, positives = torch.zeros(2, 2), torch.eye(2, dtype=torch.bool)
     inside, beyond = MultiPositiveSigmoid(bias=-30.0), MultiPositiveSigmoid(bias=-30.0)

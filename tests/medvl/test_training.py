@@ -307,6 +307,16 @@ def test_a_run_that_was_killed_after_its_last_checkpoint_writes_its_model(recipe
     assert_same_weights(tmp_path, finished)
 
 
+def test_a_requeued_job_goes_on_without_being_told(recipe, finished, tmp_path, monkeypatch):
+    from medvl.training.cli import run
+
+    (tmp_path / "resume.ckpt").write_bytes((finished / "resume.ckpt").read_bytes())
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert run("fit", ["--config", str(recipe), "--out", str(tmp_path)]) == 0
+    assert_same_weights(tmp_path, finished)
+    assert not list(tmp_path.glob("logs/*/metrics.csv"))  # it had nothing left to train
+
+
 def test_parts_of_another_run_are_taken_and_kept(recipe, finished, tmp_path):
     from medvl.training.cli import run
 

@@ -158,12 +158,12 @@ def test_own_texts_are_looked_up_for_the_batch_alone(recipe, tmp_path, monkeypat
 
 def test_the_best_may_be_the_highest(tmp_path):
     class Trainer:
-        sanity_checking, is_global_zero, callback_metrics = False, True, {}
+        sanity_checking, callback_metrics, global_step = False, {}, 1
 
     written = []
     best = KeepBest(tmp_path, monitor="val/auroc", mode="max")
     best._write = lambda trainer, module, chosen_by, value: written.append(value)
-    for value in (math.nan, 0.5, 0.7, 0.6, math.nan, 0.8):
+    for value in (math.nan, 0.5, 0.7, math.nan, 0.6, 0.8):
         Trainer.callback_metrics = {"val/auroc": value}
         best.on_validation_end(Trainer(), None)
     assert written == [0.5, 0.7, 0.8]

@@ -1,18 +1,29 @@
 """The comparison: statistics against scikit-learn and loops, tables, a run end to end, failures that cost only themselves."""
 
 import csv
+import json
 import math
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
+from medvl.data.manifest import StudyImage
 from medvl.metrics import auroc_statistic, bootstrap_intervals, combined, contrast_to_noise, mean_statistic
 from tasks.cli import cli
-from tasks.comparison import METRICS, Job, Scores, jobs_of, lines_of, read_scores
+from tasks.comparison import METRICS, SHOWN, Job, Scores, budget, jobs_of, lines_of, names_of, read_scores, scores_of
 from tasks.demo import recipe_path
-from tasks.page.comparison import plot
+from tasks.evaluation import Predictions
+from tasks.page.comparison import plot, write_comparison
 
 
 def scores(seed=0, n=40, f=3):
@@ -43,6 +54,8 @@ def test_each_metric_is_what_it_says():
     assert found["negation"] == pytest.approx(np.mean(right))
     assert found["pointing"] == pytest.approx(np.mean([np.nanmean(made.hits[:, f]) for f in (0, 2)]))
     assert found["cnr"] == pytest.approx(np.mean([np.nanmean(made.contrast[:, f]) for f in (0, 2)]))
+    assert found["cnr_absolute"] == pytest.approx(np.mean([np.nanmean(abs(made.contrast[:, f])) for f in (0, 2)]))
+    assert found["cnr_absolute"] > found["cnr"]
     assert found["recall_at_10"] == pytest.approx(made.recall.mean())
 
 
@@ -88,9 +101,76 @@ def test_a_plot_lays_values_in_order():
     assert 160 <= low < x < high <= 540 and made["dots"][0]["colour"] != made["dots"][1]["colour"]
 
 
-def test_two_recipes_of_one_name_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="two recipes have one name: clip"):
-        jobs_of([recipe_path("clip.yaml"), tmp_path / "clip.yaml"], 1, tmp_path, tmp_path, 1)
+def test_recipes_of_one_name_are_told_apart(tmp_path):
+    files = [tmp_path / name for name in ("clip.yaml", "a/clip.yaml", "clip-2.yaml", "b/clip.yaml")]
+    assert names_of(files) == ["clip", "clip-3", "clip-2", "clip-4"]
+    with pytest.raises(ValueError, match=r"clip.yaml was given twice"):
+        names_of([tmp_path / "clip.yaml", tmp_path / "a" / ".." / "clip.yaml"])
+
+
+@given(st.integers(1, 5000), st.lists(st.sampled_from([4, 8, 12, 16, 20, 64]), min_size=1, max_size=4), st.integers(1, 3000))
+def test_a_budget_is_the_same_for_all_and_ends_with_a_validation(images, steps, epoch):
+    unit = math.lcm(*steps)
+    if unit > 2 * images:
+        with pytest.raises(ValueError, match="one batch size"):
+            budget(images, steps, epoch)
+        return
+    total, checks = budget(images, steps, epoch)
+    assert checks >= 1 and all(total % (checks * step) == 0 for step in steps)
+    assert abs(total - images) <= max(unit * checks / 2, unit - images)
+    assert checks <= max(1, images / epoch + 0.5)
+
+
+def test_a_study_of_several_images_counts_once():
+    """Where a tower scores studies, each image has its study's label: two images of one patient are one row of AUROC."""
+    rows = tuple(
+        StudyImage(study, study, "xray", Path(f"{i}.png"), None, "test", None, None, None, {}, (), {}, i) for i, study in enumerate("aabbc")
+    )
+    labels, values = np.array([[1.0, 1, 0, 0, 1]]).T, np.array([[0.9, 0.9, 0.6, 0.6, 0.5]]).T
+    nothing = np.full((5, 1), math.nan)
+    made = Predictions(("x",), rows, labels, values, ((None,),) * 5, nothing, nothing, None, (), contrast=nothing, of_studies=True)
+    found = scores_of(made).statistics()
+    assert found["auroc"].of_weights(np.ones((1, 5)))[0] == roc_auc_score([1, 0, 1], [0.9, 0.6, 0.5]) == 0.5
+    assert "pointing" not in found and "recall_at_10" not in found
+    assert scores_of(replace(made, of_studies=False)).statistics()["auroc"].of_weights(np.ones((1, 5)))[0] == pytest.approx(2 / 3)
+
+
+def finished_job(tmp_path, name, made):
+    """A run as its process leaves it, whose scores are ``made``."""
+    recipe, manifest = tmp_path / f"{name}.yaml", tmp_path / "manifest.csv"
+    recipe.write_text(name)
+    manifest.touch()
+    job = Job(name, recipe, 0, tmp_path / f"{name}-0", manifest, 16)
+    job.folder.mkdir()
+    taken = {"seconds": 1.0, "cpu_seconds": 1.0, "peak_mb": 1.0}
+    note = {"key": job.key(), "name": name, "seed": 0, "images": 16, "batch_size": 8, "parameters": 5, **taken}
+    (job.folder / "run.json").write_text(json.dumps(note))
+    arrays = {f"{split}.{key}": np.asarray(value) for split in ("val", "test") for key, value in asdict(made).items()}
+    np.savez(job.folder / "scores.npz", **arrays)
+    return job
+
+
+def test_the_best_is_chosen_by_what_validation_has(tmp_path):
+    """Without masks there is no pointing game; the better of two is the better still, wherever it stands, and of nothing none is best."""
+    bare = {"hits": np.full((40, 3), math.nan), "contrast": np.full((40, 3), math.nan), "focal": np.zeros(3, dtype=bool)}
+    poor = replace(scores(1), **bare)
+    good = replace(poor, scores=np.where(poor.labels == 1, 0.9, 0.1))
+    unknown = replace(poor, labels=np.full((40, 3), math.nan), recall=np.full(40, math.nan))
+    lines = lines_of([finished_job(tmp_path, "poor", poor), finished_job(tmp_path, "good", good)], repeats=10)
+    assert [line.best for line in lines] == [False, True]
+    assert lines[1].choice == pytest.approx((1 + good.recall.mean()) / 2)
+    none = lines_of([finished_job(tmp_path, "unknown", unknown)], repeats=10)
+    assert not none[0].best and math.isnan(none[0].choice)
+
+
+def test_differences_are_from_the_first_recipe_or_there_are_none(tmp_path):
+    jobs = [finished_job(tmp_path, name, scores(i)) for i, name in enumerate(("first", "second", "third"))]
+    assert [bool(line.difference) for line in lines_of(jobs, repeats=10)] == [False, True, True]
+    (jobs[0].folder / "run.json").unlink()
+    lines = lines_of(jobs, repeats=10)
+    assert [line.name for line in lines] == ["second", "third"] and not any(line.difference for line in lines)
+    page = write_comparison(tmp_path / "page.html", lines, jobs[0].name, {}, synthetic=False).read_text()
+    assert "<b>first</b>, which differences would be from, has no finished run" in page
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +189,7 @@ def compared(tmp_path_factory):
         "--studies",
         "40",
         "--images",
-        "32",
+        "64",
         "--size",
         "32",
         "--out",
@@ -133,6 +213,12 @@ def test_a_comparison_end_to_end(compared):
     assert not rows[0]["auroc_difference"] and rows[1]["auroc_difference"]
     assert float(rows[1]["auroc_difference"]) == pytest.approx(float(rows[1]["auroc"]) - float(rows[0]["auroc"]), abs=2e-4)
     runs = list(csv.DictReader((out / "runs.csv").open()))
+    assert {row["images"] for row in runs} == {"64"}  # 8 steps of 8; an epoch of 30 images has 3
+    for folder in (out / "runs").glob("[cr]*-?"):
+        logged = list(csv.DictReader((folder / "model" / "logs" / "version_0" / "metrics.csv").open()))
+        validated = {int(row["step"]) + 1: float(row["val/loss"]) for row in logged if row.get("val/loss")}
+        kept = json.loads((folder / "model" / "config.json").read_text())["provenance"]
+        assert list(validated) == [4, 8] and kept["step"] == min(validated, key=validated.get)
     assert {(row["recipe"], row["seed"]) for row in runs} == {(name, seed) for name in ("clip", "radzero") for seed in "01"}
     failed = list(csv.DictReader((out / "rejected.csv").open()))
     assert [row["run"] for row in failed] == ["broken-0", "broken-1"] and "dimensions" in failed[0]["reason"]
@@ -140,7 +226,8 @@ def test_a_comparison_end_to_end(compared):
     assert (
         "esearch use, not for diagnosis" in page
         and "synthetic phantoms" in page
-        and page.count("<svg") == len(METRICS)
+        and page.count("<svg") == len(SHOWN)
+        and page.count("<small>absolute ") == 2
         and "http" not in page
     )
 
@@ -149,12 +236,43 @@ def test_what_is_finished_is_kept_and_what_was_asked_otherwise_is_not(compared):
     out, args, _ = compared
     manifest = out / "data" / "manifest.csv"
     options = ("--data.init_args.reader.init_args.size=32", "--data.init_args.batch_size=8")
-    jobs = jobs_of([recipe_path("clip.yaml"), recipe_path("radzero.yaml")], 2, out, manifest, 32, options)
+    jobs = jobs_of([recipe_path("clip.yaml"), recipe_path("radzero.yaml")], 2, out, manifest, 64, options)
     before = {job.folder: (job.folder / "run.json").stat().st_mtime_ns for job in jobs}
     (jobs[1].folder / "run.json").unlink()
     CliRunner().invoke(cli, [one for one in args if not one.endswith("broken.yaml")])
     after = {job.folder: (job.folder / "run.json").stat().st_mtime_ns for job in jobs}
     assert [after[job.folder] == before[job.folder] for job in jobs] == [True, False, True, True]
-    other = [Job(job.name, job.recipe, job.seed, job.folder, job.manifest, 64, job.options) for job in jobs]
+    other = [replace(job, images=128) for job in jobs]
     assert lines_of(other) == []
     assert len(read_scores(jobs[0].folder, "val").patients) == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_what_is_stopped_starts_no_other_run_and_leaves_none_behind(compared, tmp_path, number):
+    """The signal goes to the comparison alone; its runs end with it, and so does the log that they write."""
+    given = ["--seeds", "3", "--images", "4000", "--manifest", str(compared[0] / "data" / "manifest.csv"), "--out", str(tmp_path)]
+    start = "from tasks.cli import main; main()"
+    process = subprocess.Popen([sys.executable, "-c", start, "compare", "clip", *given, *compared[1][-4:]], stderr=subprocess.DEVNULL)
+    run = tmp_path / "runs" / "clip-0" / "model" / "config.yaml"
+    until(run.is_file)
+    children = Path(f"/proc/{process.pid}/task")
+    ids = {int(child) for task in children.iterdir() for child in (task / "children").read_text().split()}
+    assert ids
+    process.send_signal(number)
+    process.wait(timeout=20)
+    until(lambda: not any(alive(child) for child in ids))
+    assert [folder.name for folder in (tmp_path / "runs").iterdir()] == ["clip-0"]
+
+
+def until(true, seconds=40):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
+
+
+def alive(process):
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{process}/status").read_text()
+    except OSError:
+        return False
