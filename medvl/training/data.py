@@ -269,8 +269,10 @@ class StudyDataModule(L.LightningDataModule):
         rank, world = (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
         batches = self._batches(rank, world)
         if trainer is not None:
-            done = trainer.global_step * trainer.accumulate_grad_batches
-            batches.epoch, batches.start = divmod(done, len(batches))
+            limit, accumulated = trainer.limit_train_batches, trainer.accumulate_grad_batches
+            served = min(len(batches), limit) if isinstance(limit, int) else int(len(batches) * limit)
+            batches.epoch, step = divmod(trainer.global_step, max(1, -(-served // accumulated)))  # an epoch ends in a step
+            batches.start = step * accumulated
         return StudyLoader(
             data,
             batch_sampler=batches,

@@ -307,6 +307,23 @@ def test_a_run_that_was_killed_after_its_last_checkpoint_writes_its_model(recipe
     assert_same_weights(tmp_path, finished)
 
 
+@pytest.mark.parametrize(("options", "steps"), [({"accumulate_grad_batches": 2}, 8), ({"limit_train_batches": 2}, 8)])
+def test_epochs_that_end_within_a_window_or_early_are_all_served_and_resumed(recipe, tmp_path, options, steps):
+    """Three batches an epoch, four epochs: two steps of two batches and one, or of the first two alone."""
+    from medvl.training.cli import run
+
+    settings = yaml.safe_load(recipe.read_text())
+    settings["trainer"] |= options
+    changed = tmp_path / "changed.yaml"
+    changed.write_text(yaml.safe_dump(settings))
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert run("fit", ["--config", str(changed), "--out", str(whole)]) == 0
+    assert torch.load(whole / "resume.ckpt", weights_only=True)["global_step"] == steps
+    killed.mkdir()
+    kill_and_resume(changed, killed, after_step=3)
+    assert_same_weights(killed, whole)
+
+
 def test_a_requeued_job_goes_on_without_being_told(recipe, finished, tmp_path, monkeypatch):
     from medvl.training.cli import run
 
