@@ -11,7 +11,7 @@ import math
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Literal
 
 import numpy as np
@@ -41,6 +41,8 @@ from medvl.types import (
 
 Views = Literal["image", "study"]
 Links = Literal["none", "ignore", "positive"]
+STAND_INS = 10
+"""Items that are tried in the place of one that cannot be read, before the storage is taken to be gone."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,16 @@ class Share:
 
 
 @dataclass(frozen=True)
+class Skipped:
+    """An image left out of training, and why; safe to show."""
+
+    row: int
+    study_id: str
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class StudyBatch:
     """B items with the M different texts of the batch. Of a batch shared between processes, ``images`` are those of this one alone."""
 
@@ -79,6 +91,21 @@ class StudyBatch:
     share: Share | None = None  # None: one process has the whole batch
     again: ImageBatch | None = None  # the same images, changed by chance once more
     labels: Tensor | None = None  # (b, C) float of the items whose images are here: 1 present, 0 absent, NaN not known
+    unread: tuple[Skipped, ...] = ()  # images of items here that could not be read
+    missing: Tensor | None = None  # (B,) bool, not moved: items here with none that could be read, in whose place other images stand
+
+    def without(self, missing: Tensor) -> StudyBatch:
+        """The batch without the pairs and labels of some items, (B,) bool, and without the texts that are true of them alone."""
+        missing = missing.to(self.positives.device)
+        kept = ~missing[:, None]
+        positives = self.positives * kept
+        orphans = (self.positives > 0).any(0) & ~(positives > 0).any(0)
+        ignore = ~kept | orphans if self.ignore is None else self.ignore | ~kept | orphans
+        labels = self.labels
+        if labels is not None:
+            first, stop = (0, len(missing)) if self.share is None else self.share.here
+            labels = labels.masked_fill(missing[first:stop, None], math.nan)
+        return replace(self, positives=positives, ignore=ignore, labels=labels)
 
     def to(self, device: torch.device | str) -> StudyBatch:
         """The same batch on another device."""
@@ -100,6 +127,8 @@ class Item:
     patient: int = 0  # a number that items of one patient share
     labels: Mapping[str, int] = field(default_factory=dict)  # finding -> 1, 0 or -1, of all its images
     modality: str = "xray"
+    unread: tuple[Skipped, ...] = ()  # images that could not be read
+    missing: bool = False  # none of its images could be read; ``samples`` are another item's
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -115,16 +144,6 @@ class Draw:
     index: int
     rank: int = 0  # of the process that has it
     words_only: bool = False  # another process has its images
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """An image left out of training, and why; safe to show."""
-
-    row: int
-    study_id: str
-    path: str
-    reason: str
 
 
 class StudyDataset(Dataset[Item]):
@@ -270,10 +289,46 @@ class StudyDataset(Dataset[Item]):
         first = self.images[indices[0]]
         labels = first.labels if len(indices) == 1 else {k: v for i in reversed(indices) for k, v in self.images[i].labels.items()}
         whose = (self.patients[indices[0]], labels, first.modality)
-        if draw.words_only and all(i in self._frontal for i in indices):
-            return Item((), texts, row, draw.epoch, all(self._frontal[i] for i in indices), draw.rank, *whose)
-        samples = tuple(as_listed(self.sample(i), self.images[i]) for i in indices)
-        return Item(() if draw.words_only else samples, texts, row, draw.epoch, all(map(_is_frontal, samples)), draw.rank, *whose)
+        known = all(i in self._frontal for i in indices)
+        frontal = known and all(self._frontal[i] for i in indices)
+        if draw.words_only and known:
+            return Item((), texts, row, draw.epoch, frontal, draw.rank, *whose)
+        samples, unread = self._read(draw.index)
+        if not known:
+            frontal = not unread and all(map(_is_frontal, samples))
+        if draw.words_only:
+            return Item((), texts, row, draw.epoch, frontal, draw.rank, *whose)
+        found = samples or self._stand_in(draw.index, unread)
+        return Item(found, texts, row, draw.epoch, frontal, draw.rank, *whose, unread, not samples)
+
+    def _read(self, item: int) -> tuple[tuple[ImageSample, ...], tuple[Skipped, ...]]:
+        """The images of an item that can be read, and those that cannot."""
+        samples: list[ImageSample] = []
+        unread: list[Skipped] = []
+        for i in self.items[item]:
+            image = self.images[i]
+            try:
+                samples.append(as_listed(self.sample(i), image))
+            except UnreadableImageError as error:
+                unread.append(Skipped(image.row, image.study_id, str(image.path), str(error)))
+        return tuple(samples), tuple(unread)
+
+    def _stand_in(self, item: int, unread: Sequence[Skipped]) -> tuple[ImageSample, ...]:
+        """The images of the next item of the modality that can be read, in the place of one that cannot.
+
+        Raises:
+            UnreadableImageError: neither can those that follow.
+        """
+        kinds = self.modalities
+        after = (k % len(kinds) for k in range(item + 1, item + len(kinds)))
+        others = list(islice((k for k in after if kinds[k] == kinds[item]), STAND_INS))
+        for other in others:
+            if samples := self._read(other)[0]:
+                return samples
+        raise UnreadableImageError(
+            f"row {unread[0].row}: {unread[0].reason}; nor can any of the {len(others)} items after it be read: see that the storage can "
+            "be reached, then go on with --resume true"
+        )
 
 
 class Collate:
@@ -340,6 +395,8 @@ class Collate:
             _share(items, here, len(made.texts)),
             views[1] if self.second_view else None,
             _label_table([items[i] for i in here], self.labels) if self.labels else None,
+            tuple(one for item in items for one in item.unread),
+            torch.tensor([item.missing for item in items]),
         )
 
     def _views(

@@ -26,12 +26,18 @@ def sum_over_ranks(x: Tensor, across: bool = True) -> Tensor:
     return _Sum.apply(x) if across else x
 
 
+def largest_over_ranks(x: Tensor) -> Tensor:
+    """The largest of what the processes have, entry by entry, of equal shapes; without gradients."""
+    found = x.detach().clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return found
+
+
 def log_sum_exp_over_ranks(x: Tensor, across: bool = True) -> Tensor:
     """The log-sum-exp of what each process has, of equal shapes; very low numbers stand for minus infinity."""
     if not across:
         return x
-    top = x.detach().clone()
-    dist.all_reduce(top, dist.ReduceOp.MAX)
+    top = largest_over_ranks(x)
     return sum_over_ranks((x - top).exp()).log() + top
 
 
@@ -53,9 +59,7 @@ def texts_of_ranks(texts: TextFeatures, counts: Sequence[int]) -> TextFeatures:
     if tokens is not None:
         if valid is None:
             valid = tokens.new_ones(tokens.shape[:2], dtype=torch.bool)
-        longest = torch.tensor(tokens.shape[1], device=tokens.device)
-        dist.all_reduce(longest, dist.ReduceOp.MAX)
-        more = int(longest) - tokens.shape[1]
+        more = int(largest_over_ranks(torch.tensor(tokens.shape[1], device=tokens.device))) - tokens.shape[1]
         tokens, valid = F.pad(tokens, (0, 0, 0, more)), F.pad(valid, (0, more))
         concepts = None if concepts is None else F.pad(concepts, (0, more), value=-1)
     parts = {"pooled": texts.pooled, "tokens": tokens, "token_valid": valid, "concepts": concepts}

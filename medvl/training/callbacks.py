@@ -8,17 +8,20 @@ import json
 import logging
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback
 
+from medvl.data.studies import Skipped
 from medvl.model import commit, write_atomically
 from medvl.training.averaging import Ema
-from medvl.training.data import StudyDataModule
+from medvl.training.data import REJECTED, StudyDataModule
 from medvl.training.module import AlignmentModule
 
 log = logging.getLogger(__name__)
@@ -64,6 +67,50 @@ class ResumePoint(Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save at the end of the epoch."""
         trainer.save_checkpoint(self.path)
+
+
+class ListUnread(Callback):
+    """List in ``rejected.csv`` the images that could be read before the first step, and no longer when their turn came.
+
+    Their items are left out of the loss of that batch; when they come again they are tried again.
+
+    Args:
+        folder: the run's folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """List those of all processes."""
+        assert isinstance(pl_module, AlignmentModule)
+        found = [batch.unread]
+        if pl_module.unread_somewhere and batch.share is not None:
+            found = [()] * trainer.world_size
+            dist.all_gather_object(found, batch.unread)
+        self._list(trainer, [one for part in found for one in part])
+
+    def on_validation_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """List those of this process, which validates all."""
+        self._list(trainer, batch.unread)
+
+    def on_test_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """List those of this process, which tests all."""
+        self._list(trainer, batch.unread)
+
+    def _list(self, trainer: L.Trainer, unread: Sequence[Skipped]) -> None:
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        new = [one for one in unread if one.path not in data.unread]
+        if not new or not trainer.is_global_zero:
+            return
+        data.unread.update((one.path, one) for one in new)
+        data.write_skipped(self.folder)
+        for one in new:
+            log.warning("left out at step %d, see %s: row %d, %s", trainer.global_step, REJECTED, one.row, one.reason)
 
 
 class KeepBest(Callback):

@@ -25,7 +25,7 @@ from rich.progress import Progress
 
 from medvl.model import CONFIG, WEIGHTS, load_weights, write_atomically
 from medvl.nn.projector import ProjectedEncoder
-from medvl.training.callbacks import RESOLVED, RESUME, AtomicCheckpointIO, KeepBest, ResumePoint
+from medvl.training.callbacks import RESOLVED, RESUME, AtomicCheckpointIO, KeepBest, ListUnread, ResumePoint
 from medvl.training.data import REJECTED, StudyDataModule
 from medvl.training.estimate import estimate, show
 from medvl.training.module import AlignmentModule
@@ -93,7 +93,7 @@ class AlignmentCLI(LightningCLI):
         dry = self.subcommand == "fit" and config.dry_run
         loggers += [make(out) for name, make in LOGGERS.items() if config[name] and not dry]
         chosen = config.trainer
-        callbacks: list[Any] = [*(chosen.callbacks or [])]
+        callbacks: list[Any] = [*(chosen.callbacks or []), ListUnread(out)]
         if chosen.enable_progress_bar is not False:
             callbacks.append(RichProgressBar(leave=False, console_kwargs={"stderr": True}))
         if self.subcommand == "fit":
@@ -241,7 +241,7 @@ def run(subcommand: str, args: list[str], finished: Callable[[Path], object] | N
     out = Path(cli.config[subcommand].out)
     if finished is not None and cli.trainer.is_global_zero and (out / CONFIG).is_file() and not cli.config[subcommand].get("dry_run"):
         finished(out)
-    return 1 if cli.rejected else 0
+    return 1 if cli.rejected or cli.datamodule.unread else 0
 
 
 class RunError(RuntimeError):

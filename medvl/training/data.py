@@ -130,6 +130,7 @@ class StudyDataModule(L.LightningDataModule):
         self.pairs, self.flip, self.drop_last, self.links = pairs, flip, drop_last, links
         self.sets: dict[str, StudyDataset] = {}
         self.manifest: Manifest | None = None
+        self.unread: dict[str, Skipped] = {}  # path -> an image that could not be read in the middle of the run
 
     def setup(self, stage: str | None = None) -> None:
         """Read the manifest; rows that cannot be used are listed, never silently dropped."""
@@ -161,7 +162,7 @@ class StudyDataModule(L.LightningDataModule):
         """Everything that was left out or could be read in part alone, and why."""
         assert self.manifest is not None
         rejected = [Skipped(bad.row, bad.study_id, bad.path, "; ".join(bad.reasons)) for bad in self.manifest.rejected]
-        left_out = rejected + [skip for data in self.sets.values() for skip in data.skipped]
+        left_out = rejected + [skip for data in self.sets.values() for skip in data.skipped] + list(self.unread.values())
         unread = {} if self.pairs is None else self.pairs.unread
         rows = [row for row in self.manifest.rows if row.study_id in unread]
         return left_out + [Skipped(row.row, row.study_id, str(row.path), unread[row.study_id]) for row in rows]

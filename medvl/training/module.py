@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 
 from medvl.data.studies import StudyBatch
 from medvl.losses import Objective, Pairs, Term, TermContext, pairs_of
-from medvl.losses.ranks import texts_of_ranks
+from medvl.losses.ranks import largest_over_ranks, texts_of_ranks
 from medvl.model import DualEncoder, load, load_part
 from medvl.training.data import StudyDataModule
 from medvl.training.passes import encode_images, encode_texts
@@ -102,6 +102,7 @@ class AlignmentModule(L.LightningModule):
         self.terms = nn.ModuleDict(terms or {})
         self.teacher, self.layer_decay = teacher, layer_decay
         self.observed: Observed | None = None
+        self.unread_somewhere = False  # whether any process could not read an image of the last batch
         self._taught: list[DualEncoder] = []  # in a list, so that its weights are none of ours
         self.null_image = nn.Parameter(torch.randn(image.embed_dim) * image.embed_dim**-0.5) if null_target else None
 
@@ -155,6 +156,7 @@ class AlignmentModule(L.LightningModule):
         return self._step(batch, "test")
 
     def _step(self, batch: StudyBatch, stage: str) -> Tensor:
+        batch = self._without_missing(batch)
         images, texts = self._features(batch)
         positives, ignore = batch.positives, batch.ignore
         if self.null_image is not None:
@@ -175,6 +177,15 @@ class AlignmentModule(L.LightningModule):
         self.log_dict({f"{stage}/{name}": value.detach() for name, value in losses.items()}, batch_size=count, sync_dist=stage != "train")
         self.log(f"{stage}_loss", losses["loss"].detach(), prog_bar=True, logger=False, batch_size=count, sync_dist=stage != "train")
         return losses["loss"]
+
+    def _without_missing(self, batch: StudyBatch) -> StudyBatch:
+        """The batch without what is said of items, of any process, whose images could not be read."""
+        missing, self.unread_somewhere = batch.missing, bool(batch.unread)
+        if missing is not None and batch.share is not None:
+            flags = torch.cat([missing, torch.tensor([self.unread_somewhere])]).to(self.device, torch.uint8)
+            *found, somewhere = largest_over_ranks(flags).tolist()
+            missing, self.unread_somewhere = torch.tensor(found, dtype=torch.bool), bool(somewhere)
+        return batch if missing is None or not missing.any() else batch.without(missing)
 
     def _with_terms(self, losses: dict[str, Tensor], batch: StudyBatch, images: ImageFeatures, texts: TextFeatures) -> dict[str, Tensor]:
         """The losses with those of the terms, and with what they add in ``loss``."""
@@ -296,15 +307,16 @@ def with_null_image(images: ImageFeatures, null: Tensor) -> ImageFeatures:
 def with_null_row(batch: StudyBatch) -> tuple[Tensor, Tensor]:
     """(B + 1, M) positives and (B + 1, M) ignored pairs: the null image has the texts without visual content, and only they have it.
 
-    In a batch without such texts the null image is ignored, and so is a study that has no other texts.
+    In a batch without such texts the null image is ignored, and so is a study that has no other texts. What all studies ignore, it does.
     """
     b, m = batch.positives.shape
     none = torch.zeros(m, dtype=torch.bool, device=batch.positives.device)
     null = none if batch.null_texts is None else batch.null_texts
     positives = torch.cat([torch.where(null, 0, batch.positives).to(batch.positives.dtype), null[None].to(batch.positives.dtype)])
     ignore = torch.zeros(b, m, dtype=torch.bool, device=none.device) if batch.ignore is None else batch.ignore & ~null
+    alone = ignore.all(0) & ~null
     ignore = ignore | ~(positives[:b] > 0).any(1, keepdim=True)
-    return positives, torch.cat([ignore, ~null.any().expand(1, m)])
+    return positives, torch.cat([ignore, (alone | ~null.any())[None]])
 
 
 def warmup_cosine(step: int, total: int, warmup: float, final_rate: float) -> float:

@@ -27,3 +27,13 @@ class Interrupt(Callback):
         else:
             delay = random.random() * 0.2
             threading.Thread(target=lambda: (time.sleep(delay), os.killpg(os.getpgid(0), signal.SIGKILL)), daemon=True).start()
+
+
+class Lose(Callback):
+    """Before the first step deletes the files of the manifest rows in LOST, or with LOST=all every file."""
+
+    def on_train_start(self, trainer, pl_module):
+        lost = os.environ["LOST"]
+        for image in trainer.datamodule.images("train"):
+            if lost == "all" or str(image.row) in lost.split(","):
+                image.path.unlink(missing_ok=True)

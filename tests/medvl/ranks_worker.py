@@ -53,7 +53,7 @@ OBJECTIVES = {
     "sharp texts": lambda: MultiPositiveInfoNCE(soft="image"),
     "sigmoid": MultiPositiveSigmoid,
 }
-KINDS = {None: ("plain", "dropped", "null"), 2: ("plain", "null")}
+KINDS = {None: ("plain", "dropped", "missing", "null"), 2: ("plain", "null")}
 CASES = [(*case, size, kind) for case in product(SIMILARITIES, OBJECTIVES) for size, kinds in KINDS.items() for kind in kinds]
 
 
@@ -100,14 +100,19 @@ def batch_of(kind: str, share: Share | None) -> StudyBatch:
     ignore = torch.zeros(5, 4, dtype=torch.bool)
     ignore[0, 2] = True
     false, null = torch.tensor([False, False, False, True]), None
+    missing = torch.zeros(5, dtype=torch.bool)
     if kind == "dropped":
         positives[4], ignore[4] = 0, True
+    if kind == "missing":  # only the process that has its image knows
+        missing[4] = share is None or share.here[1] == 5
     if kind == "null":
         null = torch.tensor([False, False, True, False])
         positives[3, 0] = 1
     here = slice(None) if share is None else slice(*share.here)
     again = torch.randn(5, 4, 2, 3, generator=rng, dtype=torch.float64)
     labels = torch.tensor([[1, 0, torch.nan], [0, 1, 1], [torch.nan] * 3, [1, torch.nan, 0], [0, 0, 0]])
+    if kind == "dropped":
+        labels[4] = torch.nan
     return StudyBatch(
         ImageBatch(pixels[here]),
         TextBatch(("abc", "de", "fghij", "ka")),
@@ -120,6 +125,7 @@ def batch_of(kind: str, share: Share | None) -> StudyBatch:
         share,
         ImageBatch(again[here]),
         labels[here],
+        missing=missing,
     )
 
 

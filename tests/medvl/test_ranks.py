@@ -48,6 +48,13 @@ def test_loss_and_gradients_are_those_of_one_process_with_the_joined_batch(folde
             torch.testing.assert_close(shared[name], value, rtol=1e-8, atol=1e-10, msg=name)
 
 
+def test_an_item_that_could_not_be_read_is_as_one_that_is_dropped(alone):
+    cases = [name for name in alone if "/missing/" in name]
+    assert len(cases) > 300
+    for name in cases:
+        torch.testing.assert_close(alone[name], alone[name.replace("/missing/", "/dropped/")], rtol=1e-9, atol=1e-12, msg=name)
+
+
 def test_every_weight_gets_a_gradient(alone):
     weights = {name.rsplit("/", 1)[1] for name in alone}
     for weight in weights - {"loss"}:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import itertools
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,10 +19,25 @@ from PIL import Image
 
 from medvl.data.augment import Augment
 from medvl.data.manifest import read_manifest
-from medvl.data.studies import Collate, Draw, StudyDataset, drawn, mirrored
+from medvl.data.studies import Collate, Draw, Share, StudyDataset, drawn, mirrored
+from medvl.losses import MultiPositiveInfoNCE, pairs_of
 from medvl.model import packed
+from medvl.nn.similarity import PooledSimilarity
 from medvl.training.data import StudyDataModule
-from medvl.types import ImageBatch, KnownStudy, PairBuilder, PairStudy, SourcedText, StudyWords, TextPairs, TextSource, equal_text_pairs
+from medvl.types import (
+    ImageBatch,
+    ImageFeatures,
+    KnownStudy,
+    PairBuilder,
+    PairStudy,
+    SourcedText,
+    StudyWords,
+    TextFeatures,
+    TextPairs,
+    TextSource,
+    UnreadableImageError,
+    equal_text_pairs,
+)
 from modalities.xray.reader import XrayReader
 from reports.text_source import ReportSentences
 
@@ -290,3 +306,60 @@ def test_the_slices_of_a_volume_are_flipped_within() -> None:
     changed = mirrored(images, torch.tensor([False, True]))
     assert torch.equal(changed.pixels[0], pixels[0]) and torch.equal(changed.pixels[1], pixels[1].flip(-1))
     assert changed.valid is images.valid
+
+
+def test_an_image_lost_during_a_run_is_listed_and_its_item_leaves_the_loss(table: Path, tmp_path: Path) -> None:
+    """Against the loss of a batch that never had the item; a study that lost one view goes on with the others."""
+    shutil.copytree(table.parent, tmp_path, dirs_exist_ok=True)
+    data, studies = data_set(tmp_path / "manifest.csv", views="image"), data_set(tmp_path / "manifest.csv")
+    data.drop_unreadable()
+    studies.drop_unreadable()
+    known = [data[Draw(3, i)] for i in range(len(data))]
+    lost = next(i for i, item in enumerate(known) if "There is an effusion." in item.texts)
+    data.images[lost].path.unlink()
+    items = [data[Draw(3, i)] for i in range(len(data))]
+    assert [item.missing for item in items] == [i == lost for i in range(len(items))]
+    assert [item.frontal for item in items] == [item.frontal for item in known]
+    assert [(one.row, Path(one.path).name) for one in items[lost].unread] == [(3, "b_ap.png")]
+    assert "no such file" in items[lost].unread[0].reason
+    batch = Collate(data.reader)(items)
+    assert batch.unread == items[lost].unread
+    rest = Collate(data.reader)(items[:lost] + items[lost + 1 :])
+    left = batch.without(batch.missing)
+    rng = torch.Generator().manual_seed(0)
+    images = torch.randn(len(items), 6, generator=rng, dtype=torch.float64)
+    vectors = {text: torch.randn(6, generator=rng, dtype=torch.float64) for text in batch.texts.texts}
+    losses = [
+        MultiPositiveInfoNCE()(
+            PooledSimilarity().double().parts(ImageFeatures(of), TextFeatures(torch.stack([vectors[text] for text in one.texts.texts]))),
+            pairs_of(one.positives, tuple(one.positives.shape), one.ignore),
+        )["loss"]
+        for one, of in ((left, images), (rest, torch.cat([images[:lost], images[lost + 1 :]])))
+    ]
+    torch.testing.assert_close(*losses, rtol=1e-12, atol=0)
+    assert "There is an effusion." not in rest.texts.texts
+
+    (tmp_path / "a_lat.png").unlink()
+    item = studies[Draw(0, 0)]
+    assert (len(item.samples), item.missing, item.unread[0].row) == (2, False, 4)
+
+
+def test_storage_that_is_gone_is_no_lost_image(table: Path, tmp_path: Path) -> None:
+    shutil.copytree(table.parent, tmp_path, dirs_exist_ok=True)
+    data = data_set(tmp_path / "manifest.csv")
+    data.drop_unreadable()
+    for file in tmp_path.glob("*.png"):
+        file.unlink()
+    with pytest.raises(UnreadableImageError, match=r"row 2: .*nor can any of the 2 items after it be read.*storage"):
+        data[0]
+
+
+def test_labels_of_a_lost_item_are_not_known(table: Path) -> None:
+    data = data_set(table)
+    data.drop_unreadable()
+    batch = replace(Collate(data.reader)([data[i] for i in range(3)]), labels=torch.ones(3, 2))
+    labels = batch.without(torch.tensor([False, True, False])).labels
+    assert labels.isnan().tolist() == [[False] * 2, [True] * 2, [False] * 2]
+    shared = replace(batch, labels=torch.ones(1, 2), share=Share(1, (2, 1), (2, 2)))
+    assert not shared.without(torch.tensor([False, True, False])).labels.isnan().any()
+    assert shared.without(torch.tensor([False, False, True])).labels.isnan().all()

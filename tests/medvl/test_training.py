@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from medvl.data.augment import Augment
 from medvl.data.cache import CachedReader, SampleCache
 from medvl.data.manifest import read_manifest
 from medvl.data.studies import Collate, Draw, EpochBatches, StudyDataset
-from medvl.types import ImageBatch
+from medvl.types import ImageBatch, UnreadableImageError
 from modalities.xray.reader import XrayReader
 from reports.text_source import ReportSentences
 
@@ -409,6 +410,40 @@ def test_bad_rows_are_listed_counted_and_cost_only_themselves(recipe, studies, t
         rejected = {line["study_id"]: line["reason"] for line in csv.DictReader(file)}
     assert set(rejected) == {"s90", "s91", "s92"}
     assert "no sentence" in rejected["s92"]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_lost_during_a_run_costs_only_itself(recipe, studies, tmp_path, monkeypatch, workers):
+    from medvl.training.cli import run
+
+    shutil.copytree(studies.parent, tmp_path / "data")
+    monkeypatch.setenv("LOST", "5,9")
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    options = [f"--data.init_args.manifest={tmp_path / 'data' / 'manifest.csv'}", "--data.init_args.cache=false", "--trainer.max_epochs=2"]
+    arguments = ["--config", str(recipe), "--out", str(tmp_path / "run"), f"--data.init_args.workers={workers}", *options]
+    assert run("fit", [*arguments, "--trainer.callbacks+=interruptions.Lose"]) == 1
+    with (tmp_path / "run" / "rejected.csv").open() as file:
+        assert [(line["row"], line["study_id"]) for line in csv.DictReader(file)] in (
+            [("5", "s3"), ("9", "s7")],
+            [("9", "s7"), ("5", "s3")],
+        )
+    assert all(value.isfinite().all() for value in load_file(tmp_path / "run" / "model.safetensors").values())
+
+
+def test_a_run_whose_storage_is_gone_ends_with_the_row_and_can_go_on(recipe, studies, tmp_path, monkeypatch):
+    from medvl.training.cli import run
+
+    shutil.copytree(studies.parent, tmp_path / "data")
+    monkeypatch.setenv("LOST", "all")
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    options = [f"--data.init_args.manifest={tmp_path / 'data' / 'manifest.csv'}", "--data.init_args.cache=false"]
+    arguments = ["--config", str(recipe), "--out", str(tmp_path / "run"), *options]
+    assert run("fit", [*arguments, "--trainer.max_epochs=1"]) == 0
+    with pytest.raises(UnreadableImageError, match=r"row \d+: .*no such file; nor can any of the 10 items after it"):
+        run("fit", [*arguments, "--resume=true", "--trainer.callbacks+=interruptions.Lose"])
+    for file in studies.parent.glob("*.png"):
+        shutil.copy(file, tmp_path / "data")
+    assert run("fit", [*arguments, "--resume=true"]) == 0
 
 
 def test_images_cached_on_disk_train_the_very_weights_that_reading_does(recipe, tmp_path):
