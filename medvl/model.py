@@ -148,19 +148,20 @@ class DualEncoder(nn.Module):
         """What :func:`load` rebuilds this model from."""
         return {name: getattr(self, name).spec() for name in PARTS}
 
-    def save(self, folder: str | os.PathLike[str], **provenance: Any) -> Path:
+    def save(self, folder: str | os.PathLike[str], state: Mapping[str, Tensor] | None = None, **provenance: Any) -> Path:
         """Write ``model.safetensors``, ``config.json`` and, in a folder named after a part, the files it needs; each whole or not at all.
 
         The folder can be moved: :func:`load` says what it needs besides.
 
         Args:
+            state: the weights, where this process does not hold them whole; None: its own.
             provenance: JSON-ready facts to keep beside the model (recipe, data hash, steps).
         """
         from safetensors.torch import save as to_bytes
 
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        weights = to_bytes({name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()})
+        weights = to_bytes({name: tensor.detach().cpu().contiguous() for name, tensor in (state or self.state_dict()).items()})
         files = {f"{part}/{name}": content for part in PARTS for name, content in getattr(self, part).files().items()}
         config = {
             "format": FORMAT,

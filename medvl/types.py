@@ -251,7 +251,7 @@ class Configurable:
         Raises:
             TypeError: an argument that JSON cannot hold.
         """
-        kind = type(self)
+        kind = _own_class(type(self))
         arguments = {name: _jsonable(value, f"{kind.__name__}.{name}") for name, value in self.__dict__.get("_init_args", {}).items()}
         return {"class_path": f"{kind.__module__}.{kind.__qualname__}", "init_args": arguments}
 
@@ -281,6 +281,11 @@ class Configurable:
         if "_init_args" in made.__dict__:  # absent where no class on the way has a constructor of its own
             object.__setattr__(made, "_init_args", given)
         return made
+
+
+def _own_class(kind: type) -> type:
+    """The class itself, or of one that FSDP2 has mixed itself into, at run time and in place, the class that it was."""
+    return next(one for one in kind.__mro__ if all(base.__name__ != "FSDPModule" for base in one.__mro__))
 
 
 def _given(constructor: Callable[..., None], *args: Any, **kwargs: Any) -> dict[str, Any]:

@@ -287,13 +287,12 @@ class StudyDataset(Dataset[Item]):
         if self.sentences_per_image is not None and len(texts) > self.sentences_per_image:
             texts = drawn(texts, self.sentences_per_image, generator(self.seed, "sentences", draw.epoch, row))
         first = self.images[indices[0]]
-        labels = first.labels if len(indices) == 1 else {k: v for i in reversed(indices) for k, v in self.images[i].labels.items()}
-        whose = (self.patients[indices[0]], labels, first.modality)
+        whose = (self.patients[indices[0]], self.labels(indices), first.modality)
         known = all(i in self._frontal for i in indices)
         frontal = known and all(self._frontal[i] for i in indices)
         if draw.words_only and known:
             return Item((), texts, row, draw.epoch, frontal, draw.rank, *whose)
-        samples, unread = self._read(draw.index)
+        samples, unread = self.read(indices)
         if not known:
             frontal = not unread and all(map(_is_frontal, samples))
         if draw.words_only:
@@ -301,11 +300,15 @@ class StudyDataset(Dataset[Item]):
         found = samples or self._stand_in(draw.index, unread)
         return Item(found, texts, row, draw.epoch, frontal, draw.rank, *whose, unread, not samples)
 
-    def _read(self, item: int) -> tuple[tuple[ImageSample, ...], tuple[Skipped, ...]]:
-        """The images of an item that can be read, and those that cannot."""
+    def labels(self, indices: Sequence[int]) -> Mapping[str, int]:
+        """Finding -> label of some images of a study, of the first that has it."""
+        return {name: label for i in reversed(indices) for name, label in self.images[i].labels.items()}
+
+    def read(self, indices: Sequence[int]) -> tuple[tuple[ImageSample, ...], tuple[Skipped, ...]]:
+        """Those of some images that can be read, and those that cannot."""
         samples: list[ImageSample] = []
         unread: list[Skipped] = []
-        for i in self.items[item]:
+        for i in indices:
             image = self.images[i]
             try:
                 samples.append(as_listed(self.sample(i), image))
@@ -323,7 +326,7 @@ class StudyDataset(Dataset[Item]):
         after = (k % len(kinds) for k in range(item + 1, item + len(kinds)))
         others = list(islice((k for k in after if kinds[k] == kinds[item]), STAND_INS))
         for other in others:
-            if samples := self._read(other)[0]:
+            if samples := self.read(self.items[other])[0]:
                 return samples
         raise UnreadableImageError(
             f"row {unread[0].row}: {unread[0].reason}; nor can any of the {len(others)} items after it be read: see that the storage can "

@@ -5,12 +5,15 @@ Source: W. Polyak and B. Juditsky 1992, doi:10.1137/0330046; for vision models "
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor
+
+from medvl.training.sharding import ShardedStrategy
 
 
 class Ema(WeightAveraging):
@@ -45,6 +48,18 @@ class Ema(WeightAveraging):
 
         super().__init__(use_buffers=True, avg_fn=average)
         self._exchanged = False
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Make the average.
+
+        Raises:
+            ValueError: under the strategy ``fsdp2``.
+        """
+        if isinstance(trainer.strategy, ShardedStrategy):
+            raise ValueError("ema needs all weights in each process, and fsdp2 divides them: set trainer.strategy to ddp, or leave Ema out")
+        with warnings.catch_warnings():  # of a model that may be divided, which was just seen not to be
+            warnings.filterwarnings("ignore", message=".*overrides the configure_model")
+            super().setup(trainer, pl_module, stage)
 
     def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
         """After every optimiser step from ``start_step`` on."""

@@ -23,6 +23,7 @@ from medvl.model import commit, write_atomically
 from medvl.training.averaging import Ema
 from medvl.training.data import REJECTED, StudyDataModule
 from medvl.training.module import AlignmentModule
+from medvl.training.sharding import whole
 
 log = logging.getLogger(__name__)
 
@@ -177,10 +178,13 @@ class KeepBest(Callback):
         self._wrote = True
         data = trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(data, StudyDataModule)
+        model = pl_module.dual_encoder(data.reader)
+        state = {name: whole(tensor.detach()) for name, tensor in model.state_dict().items()} if pl_module.sharded else None
         if not trainer.is_global_zero:
             return
-        pl_module.dual_encoder(data.reader).save(
+        model.save(
             self.folder,
+            state,
             chosen_by=chosen_by,
             value=value,
             step=trainer.global_step,

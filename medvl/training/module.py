@@ -16,6 +16,7 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from medvl.data.studies import StudyBatch
@@ -24,6 +25,7 @@ from medvl.losses.ranks import largest_over_ranks, texts_of_ranks
 from medvl.model import DualEncoder, load, load_part
 from medvl.training.data import StudyDataModule
 from medvl.training.passes import encode_images, encode_texts
+from medvl.training.sharding import apart, average_gradients, clip_norm, shard
 from medvl.training.stages import layer_decay_groups
 from medvl.types import ImageEncoder, ImageFeatures, ImageReader, ReportEncoder, Similarity, TextFeatures
 
@@ -105,6 +107,25 @@ class AlignmentModule(L.LightningModule):
         self.unread_somewhere = False  # whether any process could not read an image of the last batch
         self._taught: list[DualEncoder] = []  # in a list, so that its weights are none of ours
         self.null_image = nn.Parameter(torch.randn(image.embed_dim) * image.embed_dim**-0.5) if null_target else None
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the towers' weights are divided between processes."""
+        return any(isinstance(p, DTensor) for p in self.parameters())
+
+    def configure_model(self) -> None:
+        """Divide the towers between processes, under the strategy ``fsdp2``; once."""
+        if self.device_mesh is None or self.sharded:
+            return
+        towers = (self.image, self.report)
+        in_towers = {id(p) for tower in towers for p in tower.parameters()}
+        others = [p for p in self.parameters() if id(p) not in in_towers]
+        shard(towers, others, self.device_mesh["data_parallel"], self.trainer.strategy.root_device)
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Average what nobody else does."""
+        if self.sharded:
+            average_gradients(self.parameters())
 
     def take_start(self) -> None:
         """Take the weights of the parts that start from another run; for a fit that does not go on from a checkpoint.
@@ -249,7 +270,7 @@ class AlignmentModule(L.LightningModule):
         elif gradient_clip_val and gradient_clip_algorithm == "value":
             nn.utils.clip_grad_value_(self.parameters(), gradient_clip_val)
         elif gradient_clip_val:
-            nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+            clip_norm(self.parameters(), gradient_clip_val)
 
     def total_steps(self) -> int:
         """Optimiser steps of the whole run.
@@ -276,8 +297,9 @@ class AlignmentModule(L.LightningModule):
                 {"params": [p for p in trained if p.ndim > 1], "weight_decay": self.weight_decay},
                 {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
             ]
+        groups = [{**group, "params": part} for group in groups for part in apart(group["params"])]
         fused = self.trainer.precision != "16-mixed"  # see configure_gradient_clipping
-        optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=self.learning_rate, fused=fused)
+        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, fused=fused)
         total = self.total_steps()
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, total, self.warmup, self.final_rate))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

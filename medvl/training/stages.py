@@ -60,7 +60,7 @@ class Stages(Callback):
         _check(stages)
         self.stages = list(stages)
         self._current: int | None = None
-        self._trainable: dict[str, nn.Parameter] = {}
+        self._trainable: list[str] = []  # names, for a strategy may put other parameters in the place of those that were there at first
         self._evaluated: list[nn.Module] = []  # modules that were in training mode and that this callback put into evaluation mode
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -76,7 +76,7 @@ class Stages(Callback):
         if isinstance(strategy, DDPStrategy) and not strategy._ddp_kwargs.get("find_unused_parameters"):
             raise ValueError("stages freeze parameters that DDP waits for: set trainer.strategy to ddp_find_unused_parameters_true")
         named = dict(pl_module.named_parameters())
-        self._trainable = {name: p for name, p in named.items() if p.requires_grad}
+        self._trainable = [name for name, p in named.items() if p.requires_grad]
         for i, one in enumerate(self.stages):
             for pattern in (*one.train, *one.freeze):
                 check_pattern(pattern, named, self._trainable)
@@ -100,28 +100,33 @@ class Stages(Callback):
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Leave the module as the recipe made it."""
         if stage == "fit":
-            self._release()
+            self._release(pl_module)
             self._current = None
 
     def _enter(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         now = stage_at(self.stages, trainer.current_epoch, trainer.global_step)
         if now == self._current:
             return
-        self._release()
+        self._release(pl_module)
         self._current = now
         trained = trained_names(self.stages[now], self._trainable)
-        for name, parameter in self._trainable.items():
+        trainable = self._of(pl_module)
+        for name, parameter in trainable.items():
             parameter.requires_grad_(name in trained)
             if name not in trained:
                 parameter.grad = None
         self._evaluated = [one for module in frozen_modules(pl_module) for one in module.modules() if one.training]
         for module in self._evaluated:
             module.training = False
-        weights = sum(self._trainable[name].numel() for name in trained)
-        log.info("stage %d of %d: %d of %d weights train", now + 1, len(self.stages), weights, _count(self._trainable.values()))
+        weights = sum(trainable[name].numel() for name in trained)
+        log.info("stage %d of %d: %d of %d weights train", now + 1, len(self.stages), weights, _count(trainable.values()))
 
-    def _release(self) -> None:
-        for parameter in self._trainable.values():
+    def _of(self, module: nn.Module) -> dict[str, nn.Parameter]:
+        named = dict(module.named_parameters())
+        return {name: named[name] for name in self._trainable}
+
+    def _release(self, module: nn.Module) -> None:
+        for parameter in self._of(module).values():
             parameter.requires_grad_(True)
         for module in self._evaluated:
             module.training = True

@@ -1,9 +1,12 @@
 """Two processes of a run against one with the same batches: what they pair, and the weights that they end with."""
 
 import csv
+import json
 import os
 import subprocess
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -13,8 +16,12 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
+import medvl
 from medvl.data.manifest import read_manifest
 from medvl.data.studies import Collate, EpochBatches, StudyDataset
+from medvl.training.averaging import Ema
+from medvl.training.sharding import ShardedStrategy
+from medvl.types import _own_class
 from modalities.xray.reader import XrayReader
 from reports.pairs import HardNegatives, ReportPairs
 from reports.text_source import ReportSentences
@@ -130,3 +137,68 @@ def test_a_ddp_fit_in_bf16_on_cuda(phantoms, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     losses = pd.read_csv(next((tmp_path / "run").glob("logs/*/metrics.csv")))["train/loss"].dropna()
     assert len(losses) > 2 and np.isfinite(losses).all()
+
+
+STAGES = {
+    "trainer": {
+        "callbacks": [
+            {
+                "class_path": "medvl.training.stages.Stages",
+                "init_args": {"stages": [{"epoch": 0, "freeze": ["image.backbone.blocks"]}, {"epoch": 1}]},
+            }
+        ]
+    }
+}
+
+
+def fitted(folder, name, *more, code=0, env=None):
+    """A run of two processes; its weights, if it was not stopped."""
+    command = [sys.executable, "-m", "medvl", "fit", "--config", "recipe.yaml", "--out", name, "--trainer.devices", "2", *more]
+    command += ["--data.init_args.batch_size", "4", "--trainer.gradient_clip_val", "1.0"]
+    places = os.pathsep.join([str(Path(__file__).parents[1] / "medvl"), *filter(None, [os.environ.get("PYTHONPATH")])])
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": places, "BATCH_LOG": str(folder / "batches")} | (env or {})
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=500)
+    assert done.returncode == code, done.stderr[-3000:]
+    return load_file(folder / name / "model.safetensors") if code == 0 else None
+
+
+def assert_near(one, other, limit):
+    assert one.keys() == other.keys()
+    apart = torch.cat([(one[name].float() - other[name].float()).abs().flatten() for name in one])
+    assert (apart > limit).float().mean() < 1e-3, apart.max()  # where a gradient is next to nothing, Adam steps by its sign
+
+
+@pytest.mark.slow
+def test_divided_towers_train_as_whole_ones_do_and_go_on(phantoms, tmp_path):
+    """In stages, with clipped gradients and in two passes; stopped and resumed; saved as any model is."""
+    written(phantoms, tmp_path)
+    (tmp_path / "stages.yaml").write_text(yaml.safe_dump(STAGES))
+    stages = ["--config", "stages.yaml"]
+    whole = fitted(tmp_path, "whole", "--trainer.strategy", "ddp_find_unused_parameters_true", *stages)
+    divided = fitted(tmp_path, "divided", "--trainer.strategy", "fsdp2", "--model.micro_batch", "2", *stages)
+    assert_near(divided, whole, 1e-4)
+    start = medvl.load(tmp_path / "divided")
+    assert type(start.image).__name__ == "TimmEncoder"
+    assert json.loads((tmp_path / "divided" / "config.json").read_text())["model"]["image"]["class_path"].startswith("modalities.xray.")
+
+    again = ["--trainer.strategy", "fsdp2", "--trainer.callbacks+=interruptions.Interrupt"]
+    undisturbed = fitted(tmp_path, "undisturbed", *again)
+    fitted(tmp_path, "stopped", *again, code=143, env={"INTERRUPT_AT": "3", "INTERRUPT_BY": "TERM"})
+    assert_near(fitted(tmp_path, "stopped", *again, "--resume", "true"), undisturbed, 1e-6)
+
+
+def test_an_average_of_divided_weights_is_refused():
+    with pytest.raises(ValueError, match="ema needs all weights in each process, and fsdp2 divides them"):
+        Ema().setup(SimpleNamespace(strategy=ShardedStrategy()), None, "fit")
+
+
+def test_a_class_that_was_mixed_into_is_itself():
+    class FSDPModule:
+        pass
+
+    class Tower:
+        pass
+
+    mixed = type("FSDPTower", (FSDPModule, Tower), {})
+    assert _own_class(mixed) is Tower
+    assert _own_class(Tower) is Tower
