@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from medvl.losses.objectives import Denominator, Direction, info_nce, sigmoid_loss
+from medvl.losses.objectives import Denominator, Direction, Side, info_nce, likeness_info_nce, sigmoid_loss
 from medvl.losses.pairs import Pairs, pairs_of
 from medvl.losses.statistics import CHUNK, Matmul
 from medvl.types import Product
@@ -120,6 +121,39 @@ class MultiPositiveInfoNCE(Objective):
             chunk_size=self.chunk_size,
             matmul=self.matmul,
         )
+
+
+class LikenessInfoNCE(Objective):
+    """:func:`medvl.losses.likeness_info_nce` of every part, which must be of pooled vectors.
+
+    Args:
+        weights: see :class:`Objective`.
+        anchor: the side whose vectors say what is alike: lock its tower (``model.locked``), or start from a trained one.
+        direction: of all parts.
+        chunk_size, matmul: see :func:`medvl.losses.info_nce`.
+    """
+
+    def __init__(
+        self,
+        weights: dict[str, float] | None = None,
+        anchor: Side = "text",
+        direction: Direction = "both",
+        chunk_size: int = CHUNK,
+        matmul: Matmul = "exact",
+    ) -> None:
+        super().__init__(weights)
+        self.anchor, self.direction, self.chunk_size, self.matmul = anchor, direction, chunk_size, matmul
+
+    def of(self, logits: Tensor | Product, pairs: Pairs, name: str) -> Tensor:
+        """The loss of the part of that name.
+
+        Raises:
+            ValueError: a part that is no product of pooled vectors.
+        """
+        if not isinstance(logits, Product):
+            raise ValueError(f"part {name!r} has no vectors to say what is alike; weigh it 0, or take medvl.nn.similarity.PooledSimilarity")
+        options: dict[str, Any] = {"direction": self.direction, "chunk_size": self.chunk_size, "matmul": self.matmul}
+        return likeness_info_nce(logits, pairs, self.anchor, **options)
 
 
 class MultiPositiveSigmoid(Objective):

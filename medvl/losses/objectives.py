@@ -6,7 +6,7 @@ such matrix is formed; which pairs are positive is a :class:`medvl.losses.pairs.
     CLIP, ConVIRT, SupCon   the defaults (ConVIRT has a mean of directions with weights of its own)
     MIL-NCE                 ``inside=True``
     DCL                     ``denominator="negatives"``
-    CWCL                    float positives, ``soft="image"`` or ``"text"``
+    CWCL                    float positives, ``soft="image"`` or ``"text"``, or :func:`likeness_info_nce` of the vectors themselves
     MedCLIP                 float positives that are a softmax, or :func:`soft_target_loss` of label vectors
     SigLIP                  :func:`sigmoid_loss`
 """
@@ -18,6 +18,7 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from medvl.losses.pairs import Pairs, pairs_of
 from medvl.losses.ranks import log_sum_exp_over_ranks, sum_over_ranks
@@ -26,6 +27,7 @@ from medvl.types import Product
 
 Denominator = Literal["all", "negatives", "each"]
 Direction = Literal["both", "image", "text"]
+Side = Literal["image", "text"]
 
 
 def info_nce(
@@ -119,6 +121,112 @@ def _losses(
         matched = matched / sums.clamp_min(torch.finfo(sums.dtype).tiny)
     losses = -matched if denominator == "each" else lse - matched
     return torch.where(stated, losses, 0), stated
+
+
+def likeness_info_nce(
+    logits: Product, pairs: Pairs, anchor: Side, *, direction: Direction = "both", chunk_size: int = CHUNK, matmul: Matmul = "exact"
+) -> Tensor:
+    """InfoNCE in which all pairs count, by how like their texts are (or their images), in the direction that looks for them; in nats.
+
+    With b_j the unit vector of text j, a_i that of the (weighted) mean over the texts of image i, and w_ij = (1 + a_i . b_j) / 2, but for
+    positive pairs the weight that they were given:
+        L_image = -1/B sum_i sum_j w_ij / (sum_k w_ik) (s_ij - log Z_i)
+    and L_text as :func:`info_nce`. With the anchor ``image`` images and texts change places. The weights of what is ignored, and of texts
+    that were made to be false, are 0. No gradient goes through weights. Neither weights nor logits are held as a matrix: the weights are
+    linear in a and b, so their sums over a line are inner products with sums over all of it.
+
+    Args:
+        logits: of pooled vectors.
+        anchor: the side, ``image`` or ``text``, whose vectors say what is alike: that of a tower that is locked, or far ahead.
+        others: as :func:`info_nce`.
+    Raises:
+        ValueError: as :func:`info_nce`.
+    Source: "CWCL: Cross-Modal Transfer with Continuously Weighted Contrastive Loss", arXiv:2309.14580, eqs. 3 to 5, there with one text
+        an image; its other modality is the anchor here.
+    """
+    _check_word("anchor", anchor, Side)
+    _check_word("direction", direction, Direction)
+    _check_shape(logits, pairs)
+    used, pairs = _used(logits, pairs)
+    assert isinstance(used, Product)
+    if not len(pairs.positive):
+        return _nothing(used)
+    positive, weights, excluded = pairs.of_here()
+    asked = torch.cat([positive, excluded])
+    order = torch.argsort(asked[:, 0], stable=True)
+    row, column, at = statistics(used, excluded, asked[order], chunk_size, matmul)
+    at = torch.empty_like(at).index_copy(0, order, at)  # in the order of ``asked``
+    given = torch.cat([weights, weights.new_zeros(len(excluded))]).to(at.dtype)
+    across, matched = pairs.here is not None, at[: len(positive)]
+    column = log_sum_exp_over_ranks(column, across)
+    images, texts = (x if x.dtype == at.dtype else x.to(at.dtype) for x in (used.image, used.text))
+    losses = []
+    if direction != "text":
+        if anchor == "text":
+            b = _unit(texts.detach())
+            a = _unit(torch.zeros_like(images).index_add(0, positive[:, 0], given[: len(positive), None] * b[positive[:, 1]]))
+            counted = ~pairs.false_texts
+            counted[pairs.columns] = True
+            mean = _likeness_mean((images, a), (texts, b), counted, asked, given, at, used.scale, across=False)
+            found, _ = _stated(positive[:, 0], row, row - mean)
+        else:
+            found, _ = _losses(positive[:, 0], row, matched, given[: len(positive)], False, "all", "image", across=False)
+        losses.append(sum_over_ranks(found.sum(), across) / len(pairs.rows.unique()))
+    if direction != "image":
+        if anchor == "image":
+            a = _unit(images.detach())
+            sums = torch.zeros_like(texts).index_add(0, positive[:, 1], given[: len(positive), None] * a[positive[:, 0]])
+            b = _unit(sum_over_ranks(sums, across))
+            counted = torch.ones(len(images), dtype=torch.bool, device=images.device)
+            mean = _likeness_mean((texts, b), (images, a), counted, asked.flip(1), given, at, used.scale, across)
+            found, stated = _stated(pairs.columns, column, column - mean)
+        else:
+            found, stated = _losses(positive[:, 1], column, matched, given[: len(positive)], False, "all", "text", across)
+        losses.append(found.sum() / stated.sum())
+    return torch.stack(losses).mean()
+
+
+def _likeness_mean(
+    lines: tuple[Tensor, Tensor],
+    others: tuple[Tensor, Tensor],
+    counted: Tensor,
+    asked: Tensor,
+    given: Tensor,
+    at: Tensor,
+    scale: Tensor,
+    across: bool,
+) -> Tensor:
+    """(lines,) mean logit of each line under the weights of :func:`likeness_info_nce`.
+
+    Args:
+        lines, others: of each side the vectors that make logits, and the unit vectors that make weights.
+        counted: (others,) bool, False: weight 0.
+        asked: (K, 2) pairs of lines and others whose weights are ``given`` (K,), with their logits ``at``.
+        across: other processes have the rest of the others.
+    """
+    (x, a), (y, b) = lines, others
+    share = counted.to(x.dtype)
+    sums = [share.sum(), share @ b, share @ y, (b * share[:, None]).T @ y]
+    with torch.autocast(x.device.type, enabled=False):
+        count, of_b, of_y, of_both = (sum_over_ranks(one, across) for one in sums)
+        line, other = asked.T
+        change = given - share[other] * (1 + (a[line] * b[other]).sum(1)) / 2
+        weights = torch.zeros_like(a[:, 0]).index_add(0, line, change)
+        logits = torch.zeros_like(x[:, 0]).index_add(0, line, change * at)
+        weights, logits = (sum_over_ranks(one, across) for one in (weights, logits))
+        weights = weights + (count + a @ of_b) / 2
+        logits = logits + scale.to(x.dtype) / 2 * (x @ of_y + ((a @ of_both) * x).sum(1))
+    return logits / weights.clamp_min(torch.finfo(weights.dtype).tiny)
+
+
+def _stated(line: Tensor, lse: Tensor, losses: Tensor) -> tuple[Tensor, Tensor]:
+    """The losses, 0 where a line has no positive, and which have one."""
+    stated = torch.bincount(line, minlength=len(lse)) > 0
+    return torch.where(stated, losses, 0), stated
+
+
+def _unit(x: Tensor) -> Tensor:
+    return F.normalize(x, dim=-1)
 
 
 def _log_sums(values: Tensor, line: Tensor, lines: int) -> Tensor:

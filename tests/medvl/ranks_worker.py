@@ -18,6 +18,7 @@ from medvl.data.studies import Share, StudyBatch
 from medvl.losses import (
     FalseTextContrast,
     ImageImageContrast,
+    LikenessInfoNCE,
     MultiLabelCodes,
     MultiPositiveInfoNCE,
     MultiPositiveSigmoid,
@@ -52,9 +53,13 @@ OBJECTIVES = {
     "text alone, plain": lambda: MultiPositiveInfoNCE(direction="text", chunk_size=0),
     "sharp texts": lambda: MultiPositiveInfoNCE(soft="image"),
     "sigmoid": MultiPositiveSigmoid,
+    "likeness of texts": LikenessInfoNCE,
+    "likeness of images": lambda: LikenessInfoNCE(anchor="image"),
 }
+WITHOUT_MATRIX = {"likeness of texts", "likeness of images"}
 KINDS = {None: ("plain", "dropped", "missing", "null"), 2: ("plain", "null")}
 CASES = [(*case, size, kind) for case in product(SIMILARITIES, OBJECTIVES) for size, kinds in KINDS.items() for kind in kinds]
+CASES = [case for case in CASES if case[1] not in WITHOUT_MATRIX or case[0] == "pooled"]
 
 
 def terms() -> dict[str, Term]:

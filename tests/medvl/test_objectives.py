@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from medvl.losses import (
+    LikenessInfoNCE,
     MultiPositiveInfoNCE,
     MultiPositiveSigmoid,
     info_nce,
+    likeness_info_nce,
     multi_positive_info_nce,
     pairs_of,
     sigmoid_loss,
@@ -403,3 +405,73 @@ def test_cuda_gives_the_same_and_no_more_memory_than_tiles(name):
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-6)
     assert torch.cuda.max_memory_allocated() - before < 3000 * 4000 * 4 / 2
+
+
+def likeness(weights, ignored, false, vectors, anchor):
+    """w_ij of the formula, every pair by itself: the given weight of a positive, 0 of what is ignored or made to be false."""
+
+    def unit(v):
+        return v / max(np.linalg.norm(v), 1e-12)
+
+    b, m = weights.shape
+    own = [unit(v) for v in vectors]
+    if anchor == "text":
+        images = [unit(sum(weights[i, j] * own[j] for j in range(m))) for i in range(b)]
+        texts = own
+    else:
+        images = own
+        texts = [unit(sum(weights[i, j] * own[i] for i in range(b))) for j in range(m)]
+    found = np.zeros((b, m))
+    for i, j in itertools.product(range(b), range(m)):
+        if weights[i, j] > 0:
+            found[i, j] = weights[i, j]
+        elif (i, j) not in ignored and not (j in false and anchor == "text"):
+            found[i, j] = (1 + images[i] @ texts[j]) / 2
+    return found
+
+
+@pytest.mark.parametrize("chunk_size", [0, 1, 3])
+@pytest.mark.parametrize("anchor", ["text", "image"])
+@pytest.mark.parametrize("direction", ["both", "image", "text"])
+@settings(deadline=None, max_examples=15)
+@given(batch=batches(), scale=st.sampled_from([0.5, 10.0]))
+def test_likeness_info_nce_is_its_formula(chunk_size, anchor, direction, batch, scale):
+    image, text, weights, ignored, false = batch
+    soft = likeness(weights, ignored, false, text if anchor == "text" else image, anchor)
+    leaves = leaves_of(image, text, scale)
+    value = likeness_info_nce(
+        Product(*leaves), given_pairs(weights, ignored, false, "dense"), anchor, direction=direction, chunk_size=chunk_size
+    )
+    scores = torch.from_numpy(scale * image @ text.T).requires_grad_()
+    wanted = {"image": soft if anchor == "text" else weights, "text": soft if anchor == "image" else weights}
+    across = {(j, i) for i, j in ignored}
+    found = []
+    if direction != "text":
+        found.append(weighted_direction(scores, wanted["image"], ignored, ()))
+    if direction != "image":
+        found.append(weighted_direction(scores.T, wanted["text"].T, across, false))
+    expected = sum(found) / len(found)
+    check(value, leaves, expected, scores, image, text, scale)
+
+
+def weighted_direction(scores, weights, ignored, silent):
+    """Mean over the lines that are not dropped and not silent, of the weighted mean of log-shares."""
+    losses = []
+    for i in range(len(scores)):
+        over = [j for j in range(scores.shape[1]) if (i, j) not in ignored]
+        if not over or i in silent:
+            continue
+        log_sum = torch.stack([scores[i, j] for j in over]).logsumexp(0)
+        losses.append(-sum(weights[i, j] * (scores[i, j] - log_sum) for j in over) / sum(weights[i, j] for j in over))
+    return sum(losses) / len(losses)
+
+
+def test_likeness_holds_no_matrix_and_wants_vectors():
+    images, texts = torch.randn(3000, 8, requires_grad=True), torch.randn(4000, 8, requires_grad=True)
+    index = torch.arange(4000)
+    pairs = pairs_of(torch.stack([index % 3000, index], 1), (3000, 4000))
+    with Largest() as largest:
+        likeness_info_nce(Product(images, texts, torch.tensor(10.0)), pairs, "text", chunk_size=64).backward()
+    assert largest.elements <= 64 * 4000
+    with pytest.raises(ValueError, match="part 'tokens' has no vectors"):
+        LikenessInfoNCE()({"tokens": torch.zeros(2, 2)}, torch.eye(2).bool())
