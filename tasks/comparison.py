@@ -181,7 +181,7 @@ def budget(images: int, per_step: Sequence[int], epoch: int) -> tuple[int, int]:
 
 
 def jobs_of(
-    recipes: Sequence[Path], seeds: int, out: Path, manifest: Path, images: int, options: Sequence[str] = (), threads: int = 1
+    recipes: Sequence[Path], seeds: Sequence[int], out: Path, manifest: Path, images: int, options: Sequence[str] = (), threads: int = 1
 ) -> list[Job]:
     """A job for every recipe and seed, seeds outermost, so that a stopped comparison has all recipes.
 
@@ -195,7 +195,7 @@ def jobs_of(
     folders = out / "runs"
     return [
         Job(name, recipe, seed, folders / f"{name}-{seed}", manifest, exact, checks, tuple(options), threads)
-        for seed in range(seeds)
+        for seed in seeds
         for name, recipe in named
     ]
 
@@ -495,7 +495,7 @@ def _peak_mb() -> float:
 
 def compare(
     recipes: Sequence[Path],
-    seeds: int,
+    seeds: Sequence[int],
     out: Path,
     manifest: Path,
     images: int,
@@ -525,7 +525,12 @@ def compare(
     write_tables(lines, jobs, failed, out)
     rows = read_manifest(manifest).rows
     splits = {f"{split} studies": len({row.study_id for row in rows if row.split == split}) for split in ("train", "val", "test")}
-    facts = {"images seen in training by each run": jobs[0].images, "validations of each run": jobs[0].checks, "seeds": seeds, **splits}
+    facts = {
+        "images seen in training by each run": jobs[0].images,
+        "validations of each run": jobs[0].checks,
+        "seeds": f"{seeds[0]} to {seeds[-1]}",
+        **splits,
+    }
     write_comparison(out / PAGE, lines, jobs[0].name, facts, synthetic)
     return lines, failed
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     "--out", type=click.Path(path_type=Path, file_okay=False), required=True, metavar="DIR", help="Folder of tables, page and runs."
 )
 @click.option("--seeds", type=click.IntRange(min=1), default=3, show_default=True, help="Runs of each recipe.")
+@click.option("--first-seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the runs of each recipe.")
 @click.option("--manifest", type=click.Path(path_type=Path, dir_okay=False, exists=True), help="Studies instead of phantoms.")
 @click.option(
     "--studies", type=click.IntRange(min=12), default=1700, show_default=True, help="Phantoms to make, a quarter of them held out."
@@ -40,6 +41,7 @@ def compare(
     recipes: tuple[str, ...],
     out: Path,
     seeds: int,
+    first_seed: int,
     manifest: Path | None,
     studies: int,
     data_seed: int,
@@ -82,7 +84,18 @@ def compare(
         manifest = write_cohort(
             out / "data", studies, data_seed, size=size, counts={"train": studies - test - val, "val": val, "test": test}, workers=workers
         )
-    lines, failed = run_comparison(found, seeds, out, manifest, images, workers, [f"--{one}" for one in options], console, synthetic, anew)
+    lines, failed = run_comparison(
+        found,
+        range(first_seed, first_seed + seeds),
+        out,
+        manifest,
+        images,
+        workers,
+        [f"--{one}" for one in options],
+        console,
+        synthetic,
+        anew,
+    )
     show(lines)
     click.echo(f"Open {out / 'comparison.html'}; figures in {out / 'comparison.csv'}.")
     echo_notice()

@@ -236,7 +236,7 @@ def test_what_is_finished_is_kept_and_what_was_asked_otherwise_is_not(compared):
     out, args, _ = compared
     manifest = out / "data" / "manifest.csv"
     options = ("--data.init_args.reader.init_args.size=32", "--data.init_args.batch_size=8")
-    jobs = jobs_of([recipe_path("clip.yaml"), recipe_path("radzero.yaml")], 2, out, manifest, 64, options)
+    jobs = jobs_of([recipe_path("clip.yaml"), recipe_path("radzero.yaml")], range(2), out, manifest, 64, options)
     before = {job.folder: (job.folder / "run.json").stat().st_mtime_ns for job in jobs}
     (jobs[1].folder / "run.json").unlink()
     CliRunner().invoke(cli, [one for one in args if not one.endswith("broken.yaml")])
