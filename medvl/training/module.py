@@ -161,8 +161,12 @@ class AlignmentModule(L.LightningModule):
 
     def on_train_batch_start(self, batch: StudyBatch, batch_idx: int) -> None:
         """Make what is drawn in this step a function of (seed, step, rank)."""
-        key = hashlib.blake2b(f"{self.seed}:{self.global_step}:{self.global_rank}".encode(), digest_size=7).digest()
-        torch.manual_seed(int.from_bytes(key, "little"))
+        torch.manual_seed(self._number(self.global_rank))
+
+    def _number(self, *parts: int) -> int:
+        """A number that depends on the seed, the step and what is given."""
+        key = ":".join(map(str, (self.seed, self.global_step, *parts)))
+        return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=7).digest(), "little")
 
     def training_step(self, batch: StudyBatch, batch_idx: int) -> Tensor:
         """Loss of one batch."""
@@ -222,6 +226,7 @@ class AlignmentModule(L.LightningModule):
             None if batch.again is None else encode_images(self.image, batch.again, self.micro_batch),
             batch.labels,
             *self._of_teacher(batch),
+            torch.Generator().manual_seed(self._number()),  # alike in all processes
         )
         found = {name: term(context) for name, term in self.terms.items()}
         total = torch.stack([losses["loss"], *(term.weight * found[name] for name, term in self.terms.items())]).sum()

@@ -70,6 +70,7 @@ def terms() -> dict[str, Term]:
         "spread": UniformityAlignment(0.3),
         "codes": MultiLabelCodes(D, 3, 1.1, positive_weight=2.0),
         "prototypes": SentencePrototypes(D, 6, 0.8),
+        "drawn_prototypes": SentencePrototypes(D, 5, 0.4, gumbel=True),
     }
 
 

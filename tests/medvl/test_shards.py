@@ -15,11 +15,13 @@ from safetensors.torch import load_file
 
 pytest.importorskip("litdata", reason="shards need the extra 'streaming'")
 
+from medvl.data.augment import Augment
 from medvl.data.cache import CachedReader
 from medvl.data.manifest import read_manifest
 from medvl.data.shards import SAMPLES, ShardStore, write_shards
 from medvl.data.studies import ShardBatches, StudyDataset
 from medvl.training.cli import run
+from medvl.training.data import StudyDataModule
 from medvl.types import UnreadableImageError
 from modalities.xray.reader import XrayReader
 from reports.text_source import ReportSentences
@@ -143,6 +145,59 @@ def test_shards_elsewhere_are_fetched_and_kept_here(table, shards, tmp_path, mon
     broken.error = OSError(errno.ENOSPC, "No space left on device")
     with pytest.raises(OSError, match="No space left"):
         store.read(READER, rows[0].path)
+
+
+@pytest.fixture
+def bucket(shards, monkeypatch):
+    """The shards in a bucket of a stand-in for S3 on this machine; the place."""
+    pytest.importorskip("moto", reason="a stand-in for S3")
+    import boto3
+    from litdata.streaming import downloader
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    settings = {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "any", "AWS_SECRET_ACCESS_KEY": "any"}
+    for name, value in (settings | {"AWS_DEFAULT_REGION": "us-east-1"}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setitem(getattr(downloader, "_OBSTORE_CLIENT_OPTIONS", {}), "allow_http", True)  # the stand-in has no certificate
+    client = boto3.client("s3")
+    client.create_bucket(Bucket="medvl-shards")
+    for file in shards.iterdir():
+        client.upload_file(str(file), "medvl-shards", f"films/{file.name}")
+    yield "s3://medvl-shards/films"
+    server.stop()
+
+
+def test_shards_in_object_storage_are_those_on_the_disk(table, bucket):
+    rows = [row for row in read_manifest(table).rows if row.study_id != "s7"]
+    store = ShardStore(bucket).under(table.parent)
+    for row in rows:
+        assert torch.equal(store.read(READER, row.path).pixels, READER.read(row.path).pixels)
+    with pytest.raises(FileNotFoundError, match="expected a folder that `medvl shards` wrote"):
+        ShardStore("s3://medvl-shards/elsewhere")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_batches_do_not_depend_on_loader_processes(table, shards, workers):
+    """Order, texts and pixels, changed by chance and all, from any step on."""
+
+    def batches(workers, start):
+        data = StudyDataModule(
+            str(table), READER, ReportSentences(), batch_size=8, augment=Augment(), workers=workers, cache=ShardStore(str(shards))
+        )
+        data.setup()
+        data.read_images(("train",))
+        loader = data.train_dataloader()
+        loader.batch_sampler.epoch, loader.batch_sampler.start = 1, start
+        return list(loader)
+
+    alone, others = batches(0, 0), batches(workers, 1)
+    assert len(alone) == 4 and len(others) == 3
+    for one, other in zip(alone[1:], others, strict=True):
+        assert one.rows == other.rows and one.texts == other.texts
+        assert torch.equal(one.images.pixels, other.images.pixels) and torch.equal(one.positives, other.positives)
 
 
 @pytest.mark.parametrize("when", ["chunks", "rename"])
