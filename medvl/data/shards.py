@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,7 +32,10 @@ from medvl.data.studies import Skipped, generator
 from medvl.types import ImageReader, ImageSample, UnreadableImageError
 
 SAMPLES, FORMAT = "samples.json", 1
+ASKED = "asked.json"
 MIB = 2**20
+PART_SHARDS = 16
+"""Shards after which it is noted what they hold: what a stopped writing loses at most."""
 
 
 class ShardStore(SampleStore):
@@ -148,8 +152,9 @@ def write_shards(
 ) -> list[Skipped]:
     """Read every image and write the shards, in an order that mixes patients; what could not be read.
 
-    The folder is written beside its place and renamed into it, so there are all shards or none, and shards that were there before stay
-    until then (a run killed between the two renames leaves them in ``.NAME-before-*`` beside the place).
+    The folder is written beside its place, as ``.NAME-partial``, and renamed into it, so there are all shards or none, and shards that were
+    there before stay until then (a run killed between the two renames leaves them in ``.NAME-before-*`` beside the place). What is stopped
+    goes on when it is asked for again, of the same files with the same options: after every so many shards it is noted what they hold.
 
     Args:
         root: folder of the manifest, which paths are relative to.
@@ -157,6 +162,7 @@ def write_shards(
         dtype: of the stored pixels; ``float16`` takes half the room and rounds.
         shard_mib: size of a shard.
         seed: of the order.
+        progress: called for each image, also for one that an earlier call has written.
     Raises:
         ImportError: LitData is not installed.
         OSError: the folder cannot be written to, or is another's, or the disk is full.
@@ -168,34 +174,90 @@ def write_shards(
     if out.exists() and any(out.iterdir()) and not (out / SAMPLES).is_file():
         raise FileExistsError(f"{out} is there and holds no shards; name another folder")
     out.parent.mkdir(parents=True, exist_ok=True)
-    places: dict[str, int] = {}
-    frontal: dict[str, bool] = {}
-    rejected: list[Skipped] = []
-    with _said_if_full(out), tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as temporary:
-        writer = BinaryWriter(temporary, chunk_bytes=shard_mib * MIB)
-        for i in generator(seed, "shards").permutation(len(images)):
-            image = images[int(i)]
-            key = image.path.relative_to(root).as_posix() if image.path.is_relative_to(root) else str(image.path)
-            try:
-                sample = reader.read(image.path)
-            except UnreadableImageError as error:
-                rejected.append(Skipped(image.row, image.study_id, str(image.path), str(error)))
-            else:
-                if key not in places:
-                    places[key] = len(places)
-                    frontal[key] = sample.pixels.ndim == 4 or (sample.view or "").upper() in ("PA", "AP")
-                    writer[places[key]] = packed_sample(replace(sample, pixels=sample.pixels.to(getattr(torch, dtype))))
+    partial = out.parent / f".{out.name}-partial"
+    order = [images[int(i)] for i in generator(seed, "shards").permutation(len(images))]
+    with _said_if_full(out):
+        parts = _taken_up(partial, _asked(reader, order, dtype, shard_mib, seed))
+        rejected = [Skipped(**one) for part in parts for one in part["rejected"]]
+        places = {key: i for i, key in enumerate(key for part in parts for key in part["keys"])}
+        frontal = {key: value for part in parts for key, value in zip(part["keys"], part["frontal"], strict=True)}
+        at = sum(part["images"] for part in parts)
+        for _ in range(at):
             progress()
+        while at < len(order):
+            shards = len(list(partial.glob("chunk-*.bin")))
+            writer = BinaryWriter(str(partial), chunk_bytes=shard_mib * MIB, chunk_index=shards)
+            part: dict[str, Any] = {"images": 0, "keys": [], "frontal": [], "rejected": []}
+            held = 0
+            while at < len(order) and held < PART_SHARDS * shard_mib * MIB:
+                image = order[at]
+                key = _relative(str(image.path), root)
+                try:
+                    sample = reader.read(image.path)
+                except UnreadableImageError as error:
+                    rejected.append(Skipped(image.row, image.study_id, str(image.path), str(error)))
+                    part["rejected"].append(asdict(rejected[-1]))
+                else:
+                    if key not in places:
+                        content = packed_sample(replace(sample, pixels=sample.pixels.to(getattr(torch, dtype))))
+                        writer[len(part["keys"])] = content
+                        held += len(content)
+                        places[key] = len(places)
+                        frontal[key] = sample.pixels.ndim == 4 or (sample.view or "").upper() in ("PA", "AP")
+                        part["keys"].append(key)
+                        part["frontal"].append(frontal[key])
+                part["images"] += 1
+                at += 1
+                progress()
+            if part["keys"]:
+                writer.done()
+                (partial / "0.index.json").replace(partial / f"{len(parts) + 1}.index.json")
+            parts.append(part)
+            _note(partial / f"part-{len(parts):05d}.json", part)
         if not places:
+            shutil.rmtree(partial)
             raise ValueError(f"none of {len(images)} images could be read; first: {rejected[0].reason if rejected else 'there are none'}")
-        writer.done()
-        writer.merge()
+        BinaryWriter(str(partial), chunk_bytes=shard_mib * MIB).merge(sum(bool(part["keys"]) for part in parts))
         told = {"format": FORMAT, "settings": settings_of(reader), "places": places, "frontal": frontal}
         told["rejected"] = {_relative(one.path, root): one.reason for one in rejected}
-        (Path(temporary) / SAMPLES).write_text(json.dumps(told), encoding="utf-8")
-        _put(Path(temporary), out)
-        Path(temporary).mkdir()  # for the context to remove
+        _note(partial / SAMPLES, told)
+        for note in (partial / ASKED, *partial.glob("part-*.json")):
+            note.unlink()
+        _put(partial, out)
     return rejected
+
+
+def _asked(reader: ImageReader, order: Sequence[StudyImage], dtype: str, shard_mib: int, seed: int) -> dict[str, Any]:
+    """What must be the same for a stopped writing to go on; of the files their names, sizes and times."""
+    seen = hashlib.sha256()
+    for image in order:
+        stat = image.path.stat() if image.path.exists() else None
+        seen.update(f"{image.row}\0{image.path}\0{stat and (stat.st_size, stat.st_mtime_ns)}\n".encode())
+    return {"settings": settings_of(reader), "images": seen.hexdigest(), "dtype": dtype, "shard_mib": shard_mib, "seed": seed}
+
+
+def _taken_up(partial: Path, asked: dict[str, Any]) -> list[dict[str, Any]]:
+    """What an earlier, stopped writing of just this has done, part by part; its folder, without what was not noted, or a new one."""
+    if (partial / ASKED).is_file() and json.loads((partial / ASKED).read_text(encoding="utf-8")) == asked:
+        parts = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(partial.glob("part-*.json"))]
+        indices = [partial / f"{number}.index.json" for number, part in enumerate(parts, 1) if part["keys"]]
+        if all(index.is_file() for index in indices):  # else it was stopped in its last moment
+            written = {chunk["filename"] for index in indices for chunk in json.loads(index.read_text(encoding="utf-8"))["chunks"]}
+            for file in (*partial.glob("chunk-*.bin"), *partial.glob("*index.json")):
+                if file.name not in written and file not in indices:
+                    file.unlink()
+            return parts
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    _note(partial / ASKED, asked)
+    return []
+
+
+def _note(path: Path, told: dict[str, Any]) -> None:
+    """Write it whole or not at all."""
+    beside = path.with_name(f"{path.name}.tmp")
+    beside.write_text(json.dumps(told), encoding="utf-8")
+    beside.replace(path)
 
 
 def _put(made: Path, out: Path) -> None:
@@ -222,8 +284,12 @@ def _said_if_full(out: Path) -> Iterator[None]:
     except OSError as error:
         if not _is_full(error):
             raise
-        kept = "the shards that were there are as they were" if (out / SAMPLES).is_file() else "no shards were left"
-        raise OSError(error.errno, f"{out}: the disk is full, {kept}; make room, or name a folder on another disk") from None
+        kept = "the shards that were there are as they were" if (out / SAMPLES).is_file() else "there are no shards"
+        raise OSError(
+            error.errno,
+            f"{out}: the disk is full, {kept}; make room and ask again, which goes on where it stopped (.{out.name}-partial beside it holds "
+            "what was made), or name a folder on another disk",
+        ) from None
 
 
 def _is_full(error: BaseException) -> bool:

@@ -32,7 +32,7 @@ def shards(
 
     A training then takes them with `--data.init_args.cache` medvl.data.shards.ShardStore and its `folder`, which may be copied to object
     storage (s3://, gs://, azure://). The manifest stays where it is; its images are not needed any more. Images that cannot be read are
-    listed in rejected.csv in DIR, and the exit code is 1.
+    listed in rejected.csv in DIR, and the exit code is 1. A writing that was stopped goes on when the same command is given again.
 
     \b
     Examples:

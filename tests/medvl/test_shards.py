@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 pytest.importorskip("litdata", reason="shards need the extra 'streaming'")
 
 from medvl.data.augment import Augment
-from medvl.data.cache import CachedReader
+from medvl.data.cache import CachedReader, settings_of
 from medvl.data.manifest import read_manifest
 from medvl.data.shards import SAMPLES, ShardStore, write_shards
 from medvl.data.studies import ShardBatches, StudyDataset
@@ -147,6 +147,56 @@ def test_shards_elsewhere_are_fetched_and_kept_here(table, shards, tmp_path, mon
         store.read(READER, rows[0].path)
 
 
+@pytest.mark.parametrize("stop_at", [1, 9, 30, 39])
+def test_a_stopped_writing_goes_on_and_ends_as_an_undisturbed_one(table, shards, tmp_path, monkeypatch, stop_at):
+    """What was noted is not read again; a change of a file or of an option starts anew."""
+    monkeypatch.setattr("medvl.data.shards.PART_SHARDS", 1)
+    rows, read = read_manifest(table).rows, []
+
+    class Counted(XrayReader):
+        def read(self, path):
+            read.append(path)
+            if len(read) == stop_at:
+                raise KeyboardInterrupt
+            return super().read(path)
+
+    monkeypatch.setattr("medvl.data.shards.settings_of", lambda reader: settings_of(READER))
+    out = tmp_path / "of"
+    with pytest.raises(KeyboardInterrupt):
+        write_shards(Counted(size=128), rows, table.parent, out, shard_mib=1, seed=1)
+    assert not out.exists()
+    seen = []
+    rejected = write_shards(Counted(size=128), rows, table.parent, out, shard_mib=1, seed=1, progress=lambda: seen.append(1))
+    assert len(seen) == 40
+    assert len(read) <= 40 + 17  # 16 images of 64 KiB to a shard of a MiB
+    assert [one.study_id for one in rejected] == ["s7"]
+    assert not list(tmp_path.glob(".of-*")) and not list(out.glob("part-*")) and not (out / "asked.json").exists()
+    store, other = (ShardStore(str(folder)).under(table.parent) for folder in (out, shards))
+    assert store.places == other.places and store.frontal == other.frontal and store.rejected == other.rejected
+    for row in rows:
+        if row.study_id != "s7":
+            assert torch.equal(store.read(READER, row.path).pixels, READER.read(row.path).pixels)
+
+
+def test_a_stopped_writing_of_something_else_is_not_taken_up(table, tmp_path, monkeypatch):
+    monkeypatch.setattr("medvl.data.shards.PART_SHARDS", 1)
+    rows = read_manifest(table).rows
+
+    def stop():
+        seen.append(1)
+        if len(seen) == 30:
+            raise KeyboardInterrupt
+
+    seen = []
+    with pytest.raises(KeyboardInterrupt):
+        write_shards(READER, rows, table.parent, tmp_path / "of", shard_mib=1, progress=stop)
+    assert list((tmp_path / ".of-partial").glob("part-*.json"))
+    write_shards(READER, rows, table.parent, tmp_path / "of", shard_mib=1, dtype="float16")
+    store = ShardStore(str(tmp_path / "of")).under(table.parent)
+    row = rows[0]
+    assert torch.equal(store.read(READER, row.path).pixels, READER.read(row.path).pixels.half().float())
+
+
 @pytest.fixture
 def bucket(shards, monkeypatch):
     """The shards in a bucket of a stand-in for S3 on this machine; the place."""
@@ -214,12 +264,16 @@ def test_a_full_disk_says_so_and_leaves_the_shards_that_were_there(table, shards
         patch.setattr(*((BinaryWriter, "write_chunk_to_file") if when == "chunks" else (type(out), "rename")), full)
         with pytest.raises(OSError, match="the disk is full, the shards that were there are as they were"):
             write_shards(READER, rows, table.parent, out, shard_mib=1)
-        with pytest.raises(OSError, match="the disk is full, no shards were left"):
+        with pytest.raises(OSError, match="the disk is full, there are no shards; make room and ask again"):
             write_shards(READER, rows, table.parent, tmp_path / "fresh", shard_mib=1)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
-    assert [path.name for path in tmp_path.iterdir()] == ["of"]
+    assert {path.name for path in tmp_path.iterdir()} == {"of", ".of-partial", ".fresh-partial"}
+    write_shards(READER, rows, table.parent, out, shard_mib=1)
+    assert {path.name for path in tmp_path.iterdir()} == {"of", ".fresh-partial"}
     write_shards(READER, rows, table.parent, out, shard_mib=1, seed=2)
-    assert [path.name for path in tmp_path.iterdir()] == ["of"]
+    assert {path.name for path in tmp_path.iterdir()} == {"of", ".of-partial", ".fresh-partial"}
+    write_shards(READER, rows, table.parent, out, shard_mib=1)
+    assert {path.name for path in tmp_path.iterdir()} == {"of", ".fresh-partial"}
     assert torch.equal(ShardStore(str(out)).under(table.parent).read(READER, rows[0].path).pixels, READER.read(rows[0].path).pixels)
 
 
