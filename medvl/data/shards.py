@@ -287,8 +287,8 @@ def _said_if_full(out: Path) -> Iterator[None]:
         kept = "the shards that were there are as they were" if (out / SAMPLES).is_file() else "there are no shards"
         raise OSError(
             error.errno,
-            f"{out}: the disk is full, {kept}; make room and ask again, which goes on where it stopped (.{out.name}-partial beside it holds "
-            "what was made), or name a folder on another disk",
+            f"{out}: the disk is full, {kept}; make room and ask again, which goes on where it stopped (.{out.name}-partial beside it "
+            "holds what was made), or name a folder on another disk",
         ) from None
 
 
