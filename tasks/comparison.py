@@ -30,9 +30,10 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import Progress
 
-from medvl.data.manifest import read_manifest
+import medvl
+from medvl.data.manifest import Manifest, StudyImage, read_manifest
 from medvl.metrics import Interval, Statistic, auroc_statistic, bootstrap_intervals, combined, mean_statistic, recall_at_k
-from medvl.model import load, write_atomically
+from medvl.model import commit, load, write_atomically
 from medvl.types import RESEARCH_USE, TextSource
 from reports.prompts import load_prompts
 from reports.text_source import ReportSentences, ReportText
@@ -40,6 +41,7 @@ from tasks.evaluation import FOCAL_FRACTION, Predictions, directions, predict
 
 TABLE, RUNS, REJECTED, PAGE = "comparison.csv", "runs.csv", "rejected.csv", "comparison.html"
 SCORES, NOTE, LOG = "scores.npz", "run.json", "log.txt"
+RESOLVED, FIT_REJECTED = "config.yaml", "rejected.csv"  # of a fit
 RECALL = 10
 METRICS = {
     "auroc": "zero-shot AUROC, mean over findings",
@@ -74,15 +76,23 @@ class Job:
         """What a finished run must have been asked for to be kept."""
         files = {"recipe_sha256": self.recipe, "manifest_sha256": self.manifest}
         hashes = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
-        return {**hashes, "seed": self.seed, "images": self.images, "checks": self.checks, "options": list(self.options)}
+        return {
+            "medvl": medvl.__version__,
+            **hashes,
+            "seed": self.seed,
+            "images": self.images,
+            "checks": self.checks,
+            "options": list(self.options),
+        }
 
 
 @dataclass(frozen=True)
 class Scores:
-    """What a model made of the studies of one split, one line a study or image."""
+    """What a model made of the studies of one split, one line an image."""
 
     findings: tuple[str, ...]
-    patients: tuple[str, ...]  # numbers that stand for patients
+    rows: NDArray[np.int64]  # (N,) of the manifest, ascending or not
+    patients: tuple[str, ...]  # for each patient the first row of the manifest that is theirs
     labels: NDArray[np.float64]  # (N, F)
     scores: NDArray[np.float64]  # (N, F), above 0.5 where "X" outdoes "no X"
     hits: NDArray[np.float64]  # (N, F), NaN without a mask
@@ -102,6 +112,13 @@ class Scores:
         }
         return {name: one for name, one in found.items() if one is not None}
 
+    def of(self, rows: NDArray[np.int64]) -> Scores:
+        """The lines of these rows of the manifest, in their order."""
+        at = {int(row): i for i, row in enumerate(self.rows)}
+        chosen = np.array([at[int(row)] for row in rows], dtype=np.intp)
+        arrays = {name: getattr(self, name)[chosen] for name in ("labels", "scores", "hits", "contrast", "recall")}
+        return replace(self, rows=self.rows[chosen], patients=tuple(self.patients[i] for i in chosen), **arrays)
+
     def _both(self) -> list[int]:
         """Findings that are present and absent somewhere."""
         return [f for f in range(len(self.findings)) if {0.0, 1.0} <= set(self.labels[:, f].tolist())]
@@ -115,13 +132,26 @@ def _mean(statistics: Sequence[Statistic]) -> Statistic | None:
     return combined([(1 / len(statistics), one) for one in statistics]) if statistics else None
 
 
-def scores_of(predictions: Predictions) -> Scores:
-    """The lines of a prediction that comparisons need; labels of images that do not count, as their study does already, are NaN."""
+def on_shared_rows(scores: Sequence[Scores]) -> list[Scores]:
+    """The scores on the rows of the manifest that all have, in one order: what one model could not read is compared for none."""
+    shared = set.intersection(*(set(one.rows.tolist()) for one in scores))
+    rows = np.array(sorted(shared), dtype=np.int64)
+    return [one.of(rows) for one in scores]
+
+
+def scores_of(predictions: Predictions, table: Sequence[StudyImage] | None = None) -> Scores:
+    """The lines of a prediction that comparisons need; labels of images that do not count, as their study does already, are NaN.
+
+    Args:
+        table: all rows of the manifest, which number the patients; None: those of the prediction.
+    """
     counted = predictions.counted()
     labels = np.full_like(predictions.labels, math.nan)
     labels[counted] = predictions.labels[counted]
-    numbers: dict[str, str] = {}
-    patients = tuple(numbers.setdefault(row.patient_id, str(len(numbers))) for row in predictions.rows)
+    first: dict[str, str] = {}
+    for row in predictions.rows if table is None else table:
+        first.setdefault(row.patient_id, str(row.row))
+    patients = tuple(first[row.patient_id] for row in predictions.rows)
     recall = np.full(len(predictions.rows), math.nan)
     if predictions.retrieval is not None:
         queries, _ = directions(predictions.retrieval, counted)
@@ -132,6 +162,7 @@ def scores_of(predictions: Predictions) -> Scores:
     assert predictions.contrast is not None
     return Scores(
         predictions.findings,
+        np.array([row.row for row in predictions.rows], dtype=np.int64),
         patients,
         labels,
         predictions.scores,
@@ -188,7 +219,7 @@ def jobs_of(
     Raises:
         ValueError: a recipe given twice, or no number of images near ``images`` that all can see.
     """
-    epoch = max(1, sum(row.split == "train" for row in read_manifest(manifest).rows))
+    epoch = max(1, sum(row.split == "train" for row in read_manifest(manifest, strict=False).rows))
     steps = [min(size, epoch) for recipe in recipes if (size := _images_per_step(recipe, options)) is not None]
     exact, checks = budget(images, steps, epoch) if steps else (images, 1)
     named = list(zip(names_of(recipes), recipes, strict=True))
@@ -206,6 +237,15 @@ def finished(job: Job) -> bool:
     return note.is_file() and json.loads(note.read_text()).get("key") == job.key() and (job.folder / SCORES).is_file()
 
 
+def left_out(jobs: Sequence[Job]) -> dict[tuple[int, str, str, str], list[str]]:
+    """Row, study, path and reason of every input that a finished run left out -> the runs that did."""
+    found: dict[tuple[int, str, str, str], list[str]] = {}
+    for job in jobs:
+        for row, study, path, why in json.loads((job.folder / NOTE).read_text())["left_out"] if finished(job) else ():
+            found.setdefault((row, study, path, why), []).append(f"{job.name}-{job.seed}")
+    return found
+
+
 def train_and_score(job: Job) -> None:
     """Train one run and leave ``run.json`` and ``scores.npz`` in its folder; what time and memory it took is of the whole process."""
     import torch
@@ -214,8 +254,9 @@ def train_and_score(job: Job) -> None:
     from medvl.training.module import trainable
 
     torch.set_num_threads(job.threads)
+    manifest = read_manifest(job.manifest, strict=False)
     batch, accumulated = _batch_size(job.recipe, job.options), _accumulated(job.recipe, job.options)
-    epoch = max(1, sum(row.split == "train" for row in read_manifest(job.manifest).rows))
+    epoch = max(1, len(manifest.select(split="train", modality=_modality(job.recipe, job.options)).rows))
     steps = max(1, job.images // min(batch * accumulated, epoch))
     arguments = {
         "config": job.recipe,
@@ -233,19 +274,30 @@ def train_and_score(job: Job) -> None:
     wall, cpu = time.perf_counter(), _cpu_seconds()
     run("fit", [*(f"--{name}={value}" for name, value in arguments.items()), *job.options])
     taken = {"seconds": time.perf_counter() - wall, "cpu_seconds": _cpu_seconds() - cpu, "peak_mb": _peak_mb()}
-    model, source = load(job.folder / "model"), _retrieved(job.recipe)
-    found = {}
+    model, source = load(job.folder / "model"), _retrieved(job.folder / "model" / RESOLVED)
+    found, left_out = {}, _left_out(job.folder / "model" / FIT_REJECTED)
     for split in ("val", "test"):
-        rows = read_manifest(job.manifest).select(split=split, modality=_modality(job.recipe)).rows
-        found[split] = scores_of(predict(model, rows, load_prompts(), source))
+        rows = manifest.select(split=split, modality=_modality(job.recipe, job.options)).rows
+        predictions = predict(model, rows, load_prompts(), source)
+        found[split] = scores_of(predictions, manifest.rows)
+        left_out += [(row.row, row.study_id, str(row.path), why) for row, why in predictions.rejected]
     arrays = {f"{split}.{name}": np.asarray(value) for split, scores in found.items() for name, value in asdict(scores).items()}
     content = io.BytesIO()
     np.savez(content, **arrays)  # type: ignore[arg-type]
     write_atomically(job.folder / SCORES, content.getvalue())
     parameters = trainable(model)
     seen = {"images": steps * min(batch * accumulated, epoch), "batch_size": batch}
-    note = {"key": job.key(), "name": job.name, "seed": job.seed, **seen, "parameters": parameters, **taken}
+    of_run = {"name": job.name, "seed": job.seed, "commit": commit(), "left_out": list(dict.fromkeys(left_out))}
+    note = {"key": job.key(), **of_run, **seen, "parameters": parameters, **taken}
     write_atomically(job.folder / NOTE, json.dumps(note, indent=2).encode())
+
+
+def _left_out(path: Path) -> list[tuple[int, str, str, str]]:
+    """Row, study, path and reason of what a fit left out."""
+    if not path.is_file():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return [(int(line["row"]), line["study_id"], line["path"], line["reason"]) for line in csv.DictReader(file)]
 
 
 def read_scores(folder: Path, split: str) -> Scores:
@@ -284,6 +336,7 @@ def run_jobs(jobs: Sequence[Job], workers: int, console: Console) -> dict[str, s
 def _in_a_process(job: Job, running: dict[Path, subprocess.Popen[bytes]]) -> str | None:
     """Make a run in a new process, which is in ``running`` for as long as it lives; why it failed, or None."""
     job.folder.mkdir(parents=True, exist_ok=True)
+    (job.folder / NOTE).unlink(missing_ok=True)  # of a run that was asked for otherwise
     told = json.dumps({name: str(value) if isinstance(value, Path) else value for name, value in asdict(job).items()})
     env = os.environ | {"OMP_NUM_THREADS": str(job.threads)}
     command = [sys.executable, "-m", "tasks.comparison", told]
@@ -328,6 +381,7 @@ def lines_of(jobs: Sequence[Job], repeats: int = 1000) -> list[Line]:
     made = [job for job in jobs if finished(job)]
     names = list(dict.fromkeys(job.name for job in made))
     tests = {name: {job.seed: read_scores(job.folder, "test") for job in made if job.name == name} for name in names}
+    tests = {name: dict(zip(of, on_shared_rows(list(of.values())), strict=True)) for name, of in tests.items()}
     lines = []
     for name in names:
         own = [job for job in made if job.name == name]
@@ -366,8 +420,10 @@ def _chosen(lines: Sequence[Line]) -> list[Line]:
 
 def _differences(mine: Mapping[int, Scores], others: Mapping[int, Scores], repeats: int) -> dict[str, Interval]:
     seeds = sorted(mine.keys() & others.keys())
-    if not seeds or any(mine[seed].patients != others[seed].patients for seed in seeds):
+    if not seeds:
         return {}
+    shared_rows = on_shared_rows([*(mine[seed] for seed in seeds), *(others[seed] for seed in seeds)])
+    mine, others = dict(zip(seeds, shared_rows, strict=False)), dict(zip(seeds, shared_rows[len(seeds) :], strict=True))
     one, other = ({seed: scores[seed].statistics() for seed in seeds} for scores in (mine, others))
     shared = [m for m in METRICS if all(m in of[seed] for of in (one, other) for seed in seeds)]
     signed = ((1 / len(seeds), one), (-1 / len(seeds), other))
@@ -384,7 +440,7 @@ def _values(scores: Scores) -> dict[str, float]:
 
 
 def write_tables(lines: Sequence[Line], jobs: Sequence[Job], failed: Mapping[str, str], out: Path) -> None:
-    """``comparison.csv`` (a line a recipe), ``runs.csv`` (a line a run) and, if any failed, ``rejected.csv``."""
+    """``comparison.csv`` (a line a recipe), ``runs.csv`` (a line a run) and, if any failed or left out inputs, ``rejected.csv``."""
     ends = ("", "_low", "_high", "_n")
     header = ["recipe", "seeds", "best_on_validation", *(f"{m}{end}" for m in METRICS for end in (*ends, "_seed_min", "_seed_max"))]
     header += [f"{m}_difference{end}" for m in METRICS for end in ends[:3]] + [f"validation_{m}" for m in METRICS]
@@ -402,8 +458,10 @@ def write_tables(lines: Sequence[Line], jobs: Sequence[Job], failed: Mapping[str
         ),
     )
     (out / REJECTED).unlink(missing_ok=True)
-    if failed:
-        _write(out / REJECTED, ["run", "reason"], ([name, why] for name, why in failed.items()))
+    bad: list[list[Any]] = [[name, "", "", "", why] for name, why in failed.items()]
+    bad += [[" ".join(runs), row, study, path, why] for (row, study, path, why), runs in left_out(jobs).items()]
+    if bad:
+        _write(out / REJECTED, ["runs", "row", "study_id", "path", "reason"], bad)
 
 
 def _cells(line: Line) -> list[Any]:
@@ -438,11 +496,45 @@ def _recipe(path: Path) -> dict[str, Any]:
     return found
 
 
-def _modality(recipe: Path) -> str:
+def _modality(recipe: Path, options: Sequence[str] = ()) -> str:
+    import yaml
+
     modality = _recipe(recipe)["data"]["init_args"].get("modality", "xray")
+    for option in options:
+        if option.startswith("--data.init_args.modality="):
+            modality = yaml.safe_load(option.split("=", 1)[1])
     if not isinstance(modality, str):
         raise ValueError(f"{recipe.name} trains on several modalities; what is compared is of one")
     return modality
+
+
+def check_modalities(recipes: Sequence[Path], options: Sequence[str], manifest: Manifest | None) -> None:
+    """Refuse, before anything is made, recipes that the studies are not for.
+
+    Args:
+        manifest: of the studies; None: phantoms of radiographs.
+    Raises:
+        ValueError: a recipe of several modalities, or of one that the studies are not of.
+    """
+    for recipe in recipes:
+        try:
+            modality = _modality(recipe, options)
+        except (OSError, UnicodeError, yaml_error(), LookupError, TypeError, AttributeError):
+            continue  # no recipe: its run says so
+        if manifest is None and modality != "xray":
+            raise ValueError(
+                f"{recipe.name} is of {modality}, and the phantoms made here are radiographs; give a --manifest; `medvl "
+                "phantom DIR --studies 400 --ct --no-xray` makes one of CT, DIR/manifest.csv"
+            )
+        if manifest is not None and not manifest.select(split="train", modality=modality).rows:
+            raise ValueError(f"{recipe.name} is of {modality}, and the manifest has no training rows of it")
+
+
+def yaml_error() -> type[Exception]:
+    """What a file that is no YAML raises."""
+    import yaml
+
+    return yaml.YAMLError
 
 
 def _retrieved(recipe: Path) -> TextSource:
@@ -468,11 +560,9 @@ def _accumulated(recipe: Path, options: Sequence[str]) -> int:
 
 def _images_per_step(recipe: Path, options: Sequence[str]) -> int | None:
     """None for what is no recipe: its run says so, and costs the others nothing."""
-    import yaml
-
     try:
         return _batch_size(recipe, options) * _accumulated(recipe, options)
-    except (OSError, UnicodeError, yaml.YAMLError, LookupError, TypeError, AttributeError):
+    except (OSError, UnicodeError, yaml_error(), LookupError, TypeError, AttributeError):
         return None
 
 
@@ -504,10 +594,11 @@ def compare(
     console: Console | None = None,
     synthetic: bool = False,
     anew: bool = False,
-) -> tuple[list[Line], dict[str, str]]:
-    """Train, score, write the tables and the page; the lines, and run -> why it failed.
+) -> tuple[list[Line], dict[str, str], int]:
+    """Train, score, write the tables and the page; the lines, run -> why it failed, and how many inputs runs left out.
 
     Args:
+        seeds: of the runs of each recipe, ascending.
         images: to be seen in training by each run; see :func:`budget` for what they are rounded to.
         workers: runs at a time.
         options: for every fit, as ``--key=value``.
@@ -523,7 +614,7 @@ def compare(
     failed = run_jobs(jobs, workers, console)
     lines = lines_of(jobs)
     write_tables(lines, jobs, failed, out)
-    rows = read_manifest(manifest).rows
+    rows = read_manifest(manifest, strict=False).rows
     splits = {f"{split} studies": len({row.study_id for row in rows if row.split == split}) for split in ("train", "val", "test")}
     facts = {
         "images seen in training by each run": jobs[0].images,
@@ -532,7 +623,7 @@ def compare(
         **splits,
     }
     write_comparison(out / PAGE, lines, jobs[0].name, facts, synthetic)
-    return lines, failed
+    return lines, failed, len(left_out(jobs))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tasks.commands.common import check_out_folder, echo_notice
+from tasks.commands.common import REJECTED, check_out_folder, echo_notice, load_manifest, usage_errors
 
 if TYPE_CHECKING:
     from tasks.comparison import Line
@@ -54,8 +54,8 @@ def compare(
     """Train every RECIPE (a file, or the name of one that comes with medvl) on the same studies, with the same number of images seen.
 
     Leaves comparison.csv (a line a recipe: AUROC, pointing game, CNR, Recall@10, negation, each with its interval and its difference from
-    the first recipe), runs.csv, comparison.html, and the runs. What is finished is kept: a comparison that was stopped goes on. A run that
-    fails is listed in rejected.csv, and the exit code is 1.
+    the first recipe, on the images that both could read), runs.csv, comparison.html, and the runs. What is finished is kept: a comparison
+    that was stopped goes on. Runs that fail, and inputs that runs leave out, are listed in rejected.csv, and the exit code is 1.
 
     \b
     Examples:
@@ -66,6 +66,8 @@ def compare(
     check_out_folder(out)
     from rich.console import Console
 
+    from tasks.comparison import REJECTED as LISTED
+    from tasks.comparison import check_modalities
     from tasks.comparison import compare as run_comparison
     from tasks.demo import recipe_path
 
@@ -75,6 +77,9 @@ def compare(
         if not path.is_file():
             raise click.UsageError(f"{name}: no such file, and no recipe of that name comes with medvl")
         found.append(path)
+    given = None if manifest is None else load_manifest(manifest, None, allow_outside=False)
+    with usage_errors(ValueError):
+        check_modalities(found, [f"--{one}" for one in options], given)
     console, synthetic = Console(stderr=True), manifest is None
     if manifest is None:
         from tasks.phantoms import write_cohort
@@ -84,7 +89,7 @@ def compare(
         manifest = write_cohort(
             out / "data", studies, data_seed, size=size, counts={"train": studies - test - val, "val": val, "test": test}, workers=workers
         )
-    lines, failed = run_comparison(
+    lines, failed, left_out = run_comparison(
         found,
         range(first_seed, first_seed + seeds),
         out,
@@ -99,9 +104,9 @@ def compare(
     show(lines)
     click.echo(f"Open {out / 'comparison.html'}; figures in {out / 'comparison.csv'}.")
     echo_notice()
-    if failed:
-        click.echo(f"{len(failed)} runs failed, see {out / 'rejected.csv'}", err=True)
-        raise SystemExit(1)
+    if failed or left_out:
+        click.echo(f"{len(failed)} runs failed, {left_out} inputs were left out, see {out / LISTED}", err=True)
+        raise SystemExit(REJECTED)
 
 
 def show(lines: Sequence[Line]) -> None:

@@ -17,10 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
-from medvl.data.manifest import StudyImage
+from medvl.data.manifest import StudyImage, read_manifest
 from medvl.metrics import auroc_statistic, bootstrap_intervals, combined, contrast_to_noise, mean_statistic
+from reports.text_source import ReportSentences, ReportText
 from tasks.cli import cli
-from tasks.comparison import METRICS, SHOWN, Job, Scores, budget, jobs_of, lines_of, names_of, read_scores, scores_of
+from tasks.comparison import METRICS, SHOWN, Job, Scores, _retrieved, budget, finished, jobs_of, lines_of, names_of, read_scores, scores_of
 from tasks.demo import recipe_path
 from tasks.evaluation import Predictions
 from tasks.page.comparison import plot, write_comparison
@@ -33,6 +34,7 @@ def scores(seed=0, n=40, f=3):
     focal = np.arange(f) != 1
     return Scores(
         tuple("abc"[:f]),
+        np.arange(2, n + 2),
         tuple(str(i // 2) for i in range(n)),
         labels,
         rng.random((n, f)),
@@ -143,7 +145,7 @@ def finished_job(tmp_path, name, made):
     job = Job(name, recipe, 0, tmp_path / f"{name}-0", manifest, 16)
     job.folder.mkdir()
     taken = {"seconds": 1.0, "cpu_seconds": 1.0, "peak_mb": 1.0}
-    note = {"key": job.key(), "name": name, "seed": 0, "images": 16, "batch_size": 8, "parameters": 5, **taken}
+    note = {"key": job.key(), "name": name, "seed": 0, "images": 16, "batch_size": 8, "parameters": 5, "left_out": [], **taken}
     (job.folder / "run.json").write_text(json.dumps(note))
     arrays = {f"{split}.{key}": np.asarray(value) for split in ("val", "test") for key, value in asdict(made).items()}
     np.savez(job.folder / "scores.npz", **arrays)
@@ -173,6 +175,57 @@ def test_differences_are_from_the_first_recipe_or_there_are_none(tmp_path):
     assert "<b>first</b>, which differences would be from, has no finished run" in page
 
 
+def test_what_one_could_not_read_is_compared_for_none(tmp_path):
+    """Rows in another order, and one missing: the differences are those on what both have."""
+    whole, other = scores(1), scores(2)
+    part = other.of(np.random.default_rng(0).permutation(other.rows)[:-3])
+    jobs = [finished_job(tmp_path, "whole", whole), finished_job(tmp_path, "part", part)]
+    difference = lines_of(jobs, repeats=10)[1].difference["recall_at_10"]
+    both = np.intersect1d(whole.rows, part.rows)
+    assert difference.value == pytest.approx(other.recall[both - 2].mean() - whole.recall[both - 2].mean()) and difference.n == 37
+
+
+def test_patients_are_told_apart_by_the_table(tmp_path):
+    """Whatever a run left out, a patient is the same in all."""
+    rows = [
+        StudyImage(s, p, "xray", Path(f"{i}.png"), None, "test", None, None, None, {}, (), {}, i + 2)
+        for i, (s, p) in enumerate(["ap", "bq", "cp"])
+    ]
+    nothing = np.full((2, 1), math.nan)
+    made = Predictions(("x",), tuple(rows[1:]), nothing, nothing, ((None,),) * 2, nothing, nothing, None, (), contrast=nothing)
+    found = scores_of(made, rows)
+    assert found.patients == ("3", "2") and found.rows.tolist() == [3, 4]
+
+
+def test_a_run_is_kept_by_what_it_was_asked_for_and_by_the_code(tmp_path, monkeypatch):
+    job = finished_job(tmp_path, "one", scores())
+    assert finished(job)
+    monkeypatch.setattr("medvl.__version__", "0.0.0")
+    assert not finished(job)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "more", "said"),
+    [
+        ("mixed_xray_ct", [], "trains on several modalities"),
+        ("ct_slices", [], "the phantoms made here are radiographs"),
+        ("clip", ["--set", "data.init_args.modality=ct"], "is of ct, and the phantoms"),
+    ],
+)
+def test_studies_that_a_recipe_is_not_for_are_refused_before_anything_is_made(tmp_path, recipe, more, said):
+    done = CliRunner().invoke(cli, ["compare", recipe, "--out", str(tmp_path / "out"), *more])
+    assert done.exit_code == 2 and said in " ".join(done.output.split()), done.output
+    assert not list((tmp_path / "out").glob("*"))
+
+
+def test_retrieval_is_of_what_was_trained_on_whatever_the_recipe_says(tmp_path):
+    """The resolved recipe of a fit, with what was set on the command line."""
+    kinds = {"reports.text_source.ReportText": ReportText, "reports.text_source.ReportSentences": ReportSentences}
+    for path, kind in kinds.items():
+        (tmp_path / "config.yaml").write_text(f"data: {{init_args: {{texts: {{class_path: {path}, init_args: {{}}}}}}}}")
+        assert isinstance(_retrieved(tmp_path / "config.yaml"), kind)
+
+
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory):
     """Two recipes that work and one that cannot, on a few phantoms."""
@@ -199,6 +252,7 @@ def compared(tmp_path_factory):
     return out, args, CliRunner().invoke(cli, args)
 
 
+@pytest.mark.slow
 def test_a_comparison_end_to_end(compared):
     out, _, done = compared
     assert done.exit_code == 1, done.output  # the broken one
@@ -221,7 +275,7 @@ def test_a_comparison_end_to_end(compared):
         assert list(validated) == [4, 8] and kept["step"] == min(validated, key=validated.get)
     assert {(row["recipe"], row["seed"]) for row in runs} == {(name, seed) for name in ("clip", "radzero") for seed in "01"}
     failed = list(csv.DictReader((out / "rejected.csv").open()))
-    assert [row["run"] for row in failed] == ["broken-0", "broken-1"] and "dimensions" in failed[0]["reason"]
+    assert [row["runs"] for row in failed] == ["broken-0", "broken-1"] and "dimensions" in failed[0]["reason"]
     page = (out / "comparison.html").read_text()
     assert (
         "esearch use, not for diagnosis" in page
@@ -232,6 +286,7 @@ def test_a_comparison_end_to_end(compared):
     )
 
 
+@pytest.mark.slow
 def test_what_is_finished_is_kept_and_what_was_asked_otherwise_is_not(compared):
     out, args, _ = compared
     manifest = out / "data" / "manifest.csv"
@@ -239,7 +294,14 @@ def test_what_is_finished_is_kept_and_what_was_asked_otherwise_is_not(compared):
     jobs = jobs_of([recipe_path("clip.yaml"), recipe_path("radzero.yaml")], range(2), out, manifest, 64, options)
     before = {job.folder: (job.folder / "run.json").stat().st_mtime_ns for job in jobs}
     (jobs[1].folder / "run.json").unlink()
-    CliRunner().invoke(cli, [one for one in args if not one.endswith("broken.yaml")])
+    lost = read_manifest(manifest).select(split="test").rows[0]
+    lost.path.write_bytes(b"no longer a film")
+    done = CliRunner().invoke(cli, [one for one in args if not one.endswith("broken.yaml")])
+    assert done.exit_code == 1 and "0 runs failed, 1 inputs were left out" in done.output, done.output
+    (listed,) = csv.DictReader((out / "rejected.csv").open())
+    assert (listed["runs"], listed["row"], listed["study_id"]) == ("radzero-0", str(lost.row), lost.study_id)
+    clip, radzero = csv.DictReader((out / "comparison.csv").open())
+    assert int(clip["recall_at_10_n"]) == int(radzero["recall_at_10_n"]) + 1 and radzero["recall_at_10_difference"]
     after = {job.folder: (job.folder / "run.json").stat().st_mtime_ns for job in jobs}
     assert [after[job.folder] == before[job.folder] for job in jobs] == [True, False, True, True]
     other = [replace(job, images=128) for job in jobs]
@@ -247,6 +309,7 @@ def test_what_is_finished_is_kept_and_what_was_asked_otherwise_is_not(compared):
     assert len(read_scores(jobs[0].folder, "val").patients) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_what_is_stopped_starts_no_other_run_and_leaves_none_behind(compared, tmp_path, number):
     """The signal goes to the comparison alone; its runs end with it, and so does the log that they write."""
