@@ -24,10 +24,11 @@ from medvl.training.averaging import Ema
 from medvl.training.data import REJECTED, StudyDataModule
 from medvl.training.module import AlignmentModule
 from medvl.training.sharding import whole
+from medvl.training.signals import RESUME
 
 log = logging.getLogger(__name__)
 
-RESUME, RESOLVED = "resume.ckpt", "config.yaml"
+RESOLVED = "config.yaml"
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):

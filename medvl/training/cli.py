@@ -25,11 +25,11 @@ from rich.progress import Progress
 
 from medvl.model import CONFIG, WEIGHTS, load_weights, write_atomically
 from medvl.nn.projector import ProjectedEncoder
-from medvl.training.callbacks import RESOLVED, RESUME, AtomicCheckpointIO, KeepBest, ListUnread, ResumePoint
+from medvl.training.callbacks import RESOLVED, AtomicCheckpointIO, KeepBest, ListUnread, ResumePoint
 from medvl.training.data import REJECTED, StudyDataModule
 from medvl.training.estimate import estimate, show
 from medvl.training.module import AlignmentModule
-from medvl.training.signals import SaveOnSignal, explained
+from medvl.training.signals import RESUME, SaveOnSignal, explained
 from medvl.training.watch import Watch
 
 log = logging.getLogger(__name__)
@@ -72,6 +72,7 @@ class AlignmentCLI(LightningCLI):
         """Find out before any image is read whether the run's folder can be written to, or has the weights to be measured."""
         out = Path(self.config[self.subcommand].out)
         if self.subcommand == "fit" and self.config.fit.dry_run:
+            _forget_caches(self.config.fit)
             there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
             if not there.is_dir() or not os.access(there, os.W_OK):
                 raise ValueError(f"--out {out}: cannot be made a folder to write to")
@@ -175,6 +176,16 @@ class AlignmentCLI(LightningCLI):
             f"{'studies' if data.views == 'study' else 'images'}: {counts}"
             + (f"; {self.rejected} left out or read in part, see {REJECTED}" if self.rejected else "")
         )
+
+
+def _forget_caches(config: Any) -> None:
+    """Of what a recipe keeps on disk, keep nothing: images and features are made anew."""
+    for name in list(config.keys()):
+        if name.endswith(".cache_dir"):
+            config[name] = None
+    cache = config.data.init_args.get("cache") if "init_args" in config.data else None
+    if (isinstance(cache, str) and cache != "memory") or getattr(cache, "class_path", "").endswith(".SampleCache"):
+        config.data.init_args.cache = False
 
 
 def _tensorboard(out: Path) -> Logger:

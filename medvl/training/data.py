@@ -37,13 +37,20 @@ from medvl.data.studies import (
     check_flip,
 )
 from medvl.model import write_atomically
+from medvl.training.signals import ignore_sigterm
 from medvl.types import ImageReader, PairBuilder, TextSource
 
 REJECTED = "rejected.csv"
 
 
 class StudyLoader(DataLoader[Item]):
-    """A loader that Lightning may treat as resumable: its position comes from the trainer's step, so it has no state of its own."""
+    """A loader that Lightning may treat as resumable: its position comes from the trainer's step, so it has no state of its own.
+
+    Its processes outlive a SIGTERM, which is for the trainer.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **{"worker_init_fn": ignore_sigterm, **options})
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing: see the class."""

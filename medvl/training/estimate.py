@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Container
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +21,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from medvl.training.averaging import Ema
 from medvl.training.data import StudyDataModule
 from medvl.training.module import AlignmentModule, Observed
+from medvl.training.stages import Stages
 from medvl.training.watch import memory_mb
 
 WARM_UP, MEASURED = 3, 3
@@ -74,6 +77,7 @@ class _Clock(Callback):
         self.batches: list[float] = []
         self.waits: list[float] = []
         self.seen: Observed | None = None
+        self.trained: set[str] = set()
         self.last = self.ready = 0.0
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -90,6 +94,7 @@ class _Clock(Callback):
         self.seen, pl_module.observed = pl_module.observed, None
         if trainer.global_step < WARM_UP + MEASURED:
             self.seen = None  # its images are not held through the next step
+        self.trained = {name for name, p in pl_module.named_parameters() if p.requires_grad}
         self.last = _now(pl_module)
 
 
@@ -99,13 +104,13 @@ def _now(module: L.LightningModule) -> float:
     return time.perf_counter()
 
 
-def parameters(module: AlignmentModule) -> dict[str, Part]:
-    """Part -> its weights."""
+def parameters(module: AlignmentModule, trained: Container[str]) -> dict[str, Part]:
+    """Part -> its weights, and those of them that are ``trained``."""
     counts: dict[str, list[int]] = {}
     for name, weight in module.named_parameters():
         found = counts.setdefault(name.split(".", 1)[0], [0, 0])
         found[0] += weight.numel()
-        found[1] += weight.numel() if weight.requires_grad else 0
+        found[1] += weight.numel() if name in trained else 0
     return {name: Part(*found) for name, found in counts.items()}
 
 
@@ -128,8 +133,8 @@ def planned(data: StudyDataModule, trainer: L.Trainer) -> tuple[int, int | None]
 def estimate(module: AlignmentModule, data: StudyDataModule, trainer: L.Trainer) -> Cost:
     """Take a few steps in one process, and say what the whole run would take.
 
-    Weights are moved by these steps, and the data cut to them, so neither is of use for a fit afterwards. Callbacks of the recipe do not
-    run: stages that freeze parts take less than is measured, averaged weights take their own memory more.
+    Weights are moved by these steps, and the data cut to them, so neither is of use for a fit afterwards. Of the recipe's callbacks those
+    run that change what a step takes: stages, of which the first is measured, and averaged weights.
 
     Args:
         trainer: as the recipe made it; its precision, device and lengths are used, it does not run itself.
@@ -150,7 +155,7 @@ def estimate(module: AlignmentModule, data: StudyDataModule, trainer: L.Trainer)
     assert seen is not None
     peak = _peak_mb(device)
     weights = _mb([*module.parameters(), *module.buffers()])
-    gradients = _mb([p for p in module.parameters() if p.requires_grad])
+    gradients = _mb([p for name, p in module.named_parameters() if name in clock.trained])
     optimiser = _mb(
         [value for one in probe.optimizers for state in one.state.values() for value in state.values() if torch.is_tensor(value)]
     )
@@ -158,7 +163,7 @@ def estimate(module: AlignmentModule, data: StudyDataModule, trainer: L.Trainer)
     batch, waits = (statistics.median(times[WARM_UP:]) for times in (clock.batches, clock.waits))
     images = seen.batch.images
     return Cost(
-        parts=parameters(module),
+        parts=parameters(module, clock.trained),
         processes=trainer.world_size,
         loss_batch=data.batch_size * trainer.world_size,
         step_batch=data.batch_size * trainer.world_size * trainer.accumulate_grad_batches,
@@ -192,7 +197,7 @@ def _probe(trainer: L.Trainer, clock: _Clock) -> L.Trainer:
         precision=trainer.precision,
         gradient_clip_val=trainer.gradient_clip_val,
         gradient_clip_algorithm=trainer.gradient_clip_algorithm,
-        callbacks=[clock],
+        callbacks=[*(one for one in trainer.callbacks if isinstance(one, (Stages, Ema))), clock],  # type: ignore[attr-defined]
         logger=False,
         limit_val_batches=0,
         enable_checkpointing=False,

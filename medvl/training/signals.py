@@ -1,4 +1,4 @@
-"""Runs that are told to stop: the step is finished, the checkpoint written, and the job put back into the queue where there is one.
+"""Runs that are told to stop: the step is finished, the checkpoint written, and a SLURM job whose time is up put back into the queue.
 
 Lightning's own handlers (a SIGTERM that raises, SLURM's requeueing with a checkpoint of another name) are replaced during a fit, so that a
 stopped run has one checkpoint, ``resume.ckpt``, whatever stopped it.
@@ -18,27 +18,31 @@ from typing import Any
 
 import lightning as L
 import torch
-import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
+
+from medvl.losses.ranks import largest_over_ranks
 
 log = logging.getLogger(__name__)
 
+RESUME = "resume.ckpt"
 STOPPED = 143
 """Exit code of a run that was told to stop and can go on: 128 + SIGTERM."""
 
 
 class SaveOnSignal(Callback):
-    """On SIGTERM, and under SLURM on SIGUSR1, save at the end of the step, requeue the SLURM job, and end with exit code 143.
+    """On SIGTERM, and under SLURM on SIGUSR1, save at the end of the step and end with exit code 143; on SIGUSR1 requeue the job as well.
 
-    With several processes all stop after the same step, whichever was told. On the last batch of an epoch the validation that is due comes
-    first, for a resumed run would skip it.
+    SIGUSR1 is what ``#SBATCH --signal=USR1@90`` sends 90 s before a job's time is up. A SIGTERM comes from ``scancel``, which wants no new
+    run, or from preemption, where SLURM requeues by itself. With several processes all stop after the same step, whichever was told. On the
+    last batch of an epoch the validation that is due comes first, for a resumed run would skip it. Before the first step a signal ends the
+    process as it ends any other: there is nothing to save.
 
     Args:
         path: the run's ``resume.ckpt``.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path, self.told = path, False
+        self.path, self.told, self.requeue = path, False, False
         self._before: dict[int, Any] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -51,13 +55,12 @@ class SaveOnSignal(Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Stop here if told, but for the last batch of an epoch."""
-        if not trainer.is_last_batch and self._any_told(trainer):
-            self._stop(trainer)
+        if not trainer.is_last_batch:
+            self._stop_if_told(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Stop here if told during the last batch or the validation."""
-        if self._any_told(trainer):
-            self._stop(trainer)
+        self._stop_if_told(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Give the signals back."""
@@ -69,24 +72,20 @@ class SaveOnSignal(Callback):
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.told = True
+        self.requeue = self.requeue or number == signal.SIGUSR1
 
-    def _any_told(self, trainer: L.Trainer) -> bool:
-        if trainer.world_size == 1:
-            return self.told
-        told = torch.tensor(float(self.told), device=trainer.strategy.root_device)
-        dist.all_reduce(told, dist.ReduceOp.MAX)
-        return bool(told)
-
-    def _stop(self, trainer: L.Trainer) -> None:
+    def _stop_if_told(self, trainer: L.Trainer) -> None:
+        told, requeue = self.told, self.requeue
+        if trainer.world_size > 1:
+            flags = torch.tensor([told, requeue], dtype=torch.uint8, device=trainer.strategy.root_device)
+            told, requeue = largest_over_ranks(flags).bool().tolist()
+        if not told:
+            return
         trainer.save_checkpoint(self.path)
         if trainer.is_global_zero:
-            queued = _requeue()
-            log.warning(
-                "told to stop: step %d is saved in %s; %s",
-                trainer.global_step,
-                self.path,
-                "requeued" if queued else "go on with --resume true",
-            )
+            queued = requeue and _requeue()
+            after = "requeued" if queued else "go on with --resume true"
+            log.warning("told to stop: step %d is saved in %s; %s", trainer.global_step, self.path, after)
         raise SystemExit(STOPPED)
 
     def _give_back(self) -> None:
@@ -104,13 +103,19 @@ def _requeue() -> bool:
     return done.returncode == 0
 
 
+def ignore_sigterm(_: int) -> None:
+    """For loader processes: a SIGTERM to the whole group is for the trainer, which saves its step and then ends them."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def explained(error: BaseException, folder: Path) -> str | None:
     """What a person can do about the end of a run: a full disk, a loader process that died, memory that ran out. None for anything else.
 
     Args:
-        folder: of the run; its last whole checkpoint is still there, for checkpoints are written beside and renamed.
+        folder: of the run; a checkpoint that is there is whole, for it was written beside and renamed.
     """
-    go_on = f"the last checkpoint in {folder} is whole: go on with --resume true"
+    whole = (folder / RESUME).is_file()
+    go_on = f"the last checkpoint in {folder} is whole: go on with --resume true" if whole else f"no step was saved in {folder}: begin anew"
     if isinstance(error, OSError) and _is_full(error):
         return f"the disk is full ({error.filename or folder}): make room; {go_on}"
     words = str(error)

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Callback
 
 class Interrupt(Callback):
     """Appends ``[step, rank, manifest rows]`` to the file of BATCH_LOG; at step INTERRUPT_AT kills all processes of the run (KILL), after a
-    random delay that falls anywhere in the step, or asks the first of them to stop (TERM).
+    random delay that falls anywhere in the step, or asks the first of them to stop (TERM, USR1), or all with their loaders (GROUP).
     """
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
@@ -22,8 +22,10 @@ class Interrupt(Callback):
         step, how = int(os.environ.get("INTERRUPT_AT", -1)), os.environ.get("INTERRUPT_BY")
         if trainer.global_step != step or trainer.global_rank != 0:
             return
-        if how == "TERM":
-            os.kill(os.getpid(), signal.SIGTERM)
+        if how in ("TERM", "USR1"):
+            os.kill(os.getpid(), getattr(signal, f"SIG{how}"))
+        elif how == "GROUP":
+            os.killpg(os.getpgid(0), signal.SIGTERM)
         else:
             delay = random.random() * 0.2
             threading.Thread(target=lambda: (time.sleep(delay), os.killpg(os.getpgid(0), signal.SIGKILL)), daemon=True).start()

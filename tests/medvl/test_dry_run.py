@@ -4,6 +4,7 @@ import json
 import time
 
 import pytest
+import yaml
 from lightning.pytorch.utilities import rank_zero_only
 
 from medvl.data.studies import StudyDataset
@@ -82,6 +83,27 @@ def test_time_is_that_of_a_step_with_its_loading(tried, monkeypatch):
 def test_activations_are_measured(tried):
     """Four times the pixels: the first layer alone holds (6, 8, 128, 128) floats and more for the way back, 3 MiB each."""
     assert tried("--data.init_args.reader.init_args.size", "512").rest_mb > 12
+
+
+def test_nothing_is_kept_in_the_caches_of_a_recipe(tried, tmp_path):
+    """The fixture compares all files before and after."""
+    tried("--data.init_args.cache", str(tmp_path / "images"), "--model.report.init_args.cache_dir", str(tmp_path / "texts"))
+    store = ["--data.init_args.cache", "medvl.data.cache.SampleCache", "--data.init_args.cache.init_args.folder", str(tmp_path / "images")]
+    tried(*store)
+
+
+def test_a_stage_that_freezes_is_measured(tried, tmp_path):
+    stages = {
+        "trainer": {
+            "callbacks": [{"class_path": "medvl.training.stages.Stages", "init_args": {"stages": [{"epoch": 0, "freeze": ["image"]}]}}]
+        }
+    }
+    (tmp_path / "stages.yaml").write_text(yaml.safe_dump(stages))
+    cost = tried("--config", str(tmp_path / "stages.yaml"))
+    assert cost.parts["image"].trained == 0 < cost.parts["image"].weights
+    rest = sum(part.trained for part in cost.parts.values())
+    assert cost.gradients_mb == pytest.approx(rest * 4 / 2**20)
+    assert 2 * cost.gradients_mb < cost.optimiser_mb < 2 * cost.gradients_mb + 100 * 4 / 2**20
 
 
 def test_processes_of_a_launcher(tried, monkeypatch, capsys):

@@ -170,26 +170,41 @@ def test_told_to_stop_it_saves_and_goes_on(recipe, whole, tmp_path, ranks, at):
     assert_as_undisturbed(out, whole(ranks), ranks)
 
 
+@pytest.mark.slow
+def test_a_group_told_to_stop_saves_though_its_loaders_are_told_too(recipe, whole, tmp_path):
+    out = tmp_path / "run"
+    code, said = fit(recipe, out, 1, 4, "GROUP", ["--data.init_args.workers", "2"])
+    assert code == STOPPED, said
+    assert AtomicCheckpointIO().load_checkpoint(out / "resume.ckpt")["global_step"] == 5
+    code, said = fit(recipe, out, 1)
+    assert code == 0, said
+    assert_as_undisturbed(out, whole(1), 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("by", "queued"), [("USR1", True), ("TERM", False)])
+def test_a_job_is_requeued_when_its_time_is_up_and_not_when_it_is_cancelled(recipe, tmp_path, monkeypatch, by, queued):
+    """With a stand-in for scontrol that notes what it is asked."""
+    commands, asked = tmp_path / "bin", tmp_path / "asked"
+    commands.mkdir()
+    (commands / "scontrol").write_text(f"#!/bin/sh\necho $@ >> {asked}\n")
+    (commands / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{commands}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    code, said = fit(recipe, tmp_path / "run", 1, 2, by)
+    assert code == STOPPED and ("; requeued" in said) == queued, said
+    assert (asked.read_text() == "requeue 17\n") if queued else not asked.exists()
+
+
 def test_ends_that_a_person_can_mend_are_explained(tmp_path):
     full = OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "resume.ckpt"))
     dead = RuntimeError("DataLoader worker (pid 17) is killed by signal: Killed. \nmore")
     memory = RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: you tried ...")
     for error, word in ((full, "disk is full"), (dead, "data.init_args.workers"), (memory, "model.micro_batch")):
         words = explained(error, tmp_path)
+        assert words is not None and word in words and "no step was saved" in words and "--resume" not in words
+    (tmp_path / "resume.ckpt").touch()
+    for error, word in ((full, "disk is full"), (dead, "data.init_args.workers"), (memory, "model.micro_batch")):
+        words = explained(error, tmp_path)
         assert words is not None and word in words and "--resume true" in words
     assert explained(RuntimeError("shapes"), tmp_path) is None and explained(OSError(errno.ENOENT, "gone"), tmp_path) is None
-
-
-def test_a_full_disk_leaves_the_last_checkpoint(tmp_path, monkeypatch):
-    import medvl.training.callbacks as callbacks
-
-    path = tmp_path / "resume.ckpt"
-    AtomicCheckpointIO().save_checkpoint({"global_step": 3}, path)
-
-    def full(*args, **kwargs):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(callbacks, "write_atomically", full)
-    with pytest.raises(OSError, match="No space"):
-        AtomicCheckpointIO().save_checkpoint({"global_step": 6}, path)
-    assert AtomicCheckpointIO().load_checkpoint(path) == {"global_step": 3}
