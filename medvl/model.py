@@ -416,30 +416,50 @@ def _lengths(parts: Sequence[ImageFeatures], kind: str) -> set[int]:
 
 
 def _of_equal_length(parts: Sequence[ImageFeatures]) -> list[ImageFeatures]:
-    """Studies with slices or views, and with them tokens, added at the end up to the longest of the batches."""
-
-    def lengthened(values: Tensor | None, count: int) -> Tensor | None:
-        if values is None or values.shape[1] == count:
-            return values
-        return torch.cat([values, values.new_zeros(values.shape[0], count - values.shape[1], *values.shape[2:])], dim=1)
-
+    """Studies with slices or views, and with them tokens, added at the end up to the longest of the batches; slices in each view."""
+    views = max(_lengths(parts, "view"))
+    slices = max((_slices_of_a_view(part) for part in parts if part.slices is not None), default=0)
+    grids = [part.grid for part in parts if part.grid is not None]
+    if len({len(grid) for grid in grids}) > 1:
+        raise ValueError(f"features on grids {grids} cannot be joined: some are of studies, some of single images")
+    longest = tuple(max(side) for side in zip(*grids, strict=True))
     found = []
-    longest = {kind: max(_lengths(parts, kind)) for kind in SEQUENCES}
-    depth = max((part.grid[0] for part in parts if part.grid is not None), default=0)
     for part in parts:
         changes: dict[str, Any] = {}
-        for kind, count in longest.items():
+        own, most = (1, 1) if part.views is None else (part.views.shape[1], views)
+        sides: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {"view": ((own,), (most,))}
+        if part.slices is not None:
+            sides["slice"] = ((own, _slices_of_a_view(part)), (most, slices))
+        for kind, (given, wanted) in sides.items():
             if (vectors := getattr(part, f"{kind}s")) is not None:
                 valid = getattr(part, f"{kind}_valid")
                 valid = torch.ones_like(vectors[..., 0], dtype=torch.bool) if valid is None else valid
-                changes |= {f"{kind}s": lengthened(vectors, count), f"{kind}_valid": lengthened(valid, count)}
-                changes[f"{kind}_weights"] = lengthened(getattr(part, f"{kind}_weights"), count)
+                changes |= {f"{kind}s": _enlarged(vectors, given, wanted), f"{kind}_valid": _enlarged(valid, given, wanted)}
+                weights = getattr(part, f"{kind}_weights")
+                changes[f"{kind}_weights"] = None if weights is None else _enlarged(weights, given, wanted)
         if part.tokens is not None and part.grid is not None:
-            grid = (depth, *part.grid[1:])
             valid = torch.ones_like(part.tokens[..., 0], dtype=torch.bool) if part.token_valid is None else part.token_valid
-            changes |= {"tokens": lengthened(part.tokens, math.prod(grid)), "token_valid": lengthened(valid, math.prod(grid)), "grid": grid}
+            changes |= {"tokens": _enlarged(part.tokens, part.grid, longest), "token_valid": _enlarged(valid, part.grid, longest)}
+            changes["grid"] = longest
         found.append(part.replace(**changes))
     return found
+
+
+def _slices_of_a_view(part: ImageFeatures) -> int:
+    """How many slices one series has: all, or where series of a study are pooled, its share of them."""
+    assert part.slices is not None
+    return part.slices.shape[1] // (1 if part.views is None else part.views.shape[1])
+
+
+def _enlarged(values: Tensor, given: tuple[int, ...], wanted: tuple[int, ...]) -> Tensor:
+    """(B, prod(given), ...) to (B, prod(wanted), ...), 0 on what is added at the end of each axis."""
+    if given == wanted:
+        return values
+    laid = values.unflatten(1, given)
+    new = laid.new_zeros(len(values), *wanted, *values.shape[2:])
+    inside = (slice(None), *(slice(side) for side in given))
+    new[inside] = laid
+    return new.flatten(1, len(wanted))
 
 
 def commit() -> str | None:

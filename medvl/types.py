@@ -127,9 +127,10 @@ class ImageFeatures:
 
     pooled: Tensor  # (B, D), one vector per study
     tokens: Tensor | None = None  # (B, N, D), same space as pooled; None if the tower keeps none
-    grid: tuple[int, ...] | None = None  # (H, W) for X-ray, (V, H, W) for X-ray by studies, (S, H, W) for CT; prod(grid) == N
+    grid: tuple[int, ...] | None = None  # (H, W) for X-ray, (S, H, W) for CT, both after V for studies of several; prod(grid) == N
     token_valid: Tensor | None = None  # (B, N) bool, False where a token saw only padding or is of a missing view; None: all valid
-    slices: Tensor | None = None  # (B, S, D), one vector per CT slice in the space of pooled; None for towers without slices
+    slices: Tensor | None = None  # (B, S, D), one vector per CT slice in the space of pooled; of several series (B, V * S, D), one after
+    # the other; None for towers without slices
     slice_weights: Tensor | None = None  # (B, S), share of each slice in pooled, rows sum to 1, 0 on padding; None without slices
     slice_valid: Tensor | None = None  # (B, S) bool, False on padding; None: all valid
     views: Tensor | None = None  # (B, V, D), one vector per view in the space of pooled, in the order of the batch, missing ones last
@@ -325,11 +326,16 @@ def _jsonable(value: Any, name: str) -> Any:
 class ImageEncoder(Configurable, nn.Module, abc.ABC):
     """Base of image towers: :class:`ImageBatch` in, :class:`ImageFeatures` of width ``embed_dim`` out.
 
-    ``pools_views`` says whether the tower makes one row of all images of a study (``ImageBatch.study``); others have a row per image.
+    ``pools_views`` says whether the tower makes one row of all images of a study (``ImageBatch.study``); others have a row per image. A
+    tower of several modalities says it of each (:meth:`pools`).
     """
 
     embed_dim: int
     pools_views: bool = False
+
+    def pools(self, modality: str) -> bool:
+        """Whether it makes one row of all radiographs (``xray``), or all series (``ct``), of a study."""
+        return self.pools_views
 
     @abc.abstractmethod
     def forward(self, batch: ImageBatch) -> ImageFeatures:

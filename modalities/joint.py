@@ -64,7 +64,7 @@ class JointReader(ImageReader):
         return sorted({*films, *volumes, *series} - slices)
 
     def study_key(self, path: Path) -> str | None:
-        """As the reader of the path has it: films of a study share it, a volume is a study of its own."""
+        """As the reader of the path has it."""
         try:
             return self.reader_of(path).study_key(path)
         except UnreadableImageError:
@@ -116,11 +116,16 @@ class JointEncoder(ImageEncoder):
             raise ValueError(f"the radiograph tower embeds in {xray.embed_dim} dimensions, the CT tower in {ct.embed_dim}")
         self.embed_dim = xray.embed_dim
         self.xray, self.ct = xray, ct
-        self.pools_views = xray.pools_views
+        self.pools_views = xray.pools_views or ct.pools_views
+
+    def pools(self, modality: str) -> bool:
+        """What the tower for that modality says."""
+        return (self.ct if modality == "ct" else self.xray).pools(modality)
 
     def forward(self, batch: ImageBatch) -> ImageFeatures:
         """``batch.pixels`` (B, C, H, W) or (B, C, S, H, W)."""
-        if batch.pixels.ndim == 5 and batch.study is not None and len(batch.study.unique()) < len(batch.study):
+        several = batch.study is not None and len(batch.study.unique()) < len(batch.study)
+        if batch.pixels.ndim == 5 and several and not self.ct.pools_views:
             raise ValueError("volumes are encoded one by one: a study of several cannot be pooled; give a row to each")
         features: ImageFeatures = (self.ct if batch.pixels.ndim == 5 else self.xray)(batch)
         return features

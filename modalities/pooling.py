@@ -1,6 +1,6 @@
 """Pooling: how the vectors of a study's parts become one, and which part had which share in it.
 
-The parts are the slices of a volume (modalities.ct.slices) or the views of a radiograph (modalities.xray.views).
+The parts are the slices of a volume (modalities.ct.slices), or the views or series of a study (modalities.studies).
 
 Shapes: B studies, S parts (slices, or views), D embedding width. ``valid`` is (B, S) bool, False on padding; ``position_mm`` is (B, S),
 the height of each slice along the stacking axis. Every pooling of the family takes and returns the same, so that a recipe changes one by

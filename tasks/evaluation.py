@@ -46,7 +46,7 @@ from reports.prompts import PromptSet
 from tasks.grounding import batch_extent, native_maps
 from tasks.masks import MaskError, finding_mask, masked_slices
 from tasks.retrieval import build_index, image_to_reports, studies_of
-from tasks.zero_shot import PromptBank, encode, encode_prompts, score, slice_scores
+from tasks.zero_shot import PromptBank, encode, encode_prompts, score, slice_scores, slices_of_images
 
 FOCAL_FRACTION = 0.25
 """A finding is focal if its mask covers less than this share of the image in the median positive study; only these are pointed at."""
@@ -124,7 +124,8 @@ def predict(
     read: list[StudyImage] = []
     rejected: list[tuple[StudyImage, str]] = []
     scores, peaks, hits, fractions, contrasts, similarities, levels = [], [], [], [], [], [], []
-    of_studies = model.image.pools_views and all(row.modality == "xray" for row in rows)
+    modalities = {row.modality for row in rows}
+    of_studies = len(modalities) == 1 and model.image.pools(*modalities)
     together = [[rows[i] for i in indices] for indices in by_study(rows).values()] if of_studies else [[row] for row in rows]
     for part in packed(together, batch_size):
         groups = [[one for row in group if (one := _read(model, row, names, rejected)) is not None] for group in part]
@@ -139,8 +140,10 @@ def predict(
             if index is not None:
                 similarities.append(np.repeat(image_to_reports(model, features, index)[0].double().cpu().numpy(), counts, axis=0))
             if features.slices is not None:
-                highest = slice_scores(model, features, bank).nan_to_num(-1.0).argmax(-1).cpu().numpy()  # (B, F)
-                levels += [_slice_hits(one, names, at) for one, at in zip(images, highest, strict=True)]
+                of_images = slices_of_images(slice_scores(model, features, bank), features)
+                highest = of_images.nan_to_num(-1.0).argmax(-1).cpu().numpy()  # (B, V, F)
+                at_images = [highest[study, view] for study, count in enumerate(counts) for view in range(count)]
+                levels += [_slice_hits(one, names, at) for one, at in zip(images, at_images, strict=True)]
             extent = batch_extent([one.sample for one in images])
             for one, grids in zip(images, maps, strict=True):
                 found = [  # a map at a time: ten of a full CT have gigabytes

@@ -114,8 +114,7 @@ def diagnose(model: DualEncoder, paths: Sequence[Path], bank: PromptBank, batch_
     Headers are read first, to know the studies; images then a batch at a time, and each study is yielded once its last image is scored.
     """
     studies = group_by_study(model.reader, paths)
-    together = studies if model.image.pools_views else [[path] for study in studies for path in study]
-    outcomes = _outcomes(model, together, bank, batch_size)
+    outcomes = _outcomes(model, studies, bank, batch_size)
     for study in studies:
         yield _diagnosis(list(islice(outcomes, len(study))), bank.findings)
 
@@ -157,22 +156,30 @@ def _outcomes(model: DualEncoder, together: Sequence[Sequence[Path]], bank: Prom
 
 def _scored(model: DualEncoder, groups: Sequence[Sequence[tuple[Path, ImageSample]]], bank: PromptBank) -> dict[Path, _Outcome]:
     """Path -> outcome of the images that were read; films and volumes each in a batch of their own."""
-    films = [[pair for pair in group if pair[1].affine is None] for group in groups]
-    volumes = [[pair] for group in groups for pair in group if pair[1].affine is not None]
-    if not model.image.pools_views:
-        films = [[pair] for group in films for pair in group]
     found: dict[Path, _Outcome] = {}
-    for kind in (films, volumes):
-        if not (units := [unit for unit in kind if unit]):
+    for modality in ("xray", "ct"):
+        of_kind = [[pair for pair in group if modality_of_sample(pair[1]) == modality] for group in groups]
+        units = of_kind if model.image.pools(modality) else [[pair] for group in of_kind for pair in group]
+        if not (units := [unit for unit in units if unit]):
             continue
         features = encode(model, [[sample for _, sample in unit] for unit in units])
         logits = pair_logits(model, features, bank).cpu().double()
-        slices = slice_scores(model, features, bank).cpu() if features.slices is not None else None
+        slices = None if features.slices is None else slices_of_images(slice_scores(model, features, bank), features).cpu()
         for i, unit in enumerate(units):
-            for path, sample in unit:
-                by_slice = None if slices is None else _by_slice(path, sample, slices[i], bank.findings)
+            for k, (path, sample) in enumerate(unit):
+                by_slice = None if slices is None else _by_slice(path, sample, slices[i, k], bank.findings)
                 found[path] = _Outcome(str(path), logits[i], warnings=sample.warnings, slices=by_slice)
     return found
+
+
+def modality_of_sample(sample: ImageSample) -> str:
+    """``ct`` of a volume, else ``xray``."""
+    return "xray" if sample.affine is None else "ct"
+
+
+def slices_of_images(scores: Tensor, features: ImageFeatures) -> Tensor:
+    """(B, V, F, S) scores of the slices of each series, from the (B, F, V * S) of all; V is 1 where series are not pooled."""
+    return scores.unflatten(-1, (1 if features.views is None else features.views.shape[1], -1)).transpose(1, 2)
 
 
 def _by_slice(path: Path, sample: ImageSample, scores: Tensor, findings: Sequence[str]) -> SliceScores:
@@ -188,8 +195,8 @@ def _by_slice(path: Path, sample: ImageSample, scores: Tensor, findings: Sequenc
 
 
 def encode(model: DualEncoder, together: Sequence[Sequence[ImageSample]]) -> ImageFeatures:
-    """Features in one batch, a row for each group: of film studies where the tower pools views, else each group is a single image."""
-    if model.image.pools_views and together[0][0].affine is None:
+    """Features in one batch, a row for each group: of studies where the tower pools their images, else each group is a single image."""
+    if model.image.pools(modality_of_sample(together[0][0])):
         return model.encode_studies(together, batch_size=sum(map(len, together)))
     return model.encode_samples([sample for (sample,) in together])
 

@@ -40,6 +40,7 @@ from medvl.types import (
 )
 
 Views = Literal["image", "study"]
+ViewsOf = Views | dict[str, Views]
 Links = Literal["none", "ignore", "positive"]
 STAND_INS = 10
 """Items that are tried in the place of one that cannot be read, before the storage is taken to be gone."""
@@ -159,7 +160,8 @@ class StudyDataset(Dataset[Item]):
         cache: keep what the reader made in memory, as float16 (32 KiB an image of 128 x 128,
             30 MB a CT at its reader's defaults). It may lie over a
             :class:`medvl.data.cache.CachedReader`, which keeps it on disk: then a file is preprocessed once, and loaded once a run.
-        views: an item is an ``image``, or a ``study`` with all its images, whose texts are those of any of its rows.
+        views: an item is an ``image`` (a film, or a series), or a ``study`` with all its images of a modality, whose texts are those of any
+            of its rows; one for all modalities, or one for each (``{xray: study, ct: image}``).
         pairs: leaves out the texts that it does not keep.
     """
 
@@ -171,18 +173,18 @@ class StudyDataset(Dataset[Item]):
         sentences_per_image: int | None = None,
         seed: int = 0,
         cache: bool = False,
-        views: Views = "image",
+        views: ViewsOf = "image",
         pairs: PairBuilder | None = None,
     ) -> None:
         if sentences_per_image is not None and sentences_per_image < 1:
             raise ValueError(f"sentences_per_image is {sentences_per_image}, expected at least 1 or None for all")
-        if views not in ("image", "study"):
-            raise ValueError(f"views is {views!r}, expected 'image' or 'study'")
+        if not set(views.values() if isinstance(views, dict) else [views]) <= {"image", "study"}:
+            raise ValueError(f"views is {views!r}, expected 'image' or 'study', or one of them for each modality")
         sourced = [source.sourced(words_of(image)) for image in images]
         if pairs is not None:
             sourced = [tuple(one for one in found if pairs.keeps(one.text)) for found in sourced]
-        if views == "study":
-            sourced = _of_the_study(images, sourced)
+        self.views = views
+        sourced = _of_the_study(images, sourced, [self._pooled(image.modality) for image in images])
         self.images = [image for image, found in zip(images, sourced, strict=True) if found]
         self.sourced = [found for found in sourced if found]
         self.skipped = [
@@ -190,7 +192,7 @@ class StudyDataset(Dataset[Item]):
             for image, found in zip(images, sourced, strict=True)
             if not found
         ]
-        self.reader, self.sentences_per_image, self.seed, self.views = reader, sentences_per_image, seed, views
+        self.reader, self.sentences_per_image, self.seed = reader, sentences_per_image, seed
         self._cache: dict[int, ImageSample] | None = {} if cache else None
         self._frontal: dict[int, bool] = {}  # by image, as far as they have been read
         self.items = self._items()
@@ -227,10 +229,13 @@ class StudyDataset(Dataset[Item]):
         """Indices of each item's images."""
         numbers: dict[str, int] = {}
         self.patients = [numbers.setdefault(image.patient_id, len(numbers)) for image in self.images]
-        if self.views == "study":  # of films: each volume of a study is an item
-            found = by_study(self.images).items()
-            return [part for (_, kind), group in found for part in ([[i] for i in group] if kind == "ct" else [group])]
-        return [[i] for i in range(len(self.images))]
+        found = by_study(self.images).items()
+        items = [part for (_, kind), group in found for part in ([group] if self._pooled(kind) else [[i] for i in group])]
+        return items if any(map(self._pooled, {image.modality for image in self.images})) else sorted(items)
+
+    def _pooled(self, modality: str) -> bool:
+        """Whether an item is a study with all its images of a modality."""
+        return views_of(self.views, modality) == "study"
 
     def drop_unreadable(self, progress: Callable[[], None] = lambda: None) -> None:
         """Read every image once, so that bad files are left out, and listed, before training and not in the middle of it.
@@ -736,10 +741,19 @@ def as_listed(sample: ImageSample, image: StudyImage) -> ImageSample:
     return sample if image.view is None else replace(sample, view=image.view)
 
 
-def _of_the_study(images: Sequence[StudyImage], texts: Sequence[tuple[SourcedText, ...]]) -> list[tuple[SourcedText, ...]]:
-    """For each image the different texts of all images of its study."""
+def views_of(views: ViewsOf, modality: str) -> Views:
+    """What an item of a modality is."""
+    return views.get(modality, "image") if isinstance(views, dict) else views
+
+
+def _of_the_study(
+    images: Sequence[StudyImage], texts: Sequence[tuple[SourcedText, ...]], pooled: Sequence[bool]
+) -> list[tuple[SourcedText, ...]]:
+    """For each image that is ``pooled`` the different texts of all images of its study; for each other its own."""
     shared = list(texts)
     for indices in by_study(images).values():
+        if not pooled[indices[0]]:
+            continue
         together: dict[str, SourcedText] = {}
         for one in (one for i in indices for one in texts[i]):
             together.setdefault(one.text, one)

@@ -161,7 +161,7 @@ def slice_logits(similarity: Similarity, images: ImageFeatures, texts: TextFeatu
     single = ImageFeatures(slices.flatten(0, 1), slices=slices.flatten(0, 1)[:, None])
     if images.tokens is not None and images.grid is not None:
         tokens = torch.where(valid[..., None, None], images.tokens.unflatten(1, (s, -1)), 0.0)
-        single = single.replace(tokens=tokens.flatten(0, 1), grid=(1, *images.grid[1:]))
+        single = single.replace(tokens=tokens.flatten(0, 1), grid=(1, *images.grid[-2:]))
     scores = similarity(single, texts).unflatten(0, (b, s)).transpose(1, 2)
     return scores.masked_fill(~valid[:, None], torch.nan)
 

@@ -23,6 +23,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from rich.console import Console
 from rich.progress import Progress
 
+from medvl.data.studies import views_of
 from medvl.model import CONFIG, WEIGHTS, load_weights, write_atomically
 from medvl.nn.projector import ProjectedEncoder
 from medvl.training.callbacks import RESOLVED, AtomicCheckpointIO, KeepBest, ListUnread, ResumePoint
@@ -149,11 +150,14 @@ class AlignmentCLI(LightningCLI):
         load_weights(self.model.dual_encoder(self.datamodule.reader), Path(self.config_init[self.subcommand].out))
 
     def _check(self, data: StudyDataModule) -> None:
-        if data.views == "study" and not self.model.image.pools_views:
-            raise ValueError(
-                f"data has views: study, but {type(self.model.image).__name__} encodes images one by one; leave it out, or take "
-                "modalities.xray.views.ViewPooledEncoder with this tower as its backbone"
-            )
+        kinds = [data.modality] if isinstance(data.modality, str) else list(data.modality)
+        for kind in kinds:
+            if views_of(data.views, kind) == "study" and not self.model.image.pools(kind):
+                tower = {"xray": "modalities.xray.views.ViewPooledEncoder", "ct": "modalities.ct.studies.SeriesPooledEncoder"}[kind]
+                raise ValueError(
+                    f"data has views: study, but {type(self.model.image).__name__} encodes images one by one; leave it out, give views for "
+                    f"each modality ({{xray: study, ct: image}}), or take {tower} with this tower as its backbone"
+                )
         if data.augment is not None and any(isinstance(m, ProjectedEncoder) and m.store.keeps for m in self.model.image.modules()):
             raise ValueError(
                 "the image tower is a ProjectedEncoder, which keeps features of images, and data has augment, which gives it other images "
@@ -173,7 +177,7 @@ class AlignmentCLI(LightningCLI):
         self.rejected = data.write_skipped(Path(self.config_init[self.subcommand].out))
         counts = ", ".join(f"{len(data.sets[split])} {split}" for split in splits)
         console.print(
-            f"{'studies' if data.views == 'study' else 'images'}: {counts}"
+            f"{'images' if data.views == 'image' else 'studies'}: {counts}"
             + (f"; {self.rejected} left out or read in part, see {REJECTED}" if self.rejected else "")
         )
 

@@ -32,7 +32,7 @@ from medvl.data.studies import (
     ShardBatches,
     Skipped,
     StudyDataset,
-    Views,
+    ViewsOf,
     capped,
     check_flip,
 )
@@ -81,7 +81,8 @@ class StudyDataModule(L.LightningDataModule):
             reads the files every time.
         workers: loader processes; with images in memory 0 is fastest.
         seed: of order, sentences and augmentation.
-        views: an item is an ``image``, or a ``study`` with all its images of the modality, for a tower that pools views.
+        views: an item is an ``image``, or a ``study`` with all its films, or all its series, for a tower that pools them; one for all
+            modalities, or one for each (``{xray: study, ct: image}``).
         pairs: which texts of a batch are positives of which item (:class:`reports.pairs.ReportPairs`); None: an item's own and equal texts.
             Validation and test batches are paired by it too, without what it leaves to chance.
         flip: chance that a training item is flipped left to right together with the sides in its texts; needs ``pairs``. 0, for a flipped
@@ -111,7 +112,7 @@ class StudyDataModule(L.LightningDataModule):
         cache: bool | str | SampleStore = True,
         workers: int = 0,
         seed: int = 0,
-        views: Views = "image",
+        views: ViewsOf = "image",
         pairs: PairBuilder | None = None,
         flip: float = 0.0,
         drop_last: bool = True,

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from modalities.ct.runs import Series as Series
     from modalities.ct.series import find_series as find_series
     from modalities.ct.slices import SlicePooledEncoder as SlicePooledEncoder
+    from modalities.ct.studies import SeriesPooledEncoder as SeriesPooledEncoder
     from modalities.ct.volume import CtVolume as CtVolume
     from modalities.ct.volume import closest_ras as closest_ras
     from modalities.ct.volume import value_sha256 as value_sha256
@@ -41,6 +42,7 @@ _LAZY = {
     "MonaiVitEncoder": "volumes",
     "ResNet3dEncoder": "volumes",
     "Series": "runs",
+    "SeriesPooledEncoder": "studies",
     "SlicePooledEncoder": "slices",
     "TransformerPooling": "pooling",
     "closest_ras": "volume",
@@ -66,6 +68,7 @@ __all__ = [
     "MonaiVitEncoder",
     "ResNet3dEncoder",
     "Series",
+    "SeriesPooledEncoder",
     "SlicePooledEncoder",
     "TransformerPooling",
     "closest_ras",

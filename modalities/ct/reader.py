@@ -142,6 +142,20 @@ class CtReader(ImageReader):
                 found.append(Path(root))
         return sorted(found)
 
+    def study_key(self, path: Path) -> str | None:
+        """A hash of the StudyInstanceUID of a DICOM file, or of the first in a folder: series of one study share it. Never raises.
+
+        None for files of other formats, for archives, and where the header has none.
+        """
+        from modalities.dicom import has_dicom_magic, study_key
+
+        try:
+            files = (one for one in sorted(path.iterdir()) if one.is_file()) if path.is_dir() else iter([path])
+            first = next((one for one in files if has_dicom_magic(one)), None)
+        except OSError:
+            return None
+        return None if first is None else study_key(first)
+
     def read(self, path: Path) -> ImageSample:
         """One file, folder or zip to a sample.
 

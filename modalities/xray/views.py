@@ -1,7 +1,7 @@
 """Several views of one radiograph study: any 2D tower over each of them, and a pooling over what it says of each.
 
 Shapes: I images, B studies, V views of the study that has most, C channels, H x W pixels, (gh, gw) the 2D tower's token grid, D embedding
-width. Images come as they are, with the study of each, so nothing is encoded for a view that is missing; features are laid out by study.
+width.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from medvl.types import OTHER_VIEW, ImageBatch, ImageEncoder, ImageFeatures
 from modalities.pooling import Pooling
+from modalities.studies import check_pooling, checked_index, pool_by_study
 
 
 class ViewPooledEncoder(ImageEncoder):
@@ -39,10 +40,7 @@ class ViewPooledEncoder(ImageEncoder):
         super().__init__()
         if backbone.pools_views:
             raise ValueError(f"{type(backbone).__name__} pools views already; give a tower that encodes images one by one")
-        if pooling.embed_dim not in (None, backbone.embed_dim):
-            raise ValueError(f"the backbone embeds in {backbone.embed_dim} dimensions, {type(pooling).__name__} takes {pooling.embed_dim}")
-        if pooling.needs_position:
-            raise ValueError(f"{type(pooling).__name__} needs the position of each slice, which views do not have; take GatedAttention")
+        check_pooling(pooling, backbone.embed_dim)
         if not 0 <= unknown_rate <= 1:
             raise ValueError(f"unknown_rate is {unknown_rate}, expected a share from 0 to 1")
         self.embed_dim = backbone.embed_dim
@@ -59,29 +57,10 @@ class ViewPooledEncoder(ImageEncoder):
         Raises:
             ValueError: ``view`` or ``study`` of another shape or with an index that does not exist, or a study without an image.
         """
-        images = len(batch.pixels)
         features = self.backbone(ImageBatch(batch.pixels, batch.valid))
         mark = self.view_embedding(self._kinds(batch)).to(features.pooled.dtype)  # (I, D)
-        study = torch.arange(images, device=batch.pixels.device) if batch.study is None else _checked(batch.study, images, "study")
-        slot, counts = places(study)
-        b, v = len(counts), int(counts.max())
-        at = study * v + slot
-
-        def by_study(parts: Tensor) -> Tensor:
-            """(I, ...) to (B, V, ...), 0 where a view is missing."""
-            return parts.new_zeros(b * v, *parts.shape[1:]).index_copy(0, at, parts).unflatten(0, (b, v))
-
-        views, valid = by_study(features.pooled + mark), by_study(torch.ones_like(study, dtype=torch.bool))
-        mixed = self.pooling(views, valid)
-        found = ImageFeatures(mixed.pooled, views=views, view_weights=mixed.weights, view_valid=valid)
-        if features.tokens is None:
-            return found
-        assert features.grid is not None
-        tokens, token_valid = features.tokens + mark[:, None], features.token_valid
-        if batch.study is None:
-            return found.replace(tokens=tokens, grid=features.grid, token_valid=token_valid)
-        seen = torch.ones_like(tokens[..., 0], dtype=torch.bool) if token_valid is None else token_valid
-        return found.replace(tokens=by_study(tokens).flatten(1, 2), grid=(v, *features.grid), token_valid=by_study(seen).flatten(1, 2))
+        tokens = None if features.tokens is None else features.tokens + mark[:, None]
+        return pool_by_study(features.replace(pooled=features.pooled + mark, tokens=tokens), batch.study, self.pooling)
 
     def _kinds(self, batch: ImageBatch) -> Tensor:
         """(I,) rows of the embedding; in training a share of them is hidden."""
@@ -89,30 +68,9 @@ class ViewPooledEncoder(ImageEncoder):
         hidden = torch.full((images,), OTHER_VIEW, device=batch.pixels.device)
         if batch.view is None:
             return hidden
-        kinds = _checked(batch.view, images, "view")
+        kinds = checked_index(batch.view, images, "view")
         if int(kinds.max()) > OTHER_VIEW:
             raise ValueError(f"view holds {int(kinds.max())}, expected 0 to {OTHER_VIEW}, as medvl.types.view_index gives it")
         if self.training and self.unknown_rate > 0:
             return torch.where(torch.rand(images, device=kinds.device) < self.unknown_rate, hidden, kinds)
         return kinds
-
-
-def places(study: Tensor) -> tuple[Tensor, Tensor]:
-    """Which image of its study each of I images is, in the order given (I,), and how many each of the B studies has (B,).
-
-    Raises:
-        ValueError: a study below the highest that has no image.
-    """
-    counts = torch.bincount(study)
-    if (empty := (counts == 0).nonzero().flatten().tolist()) or not len(counts):
-        raise ValueError(f"studies {empty} of the batch have no image; number those that have one from 0 on")
-    order = study.argsort(stable=True)
-    slot = torch.empty_like(study)
-    slot[order] = torch.arange(len(study), device=study.device) - (counts.cumsum(0) - counts)[study[order]]
-    return slot, counts
-
-
-def _checked(index: Tensor, images: int, name: str) -> Tensor:
-    if index.shape != (images,) or index.dtype != torch.int64 or bool((index < 0).any()):
-        raise ValueError(f"{name} is {index.dtype} of shape {tuple(index.shape)}, expected ({images},) indices from 0 on, int64")
-    return index

@@ -15,8 +15,8 @@ from medvl.model import build
 from medvl.types import OTHER_VIEW, VIEWS, ImageBatch, ImageEncoder, ImageFeatures, view_index
 from modalities.ct.pooling import AttentionAdapter
 from modalities.pooling import GatedAttention, MaxPooling, MeanPooling, Pooling
+from modalities.studies import places
 from modalities.xray import ConvEncoder, TimmEncoder, ViewPooledEncoder
-from modalities.xray.views import places
 
 D, SIDE, GRID = 8, 16, 4
 COUNTS = (2, 1, 3)

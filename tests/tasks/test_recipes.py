@@ -29,6 +29,7 @@ def test_all_recipes_are_here():
     folder = recipe_path("clip.yaml").parent
     others = {
         "columns_notes",
+        "ct_series",
         "ct_slices",
         "mixed_texts",
         "mixed_xray_ct",
