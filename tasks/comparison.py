@@ -219,9 +219,11 @@ def jobs_of(
     Raises:
         ValueError: a recipe given twice, or no number of images near ``images`` that all can see.
     """
-    epoch = max(1, sum(row.split == "train" for row in read_manifest(manifest, strict=False).rows))
-    steps = [min(size, epoch) for recipe in recipes if (size := _images_per_step(recipe, options)) is not None]
-    exact, checks = budget(images, steps, epoch) if steps else (images, 1)
+    table = read_manifest(manifest, strict=False)
+    settled = [one for recipe in recipes if (one := _settings_if_any(recipe, options)) is not None]
+    epochs = [_epoch(table, one.modality) for one in settled]
+    steps = [min(one.per_step, epoch) for one, epoch in zip(settled, epochs, strict=True)]
+    exact, checks = budget(images, steps, max(epochs)) if steps else (images, 1)
     named = list(zip(names_of(recipes), recipes, strict=True))
     folders = out / "runs"
     return [
@@ -229,6 +231,11 @@ def jobs_of(
         for seed in seeds
         for name, recipe in named
     ]
+
+
+def _epoch(manifest: Manifest, modality: str) -> int:
+    """Images of the training split."""
+    return max(1, len(manifest.select(split="train", modality=modality).rows))
 
 
 def finished(job: Job) -> bool:
@@ -254,10 +261,10 @@ def train_and_score(job: Job) -> None:
     from medvl.training.module import trainable
 
     torch.set_num_threads(job.threads)
-    manifest = read_manifest(job.manifest, strict=False)
-    batch, accumulated = _batch_size(job.recipe, job.options), _accumulated(job.recipe, job.options)
-    epoch = max(1, len(manifest.select(split="train", modality=_modality(job.recipe, job.options)).rows))
-    steps = max(1, job.images // min(batch * accumulated, epoch))
+    manifest, planned = read_manifest(job.manifest, strict=False), settings(job.recipe, job.options)
+    per_step = min(planned.per_step, _epoch(manifest, planned.modality))
+    steps = max(1, job.images // per_step)
+    planned = replace(planned, manifest=str(job.manifest), max_steps=steps)
     arguments = {
         "config": job.recipe,
         "seed_everything": job.seed,
@@ -265,7 +272,7 @@ def train_and_score(job: Job) -> None:
         "trainer.max_epochs": -1,
         "trainer.max_steps": steps,
         "trainer.check_val_every_n_epoch": "null",  # but every so many batches
-        "trainer.val_check_interval": max(1, steps // job.checks) * accumulated,
+        "trainer.val_check_interval": max(1, steps // job.checks) * planned.accumulated,
         "trainer.enable_progress_bar": "false",
         "data.init_args.manifest": job.manifest,
         "data.init_args.seed": job.seed,
@@ -274,10 +281,13 @@ def train_and_score(job: Job) -> None:
     wall, cpu = time.perf_counter(), _cpu_seconds()
     run("fit", [*(f"--{name}={value}" for name, value in arguments.items()), *job.options])
     taken = {"seconds": time.perf_counter() - wall, "cpu_seconds": _cpu_seconds() - cpu, "peak_mb": _peak_mb()}
+    made = settings(job.folder / "model" / RESOLVED)
+    if made != planned:
+        raise ValueError(f"{job.recipe.name} was trained as {made}, not as {planned}; leave out what sets it otherwise")
     model, source = load(job.folder / "model"), _retrieved(job.folder / "model" / RESOLVED)
     found, left_out = {}, _left_out(job.folder / "model" / FIT_REJECTED)
     for split in ("val", "test"):
-        rows = manifest.select(split=split, modality=_modality(job.recipe, job.options)).rows
+        rows = manifest.select(split=split, modality=made.modality).rows
         predictions = predict(model, rows, load_prompts(), source)
         found[split] = scores_of(predictions, manifest.rows)
         left_out += [(row.row, row.study_id, str(row.path), why) for row, why in predictions.rejected]
@@ -286,7 +296,7 @@ def train_and_score(job: Job) -> None:
     np.savez(content, **arrays)  # type: ignore[arg-type]
     write_atomically(job.folder / SCORES, content.getvalue())
     parameters = trainable(model)
-    seen = {"images": steps * min(batch * accumulated, epoch), "batch_size": batch}
+    seen = {"images": steps * per_step, "batch_size": made.batch_size}
     of_run = {"name": job.name, "seed": job.seed, "commit": commit(), "left_out": list(dict.fromkeys(left_out))}
     note = {"key": job.key(), **of_run, **seen, "parameters": parameters, **taken}
     write_atomically(job.folder / NOTE, json.dumps(note, indent=2).encode())
@@ -489,6 +499,46 @@ def _write(path: Path, header: Sequence[str], rows: Iterator[list[Any]] | Any) -
     write_atomically(path, text.getvalue().encode())
 
 
+@dataclass(frozen=True)
+class Settings:
+    """What of a recipe a comparison goes by."""
+
+    modality: str
+    batch_size: int
+    accumulated: int
+    manifest: str | None
+    max_steps: int | None
+
+    @property
+    def per_step(self) -> int:
+        """Images of a step."""
+        return self.batch_size * self.accumulated
+
+
+def settings(recipe: Path, options: Sequence[str] = ()) -> Settings:
+    """Those of a recipe with ``options`` set, or of the resolved recipe that a fit leaves.
+
+    Raises:
+        ValueError: a recipe of several modalities, or whose table is not read as that of a comparison is.
+    """
+    document = _set(_recipe(recipe), options)
+    data, trainer = document["data"]["init_args"], document.get("trainer") or {}
+    modality = data.get("modality", "xray")
+    if not isinstance(modality, str):
+        raise ValueError(f"{recipe.name} trains on several modalities; what is compared is of one")
+    if given := [name for name in ("columns", "splits") if data.get(name) is not None]:
+        raise ValueError(
+            f"{recipe.name} has {' and '.join(given)} of its own, and a comparison reads the manifest as it is; rename its columns, and "
+            f"leave {' and '.join(given)} out: {' '.join(f'--set data.init_args.{name}=null' for name in given)}"
+        )
+    sizes = {"batch_size": data.get("batch_size", 64), "accumulate_grad_batches": trainer.get("accumulate_grad_batches") or 1}
+    for name, size in sizes.items():
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"{recipe.name}: {name} is {size!r}, expected a number from 1")
+    batch_size, accumulated = sizes.values()
+    return Settings(modality, batch_size, accumulated, data.get("manifest"), trainer.get("max_steps"))
+
+
 def _recipe(path: Path) -> dict[str, Any]:
     import yaml
 
@@ -496,16 +546,35 @@ def _recipe(path: Path) -> dict[str, Any]:
     return found
 
 
-def _modality(recipe: Path, options: Sequence[str] = ()) -> str:
+def _set(document: dict[str, Any], options: Sequence[str]) -> dict[str, Any]:
+    """The document with ``--key.key=value`` set in it in turn, as a fit does: a mapping adds, and ``init_args`` need not be said."""
     import yaml
 
-    modality = _recipe(recipe)["data"]["init_args"].get("modality", "xray")
     for option in options:
-        if option.startswith("--data.init_args.modality="):
-            modality = yaml.safe_load(option.split("=", 1)[1])
-    if not isinstance(modality, str):
-        raise ValueError(f"{recipe.name} trains on several modalities; what is compared is of one")
-    return modality
+        name, _, value = option.removeprefix("--").partition("=")
+        told: Any = yaml.safe_load(value)
+        for key in reversed(name.split(".")):
+            told = {key: told}
+        document = _merged(document, told)
+    return document
+
+
+def _merged(old: Any, new: Any) -> Any:
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        return new
+    if "class_path" in old and not new.keys() & {"class_path", "init_args", "dict_kwargs"}:
+        new = {"init_args": new}
+    return {**old, **{key: _merged(old.get(key), value) for key, value in new.items()}}
+
+
+def _settings_if_any(recipe: Path, options: Sequence[str]) -> Settings | None:
+    """None for what is no recipe: its run says so, and costs the others nothing."""
+    import yaml
+
+    try:
+        return settings(recipe, options)
+    except (OSError, UnicodeError, yaml.YAMLError, LookupError, TypeError, AttributeError):
+        return None
 
 
 def check_modalities(recipes: Sequence[Path], options: Sequence[str], manifest: Manifest | None) -> None:
@@ -514,13 +583,10 @@ def check_modalities(recipes: Sequence[Path], options: Sequence[str], manifest: 
     Args:
         manifest: of the studies; None: phantoms of radiographs.
     Raises:
-        ValueError: a recipe of several modalities, or of one that the studies are not of.
+        ValueError: a recipe of several modalities, of one that the studies are not of, or of another than the recipe before it.
     """
-    for recipe in recipes:
-        try:
-            modality = _modality(recipe, options)
-        except (OSError, UnicodeError, yaml_error(), LookupError, TypeError, AttributeError):
-            continue  # no recipe: its run says so
+    found = {recipe: one.modality for recipe in recipes if (one := _settings_if_any(recipe, options)) is not None}
+    for recipe, modality in found.items():
         if manifest is None and modality != "xray":
             raise ValueError(
                 f"{recipe.name} is of {modality}, and the phantoms made here are radiographs; give a --manifest; `medvl "
@@ -528,42 +594,15 @@ def check_modalities(recipes: Sequence[Path], options: Sequence[str], manifest: 
             )
         if manifest is not None and not manifest.select(split="train", modality=modality).rows:
             raise ValueError(f"{recipe.name} is of {modality}, and the manifest has no training rows of it")
-
-
-def yaml_error() -> type[Exception]:
-    """What a file that is no YAML raises."""
-    import yaml
-
-    return yaml.YAMLError
+    if len(set(found.values())) > 1:
+        told = ", ".join(f"{recipe.name} of {modality}" for recipe, modality in found.items())
+        raise ValueError(f"recipes of one modality are compared, on the same studies; these are {told}")
 
 
 def _retrieved(recipe: Path) -> TextSource:
     """What stands for a report in retrieval: the whole text for a recipe that trains on whole texts, its sentences for all others."""
     spec = _recipe(recipe)["data"]["init_args"]["texts"]
     return ReportText(**spec.get("init_args", {})) if spec["class_path"].endswith(".ReportText") else ReportSentences()
-
-
-def _asked(options: Sequence[str], name: str, default: Any) -> int:
-    """The number that ``options`` set last, or the recipe's own."""
-    given = [option.split("=", 1)[1] for option in options if option.startswith(f"--{name}=")]
-    return int(given[-1] if given else default)
-
-
-def _batch_size(recipe: Path, options: Sequence[str]) -> int:
-    return _asked(options, "data.init_args.batch_size", _recipe(recipe)["data"]["init_args"].get("batch_size", 64))
-
-
-def _accumulated(recipe: Path, options: Sequence[str]) -> int:
-    name = "accumulate_grad_batches"
-    return _asked(options, f"trainer.{name}", (_recipe(recipe).get("trainer") or {}).get(name) or 1)
-
-
-def _images_per_step(recipe: Path, options: Sequence[str]) -> int | None:
-    """None for what is no recipe: its run says so, and costs the others nothing."""
-    try:
-        return _batch_size(recipe, options) * _accumulated(recipe, options)
-    except (OSError, UnicodeError, yaml_error(), LookupError, TypeError, AttributeError):
-        return None
 
 
 def _cpu_seconds() -> float:

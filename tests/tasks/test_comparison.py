@@ -21,7 +21,23 @@ from medvl.data.manifest import StudyImage, read_manifest
 from medvl.metrics import auroc_statistic, bootstrap_intervals, combined, contrast_to_noise, mean_statistic
 from reports.text_source import ReportSentences, ReportText
 from tasks.cli import cli
-from tasks.comparison import METRICS, SHOWN, Job, Scores, _retrieved, budget, finished, jobs_of, lines_of, names_of, read_scores, scores_of
+from tasks.comparison import (
+    METRICS,
+    SHOWN,
+    Job,
+    Scores,
+    Settings,
+    _retrieved,
+    budget,
+    check_modalities,
+    finished,
+    jobs_of,
+    lines_of,
+    names_of,
+    read_scores,
+    scores_of,
+    settings,
+)
 from tasks.demo import recipe_path
 from tasks.evaluation import Predictions
 from tasks.page.comparison import plot, write_comparison
@@ -216,6 +232,51 @@ def test_studies_that_a_recipe_is_not_for_are_refused_before_anything_is_made(tm
     done = CliRunner().invoke(cli, ["compare", recipe, "--out", str(tmp_path / "out"), *more])
     assert done.exit_code == 2 and said in " ".join(done.output.split()), done.output
     assert not list((tmp_path / "out").glob("*"))
+
+
+def test_recipes_of_two_modalities_are_not_compared(tmp_path):
+    """Each has its own studies in the table, and no line of one is a line of the other."""
+    films = "".join(f"a{i},a{i},{i}.png,xray,{split}\n" for i, split in enumerate(("train", "val", "test")))
+    volumes = "".join(f"b{i},b{i},{i}.nii.gz,ct,{split}\n" for i, split in enumerate(("train", "val", "test")))
+    (tmp_path / "manifest.csv").write_text("study_id,patient_id,path,modality,split\n" + films + volumes)
+    table = read_manifest(tmp_path / "manifest.csv", check_files=False)
+    clip, slices = recipe_path("clip.yaml"), recipe_path("ct_slices.yaml")
+    check_modalities([clip], [], table)
+    check_modalities([slices], [], table)
+    with pytest.raises(ValueError, match=r"these are clip\.yaml of xray, ct_slices\.yaml of ct"):
+        check_modalities([clip, slices], [], table)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ([], Settings("xray", 16, 1, None, None)),
+        (["data.init_args.batch_size=8", "data.init_args.batch_size=4"], Settings("xray", 4, 1, None, None)),
+        (["data.batch_size=8", "trainer.accumulate_grad_batches=2"], Settings("xray", 8, 2, None, None)),
+        (["data={init_args: {batch_size: 8}}", "trainer={accumulate_grad_batches: 3}"], Settings("xray", 8, 3, None, None)),
+        (["data.init_args={modality: ct}", "trainer.max_steps=7"], Settings("ct", 16, 1, None, 7)),
+    ],
+)
+def test_what_is_set_counts_however_it_is_written(tmp_path, options, expected):
+    """The forms that a fit takes: last one wins, a mapping adds, ``init_args`` may be left out."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "data: {class_path: medvl.training.StudyDataModule, init_args: {batch_size: 16, texts: {class_path: reports.ReportText}}}"
+    )
+    assert settings(recipe, [f"--{one}" for one in options]) == expected
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("data.modality={xray: 12, ct: 4}", "trains on several modalities"),
+        ("data.init_args.columns=columns.yaml", "columns of its own"),
+        ("data.init_args.batch_size=many", "batch_size is 'many'"),
+    ],
+)
+def test_settings_that_cannot_be_compared_are_refused(option, said):
+    with pytest.raises(ValueError, match=rf"clip\.yaml.* {said}"):
+        settings(recipe_path("clip.yaml"), [f"--{option}"])
 
 
 def test_retrieval_is_of_what_was_trained_on_whatever_the_recipe_says(tmp_path):
