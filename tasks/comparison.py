@@ -133,10 +133,26 @@ def _mean(statistics: Sequence[Statistic]) -> Statistic | None:
 
 
 def on_shared_rows(scores: Sequence[Scores]) -> list[Scores]:
-    """The scores on the rows of the manifest that all have, in one order: what one model could not read is compared for none."""
+    """The scores on the rows of the manifest that all have, in one order: what one model could not read is compared for none.
+
+    A row means the same image in all: a run is kept for the manifest that it was made with alone (:meth:`Job.key`).
+    """
     shared = set.intersection(*(set(one.rows.tolist()) for one in scores))
     rows = np.array(sorted(shared), dtype=np.int64)
     return [one.of(rows) for one in scores]
+
+
+def on_shared_figures(scores: Sequence[Scores]) -> list[Scores]:
+    """The scores on the rows that all have, and there on what is a figure in all: what does not count for one counts for none.
+
+    A study of two images whose label one tower has once and another twice counts once; a map without contrast, for none.
+    """
+    scores = on_shared_rows(scores)
+    names = ("labels", "hits", "contrast", "recall")
+    known = {name: np.logical_and.reduce([~np.isnan(getattr(one, name)) for one in scores]) for name in names}
+    focal = np.logical_and.reduce([one.focal for one in scores])
+    arrays: list[dict[str, Any]] = [{name: np.where(known[name], getattr(one, name), math.nan) for name in names} for one in scores]
+    return [replace(one, focal=focal, **own) for one, own in zip(scores, arrays, strict=True)]
 
 
 def scores_of(predictions: Predictions, table: Sequence[StudyImage] | None = None) -> Scores:
@@ -432,8 +448,10 @@ def _differences(mine: Mapping[int, Scores], others: Mapping[int, Scores], repea
     seeds = sorted(mine.keys() & others.keys())
     if not seeds:
         return {}
-    shared_rows = on_shared_rows([*(mine[seed] for seed in seeds), *(others[seed] for seed in seeds)])
-    mine, others = dict(zip(seeds, shared_rows, strict=False)), dict(zip(seeds, shared_rows[len(seeds) :], strict=True))
+    alike = on_shared_figures([*(mine[seed] for seed in seeds), *(others[seed] for seed in seeds)])
+    if not len(alike[0].rows):
+        return {}
+    mine, others = dict(zip(seeds, alike[: len(seeds)], strict=True)), dict(zip(seeds, alike[len(seeds) :], strict=True))
     one, other = ({seed: scores[seed].statistics() for seed in seeds} for scores in (mine, others))
     shared = [m for m in METRICS if all(m in of[seed] for of in (one, other) for seed in seeds)]
     signed = ((1 / len(seeds), one), (-1 / len(seeds), other))

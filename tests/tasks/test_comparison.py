@@ -201,6 +201,35 @@ def test_what_one_could_not_read_is_compared_for_none(tmp_path):
     assert difference.value == pytest.approx(other.recall[both - 2].mean() - whole.recall[both - 2].mean()) and difference.n == 37
 
 
+def test_what_counts_for_one_alone_counts_for_none(tmp_path):
+    """Towers of studies against towers of images, and maps without contrast; a loop is the reference."""
+    images, studies = scores(1), scores(2)
+    first = np.arange(40) % 2 == 0  # the label and the query of a study stand in its first image
+    studies = replace(studies, labels=np.where(first[:, None], images.labels, math.nan), recall=np.where(first, studies.recall, math.nan))
+    flat = np.random.default_rng(5).random((40, 3)) < 0.3
+    studies = replace(studies, hits=images.hits, contrast=np.where(flat, math.nan, images.contrast * 0.5))
+    jobs = [finished_job(tmp_path, "images", images), finished_job(tmp_path, "studies", studies)]
+    found = lines_of(jobs, repeats=10)[1].difference
+    areas, ratios = [], []
+    for f in range(3):
+        known = [i for i in range(0, 40, 2) if images.labels[i, f] in (0, 1)]
+        one, other = (roc_auc_score(images.labels[known, f], x.scores[known, f]) for x in (studies, images))
+        areas.append(one - other)
+    for f in (0, 2):
+        both = [i for i in range(40) if not math.isnan(images.contrast[i, f]) and not flat[i, f]]
+        ratios.append(sum(-0.5 * images.contrast[i, f] for i in both) / len(both))
+    assert found["auroc"].value == pytest.approx(np.mean(areas))
+    assert found["cnr"].value == pytest.approx(np.mean(ratios)) and found["pointing"].value == 0
+    assert found["recall_at_10"].value == pytest.approx(np.mean(studies.recall[first] - images.recall[first]))
+
+
+def test_models_that_read_nothing_in_common_have_no_difference(tmp_path):
+    made = scores(1)
+    parts = {"first": made.of(made.rows[:20]), "second": made.of(made.rows[20:])}
+    first, second = lines_of([finished_job(tmp_path, name, part) for name, part in parts.items()], repeats=10)
+    assert first.metrics and second.metrics and not second.difference
+
+
 def test_patients_are_told_apart_by_the_table(tmp_path):
     """Whatever a run left out, a patient is the same in all."""
     rows = [
