@@ -15,6 +15,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -40,7 +41,7 @@ from reports.text_source import ReportSentences, ReportText
 from tasks.evaluation import FOCAL_FRACTION, Predictions, directions, predict
 
 TABLE, RUNS, REJECTED, PAGE = "comparison.csv", "runs.csv", "rejected.csv", "comparison.html"
-SCORES, NOTE, LOG = "scores.npz", "run.json", "log.txt"
+SCORES, NOTE, LOG, MODEL = "scores.npz", "run.json", "log.txt", "model"
 RESOLVED, FIT_REJECTED = "config.yaml", "rejected.csv"  # of a fit
 RECALL = 10
 METRICS = {
@@ -260,13 +261,19 @@ def finished(job: Job) -> bool:
     return note.is_file() and json.loads(note.read_text()).get("key") == job.key() and (job.folder / SCORES).is_file()
 
 
-def left_out(jobs: Sequence[Job]) -> dict[tuple[int, str, str, str], list[str]]:
-    """Row, study, path and reason of every input that a finished run left out -> the runs that did."""
-    found: dict[tuple[int, str, str, str], list[str]] = {}
+LeftOut = dict[tuple[int, str, str, str], list[str]]
+"""Row of the manifest, study, path and reason of an input that was left out or read in part -> the runs that did so."""
+
+
+def left_out(jobs: Sequence[Job]) -> LeftOut:
+    """What the runs left out, by row; of a run that failed what its fit had listed by then."""
+    found: LeftOut = {}
     for job in jobs:
-        for row, study, path, why in json.loads((job.folder / NOTE).read_text())["left_out"] if finished(job) else ():
+        done = finished(job)
+        own = json.loads((job.folder / NOTE).read_text())["left_out"] if done else _left_out(job.folder / MODEL / FIT_REJECTED)
+        for row, study, path, why in own:
             found.setdefault((row, study, path, why), []).append(f"{job.name}-{job.seed}")
-    return found
+    return dict(sorted(found.items()))
 
 
 def train_and_score(job: Job) -> None:
@@ -284,7 +291,7 @@ def train_and_score(job: Job) -> None:
     arguments = {
         "config": job.recipe,
         "seed_everything": job.seed,
-        "out": job.folder / "model",
+        "out": job.folder / MODEL,
         "trainer.max_epochs": -1,
         "trainer.max_steps": steps,
         "trainer.check_val_every_n_epoch": "null",  # but every so many batches
@@ -297,11 +304,11 @@ def train_and_score(job: Job) -> None:
     wall, cpu = time.perf_counter(), _cpu_seconds()
     run("fit", [*(f"--{name}={value}" for name, value in arguments.items()), *job.options])
     taken = {"seconds": time.perf_counter() - wall, "cpu_seconds": _cpu_seconds() - cpu, "peak_mb": _peak_mb()}
-    made = settings(job.folder / "model" / RESOLVED)
+    made = settings(job.folder / MODEL / RESOLVED)
     if made != planned:
         raise ValueError(f"{job.recipe.name} was trained as {made}, not as {planned}; leave out what sets it otherwise")
-    model, source = load(job.folder / "model"), _retrieved(job.folder / "model" / RESOLVED)
-    found, left_out = {}, _left_out(job.folder / "model" / FIT_REJECTED)
+    model, source = load(job.folder / MODEL), _retrieved(job.folder / MODEL / RESOLVED)
+    found, left_out = {}, _left_out(job.folder / MODEL / FIT_REJECTED)
     for split in ("val", "test"):
         rows = manifest.select(split=split, modality=made.modality).rows
         predictions = predict(model, rows, load_prompts(), source)
@@ -362,7 +369,10 @@ def run_jobs(jobs: Sequence[Job], workers: int, console: Console) -> dict[str, s
 def _in_a_process(job: Job, running: dict[Path, subprocess.Popen[bytes]]) -> str | None:
     """Make a run in a new process, which is in ``running`` for as long as it lives; why it failed, or None."""
     job.folder.mkdir(parents=True, exist_ok=True)
-    (job.folder / NOTE).unlink(missing_ok=True)  # of a run that was asked for otherwise
+    for old in (NOTE, SCORES):  # of a run that was asked for otherwise; the note first, which says that there are scores
+        (job.folder / old).unlink(missing_ok=True)
+    if (job.folder / MODEL).exists():  # nor are its checkpoint gone on from, its logs read, and what it left out listed
+        shutil.rmtree(job.folder / MODEL)
     told = json.dumps({name: str(value) if isinstance(value, Path) else value for name, value in asdict(job).items()})
     env = os.environ | {"OMP_NUM_THREADS": str(job.threads)}
     command = [sys.executable, "-m", "tasks.comparison", told]
@@ -651,8 +661,8 @@ def compare(
     console: Console | None = None,
     synthetic: bool = False,
     anew: bool = False,
-) -> tuple[list[Line], dict[str, str], int]:
-    """Train, score, write the tables and the page; the lines, run -> why it failed, and how many inputs runs left out.
+) -> tuple[list[Line], dict[str, str], LeftOut]:
+    """Train, score, write the tables and the page; the lines, run -> why it failed, and the inputs that runs left out.
 
     Args:
         seeds: of the runs of each recipe, ascending.
@@ -680,7 +690,7 @@ def compare(
         **splits,
     }
     write_comparison(out / PAGE, lines, jobs[0].name, facts, synthetic)
-    return lines, failed, len(left_out(jobs))
+    return lines, failed, left_out(jobs)
 
 
 if __name__ == "__main__":

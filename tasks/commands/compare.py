@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from tasks.commands.common import REJECTED, check_out_folder, echo_notice, load_manifest, usage_errors
+from tasks.commands.common import REJECTED, check_out_folder, echo_notice, load_manifest, report_rejected, usage_errors
 
 if TYPE_CHECKING:
     from tasks.comparison import Line
@@ -105,7 +105,10 @@ def compare(
     click.echo(f"Open {out / 'comparison.html'}; figures in {out / 'comparison.csv'}.")
     echo_notice()
     if failed or left_out:
-        click.echo(f"{len(failed)} runs failed, {left_out} inputs were left out, see {out / LISTED}", err=True)
+        everything = f"all in {out / LISTED}"
+        report_rejected([(run, f"{run}: {why}") for run, why in failed.items()], f"runs; {everything}")
+        inputs = {row: f"row {row}, {why} ({', '.join(runs)})" for (row, _, _, why), runs in left_out.items()}
+        report_rejected([(str(row), why) for row, why in inputs.items()], f"inputs of runs; {everything}")
         raise SystemExit(REJECTED)
 
 

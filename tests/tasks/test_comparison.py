@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,11 +28,13 @@ from tasks.comparison import (
     Job,
     Scores,
     Settings,
+    _in_a_process,
     _retrieved,
     budget,
     check_modalities,
     finished,
     jobs_of,
+    left_out,
     lines_of,
     names_of,
     read_scores,
@@ -160,12 +163,18 @@ def finished_job(tmp_path, name, made):
     manifest.touch()
     job = Job(name, recipe, 0, tmp_path / f"{name}-0", manifest, 16)
     job.folder.mkdir()
+    leave(job, made)
+    return job
+
+
+def leave(job, made, out=()):
+    """What a run leaves that has ``made`` of both splits, and left ``out``."""
     taken = {"seconds": 1.0, "cpu_seconds": 1.0, "peak_mb": 1.0}
-    note = {"key": job.key(), "name": name, "seed": 0, "images": 16, "batch_size": 8, "parameters": 5, "left_out": [], **taken}
+    seen = {"images": 16, "batch_size": 8, "parameters": 5}
+    note = {"key": job.key(), "name": job.name, "seed": job.seed, "left_out": list(out), **seen, **taken}
     (job.folder / "run.json").write_text(json.dumps(note))
     arrays = {f"{split}.{key}": np.asarray(value) for split in ("val", "test") for key, value in asdict(made).items()}
     np.savez(job.folder / "scores.npz", **arrays)
-    return job
 
 
 def test_the_best_is_chosen_by_what_validation_has(tmp_path):
@@ -247,6 +256,83 @@ def test_a_run_is_kept_by_what_it_was_asked_for_and_by_the_code(tmp_path, monkey
     assert finished(job)
     monkeypatch.setattr("medvl.__version__", "0.0.0")
     assert not finished(job)
+
+
+def test_a_run_of_an_older_version_is_made_again_whatever_it_left(tmp_path):
+    """Its key has no version, its note no inputs left out, its scores no rows."""
+    job = finished_job(tmp_path, "one", scores())
+    note = json.loads((job.folder / "run.json").read_text())
+    del note["key"]["medvl"], note["left_out"]
+    (job.folder / "run.json").write_text(json.dumps(note))
+    with np.load(job.folder / "scores.npz") as file:
+        np.savez(job.folder / "scores.npz", **{name: file[name] for name in file.files if not name.endswith("rows")})
+    assert not finished(job) and lines_of([job]) == [] and not left_out([job])
+
+
+def test_a_run_that_is_made_again_and_ends_early_leaves_nothing_of_the_old_one(tmp_path, monkeypatch):
+    """Killed at once, it is not taken for the run before, nor are that one's logs, checkpoint and list read as its own."""
+    job = finished_job(tmp_path, "one", scores())
+    (job.folder / "model").mkdir()
+    (job.folder / "model" / "rejected.csv").write_text("row,study_id,path,reason\n2,a,a.png,gone\n")
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    ran = _in_a_process(replace(job, images=32), {})
+    assert ran is not None and ran.startswith("exit 1")
+    assert not finished(job) and not left_out([job]) and [file.name for file in job.folder.iterdir()] == ["log.txt"]
+
+
+@pytest.fixture
+def made_runs(tmp_path, monkeypatch):
+    """``medvl compare clip radzero`` on a table of films, whose runs are made by ``make(job)`` in place of a process."""
+    lines = [f"s{i},p{i},{i}.png,xray,{split}" for i, split in enumerate(("train", "val", "test"))]
+    (tmp_path / "manifest.csv").write_text("\n".join(["study_id,patient_id,path,modality,split", *lines, ""]))
+    for i in range(3):
+        (tmp_path / f"{i}.png").touch()
+
+    def compared(make):
+        def in_a_process(job, running):
+            job.folder.mkdir(parents=True)
+            return make(job)
+
+        monkeypatch.setattr("tasks.comparison._in_a_process", in_a_process)
+        args = ["clip", "radzero", "--seeds", "2", "--images", "16", "--manifest", str(tmp_path / "manifest.csv")]
+        done = CliRunner().invoke(cli, ["compare", *args, "--out", str(tmp_path / "out")])
+        file = tmp_path / "out" / "rejected.csv"
+        return done, list(csv.DictReader(file.open())) if file.is_file() else None
+
+    return compared
+
+
+def test_what_runs_leave_out_is_listed_counted_and_told_by_the_exit_code(made_runs):
+    def make(job):
+        own = {"clip-0": [(3, "s1", "1.png", "cut short")], "clip-1": [(3, "s1", "1.png", "cut short"), (2, "s0", "0.png", "no film")]}
+        leave(job, scores(job.seed), own.get(job.folder.name, []))
+
+    done, listed = made_runs(make)
+    assert done.exit_code == 1 and "2 rejected (inputs of runs; all in " in done.output and "row 2, no film (clip-1)" in done.output, (
+        done.output
+    )
+    assert [tuple(line.values()) for line in listed] == [
+        ("clip-1", "2", "s0", "0.png", "no film"),
+        ("clip-0 clip-1", "3", "s1", "1.png", "cut short"),
+    ]
+
+
+def test_a_run_that_failed_is_listed_with_what_its_fit_left_out(made_runs):
+    def make(job):
+        if job.name == "clip":
+            return leave(job, scores(job.seed))
+        (job.folder / "model").mkdir()
+        (job.folder / "model" / "rejected.csv").write_text("row,study_id,path,reason\n2,s0,0.png,no film\n")
+        return "exit 1: none of 1 images could be read"
+
+    done, listed = made_runs(make)
+    assert done.exit_code == 1 and "2 rejected (runs; " in done.output and "1 rejected (inputs of runs; " in done.output, done.output
+    assert [line["runs"] for line in listed] == ["radzero-0", "radzero-1", "radzero-0 radzero-1"]
+
+
+def test_runs_that_leave_nothing_out_end_well(made_runs):
+    done, listed = made_runs(lambda job: leave(job, scores(job.seed)))
+    assert done.exit_code == 0 and listed is None, done.output
 
 
 @pytest.mark.parametrize(
@@ -387,7 +473,7 @@ def test_what_is_finished_is_kept_and_what_was_asked_otherwise_is_not(compared):
     lost = read_manifest(manifest).select(split="test").rows[0]
     lost.path.write_bytes(b"no longer a film")
     done = CliRunner().invoke(cli, [one for one in args if not one.endswith("broken.yaml")])
-    assert done.exit_code == 1 and "0 runs failed, 1 inputs were left out" in done.output, done.output
+    assert done.exit_code == 1 and "1 rejected (inputs of runs" in done.output and "rejected (runs" not in done.output, done.output
     (listed,) = csv.DictReader((out / "rejected.csv").open())
     assert (listed["runs"], listed["row"], listed["study_id"]) == ("radzero-0", str(lost.row), lost.study_id)
     clip, radzero = csv.DictReader((out / "comparison.csv").open())
