@@ -42,7 +42,7 @@ from tasks.evaluation import FOCAL_FRACTION, Predictions, directions, predict
 
 TABLE, RUNS, REJECTED, PAGE = "comparison.csv", "runs.csv", "rejected.csv", "comparison.html"
 SCORES, NOTE, LOG, MODEL = "scores.npz", "run.json", "log.txt", "model"
-RESOLVED, FIT_REJECTED = "config.yaml", "rejected.csv"  # of a fit
+RESOLVED, FIT_REJECTED, LOGGED = "config.yaml", "rejected.csv", Path("logs", "version_0", "metrics.csv")  # of a fit
 RECALL = 10
 METRICS = {
     "auroc": "zero-shot AUROC, mean over findings",
@@ -277,7 +277,14 @@ def left_out(jobs: Sequence[Job]) -> LeftOut:
 
 
 def train_and_score(job: Job) -> None:
-    """Train one run and leave ``run.json`` and ``scores.npz`` in its folder; what time and memory it took is of the whole process."""
+    """Train one run and leave ``run.json`` and ``scores.npz`` in its folder.
+
+    ``seconds``, ``cpu_seconds`` and ``peak_mb`` are of the whole fit, with reading and validation; ``training_seconds_per_1000`` is what
+    the fit logged of its steps alone.
+
+    Raises:
+        ValueError: the fit was not what the budget was reckoned for.
+    """
     import torch
 
     from medvl.training.cli import run
@@ -303,7 +310,12 @@ def train_and_score(job: Job) -> None:
     }
     wall, cpu = time.perf_counter(), _cpu_seconds()
     run("fit", [*(f"--{name}={value}" for name, value in arguments.items()), *job.options])
-    taken = {"seconds": time.perf_counter() - wall, "cpu_seconds": _cpu_seconds() - cpu, "peak_mb": _peak_mb()}
+    taken = {
+        "seconds": time.perf_counter() - wall,
+        "cpu_seconds": _cpu_seconds() - cpu,
+        "peak_mb": _peak_mb(),
+        "training_seconds_per_1000": _training_seconds(job.folder / MODEL / LOGGED),
+    }
     made = settings(job.folder / MODEL / RESOLVED)
     if made != planned:
         raise ValueError(f"{job.recipe.name} was trained as {made}, not as {planned}; leave out what sets it otherwise")
@@ -323,6 +335,18 @@ def train_and_score(job: Job) -> None:
     of_run = {"name": job.name, "seed": job.seed, "commit": commit(), "left_out": list(dict.fromkeys(left_out))}
     note = {"key": job.key(), **of_run, **seen, "parameters": parameters, **taken}
     write_atomically(job.folder / NOTE, json.dumps(note, indent=2).encode())
+
+
+def _training_seconds(path: Path) -> float | None:
+    """Seconds of training for 1000 images, as a fit logged them: of steps and of waiting for the loader, without validation.
+
+    Every figure of the log is of as many images. None of a run with fewer steps than it logs at, or without that log.
+    """
+    if not path.is_file():
+        return None
+    with path.open(newline="", encoding="utf-8") as file:
+        rates = [float(rate) for line in csv.DictReader(file) if (rate := line.get("watch/samples_per_second"))]
+    return float(np.mean([1000 / rate for rate in rates])) if rates else None
 
 
 def _left_out(path: Path) -> list[tuple[int, str, str, str]]:
@@ -401,9 +425,10 @@ class Line:
     spread: dict[str, tuple[float, float]]  # lowest and highest seed
     validation: dict[str, float]  # mean over seeds, on the validation split
     difference: dict[str, Interval]  # from the first recipe, paired by study and seed; empty for the first
-    seconds_per_1000: float  # CPU seconds of training for 1000 images seen
-    peak_mb: float
+    cpu_seconds_per_1000: float  # of the whole fit, reading and validation too, for 1000 images seen in training
+    peak_mb: float  # of the whole fit
     parameters: int
+    training_seconds_per_1000: float = math.nan  # of the steps alone; NaN if no run logged it
     best: bool = False
     choice: float = math.nan  # what the best is chosen by
 
@@ -439,9 +464,14 @@ def lines_of(jobs: Sequence[Job], repeats: int = 1000) -> list[Line]:
                 float(np.mean([1000 * note["cpu_seconds"] / note["images"] for note in notes])),
                 float(np.max([note["peak_mb"] for note in notes])),
                 int(notes[0]["parameters"]),
+                float(np.mean(logged)) if (logged := _logged_seconds(notes)) else math.nan,
             )
         )
     return _chosen(lines)
+
+
+def _logged_seconds(notes: Sequence[Mapping[str, Any]]) -> list[float]:
+    return [one for note in notes if (one := note.get("training_seconds_per_1000")) is not None]
 
 
 def _chosen(lines: Sequence[Line]) -> list[Line]:
@@ -482,16 +512,19 @@ def write_tables(lines: Sequence[Line], jobs: Sequence[Job], failed: Mapping[str
     ends = ("", "_low", "_high", "_n")
     header = ["recipe", "seeds", "best_on_validation", *(f"{m}{end}" for m in METRICS for end in (*ends, "_seed_min", "_seed_max"))]
     header += [f"{m}_difference{end}" for m in METRICS for end in ends[:3]] + [f"validation_{m}" for m in METRICS]
-    header += ["cpu_seconds_per_1000_images", "peak_memory_mb", "parameters", "notice"]
+    header += ["training_seconds_per_1000_images", "fit_cpu_seconds_per_1000_images", "fit_peak_memory_mb", "parameters", "notice"]
     _write(out / TABLE, header, (_cells(line) for line in lines))
     notes = [json.loads((job.folder / NOTE).read_text()) for job in jobs if finished(job)]
     values = [(_values(read_scores(job.folder, "test")), _values(read_scores(job.folder, "val"))) for job in jobs if finished(job)]
-    own = ["images", "batch_size", "parameters", "seconds", "cpu_seconds", "peak_mb"]
+    own = {name: name for name in ("images", "batch_size", "parameters")} | {
+        "training_seconds_per_1000_images": "training_seconds_per_1000"
+    }
+    own |= {f"fit_{name}": name for name in ("seconds", "cpu_seconds", "peak_mb")}
     _write(
         out / RUNS,
         ["recipe", "seed", *METRICS, *(f"validation_{m}" for m in METRICS), *own],
         (
-            [note["name"], note["seed"], *(_told(of.get(m)) for of in pair for m in METRICS), *(note[name] for name in own)]
+            [note["name"], note["seed"], *(_told(of.get(m)) for of in pair for m in METRICS), *(note.get(name) for name in own.values())]
             for note, pair in zip(notes, values, strict=True)
         ),
     )
@@ -512,7 +545,8 @@ def _cells(line: Line) -> list[Any]:
         one = line.difference.get(m)
         cells += ["", "", ""] if one is None else [_told(one.value), _told(one.ci_low), _told(one.ci_high)]
     cells += [_told(line.validation.get(m)) for m in METRICS]
-    return [*cells, f"{line.seconds_per_1000:.2f}", f"{line.peak_mb:.0f}", line.parameters, RESEARCH_USE]
+    cells += [_told(line.training_seconds_per_1000), f"{line.cpu_seconds_per_1000:.2f}", f"{line.peak_mb:.0f}"]
+    return [*cells, line.parameters, RESEARCH_USE]
 
 
 def _told(value: float | None) -> str:

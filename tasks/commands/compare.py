@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -120,12 +121,13 @@ def show(lines: Sequence[Line]) -> None:
     from tasks.comparison import SHOWN
     from tasks.page.comparison import TITLES
 
-    table = Table("recipe", *(TITLES[m] for m in SHOWN), "validation", "CPU s / 1000", "MB")
+    table = Table("recipe", *(TITLES[m] for m in SHOWN), "validation", "training s / 1000", "fit CPU s / 1000", "fit MB")
     for line in lines:
         cells = []
         for m in SHOWN:
             one = line.metrics.get(m)
             cells.append("–" if one is None else f"{one.value:.3f} ({one.ci_low:.3f} to {one.ci_high:.3f})")
         name = f"[bold]{line.name}[/bold]" if line.best else line.name
-        table.add_row(name, *cells, f"{line.choice:.3f}", f"{line.seconds_per_1000:.1f}", f"{line.peak_mb:.0f}")
+        training = "–" if math.isnan(line.training_seconds_per_1000) else f"{line.training_seconds_per_1000:.1f}"
+        table.add_row(name, *cells, f"{line.choice:.3f}", training, f"{line.cpu_seconds_per_1000:.1f}", f"{line.peak_mb:.0f}")
     Console(width=160).print(table)

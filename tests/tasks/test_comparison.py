@@ -30,6 +30,7 @@ from tasks.comparison import (
     Settings,
     _in_a_process,
     _retrieved,
+    _training_seconds,
     budget,
     check_modalities,
     finished,
@@ -40,6 +41,8 @@ from tasks.comparison import (
     read_scores,
     scores_of,
     settings,
+    train_and_score,
+    write_tables,
 )
 from tasks.demo import recipe_path
 from tasks.evaluation import Predictions
@@ -394,6 +397,81 @@ def test_settings_that_cannot_be_compared_are_refused(option, said):
         settings(recipe_path("clip.yaml"), [f"--{option}"])
 
 
+@pytest.mark.parametrize(("batch_size", "steps", "fits"), [(4, 2, True), (8, 2, False), (4, 9, False)])
+def test_a_run_is_scored_as_it_was_trained_or_fails(tmp_path, monkeypatch, batch_size, steps, fits):
+    """The resolved recipe, not the recipe, says what is retrieved; if its budget is another than was planned, there is no run."""
+    lines = [f"s{i},p{i},{i}.png,xray,{split}" for i, split in enumerate(["train"] * 4 + ["val", "test", "test"])]
+    (tmp_path / "manifest.csv").write_text("\n".join(["study_id,patient_id,path,modality,split", *lines, ""]))
+    for i in range(7):
+        (tmp_path / f"{i}.png").touch()
+    job = Job("clip", recipe_path("clip.yaml"), 0, tmp_path / "clip-0", tmp_path / "manifest.csv", 8, options=("--data.batch_size=4",))
+    sources = []
+
+    def fit(subcommand, args):
+        assert subcommand == "fit" and "--trainer.max_steps=2" in args and args[-1] == "--data.batch_size=4"
+        folder = job.folder / "model"
+        folder.mkdir(parents=True)
+        texts = {"class_path": "reports.text_source.ReportSentences", "init_args": {}}
+        data = {"init_args": {"modality": "xray", "batch_size": batch_size, "texts": texts, "manifest": str(job.manifest)}}
+        (folder / "config.yaml").write_text(json.dumps({"data": data, "trainer": {"max_steps": steps, "accumulate_grad_batches": 1}}))
+        (folder / "rejected.csv").write_text("row,study_id,path,reason\n2,s0,0.png,no film\n")
+
+    def predicted(model, rows, prompts, source):
+        sources.append(type(source))
+        nothing = np.full((1, 1), math.nan)
+        left = tuple((row, "no masks") for row in rows[1:])
+        return Predictions(("x",), tuple(rows[:1]), nothing, nothing, ((None,),), nothing, nothing, None, left, contrast=nothing)
+
+    monkeypatch.setattr("medvl.training.cli.run", fit)
+    monkeypatch.setattr("torch.set_num_threads", lambda threads: None)  # of this process, which has other tests to run
+    monkeypatch.setattr("medvl.training.module.trainable", lambda model: 5)
+    monkeypatch.setattr("tasks.comparison.load", lambda folder: None)
+    monkeypatch.setattr("tasks.comparison.predict", predicted)
+    if not fits:
+        with pytest.raises(ValueError, match=r"clip\.yaml was trained as .*, not as "):
+            train_and_score(job)
+        assert not finished(job) and not sources
+        return
+    train_and_score(job)
+    assert finished(job) and set(sources) == {ReportSentences}  # the recipe has ReportText
+    assert json.loads((job.folder / "run.json").read_text())["images"] == 8
+    assert [(row, study, why) for row, study, _, why in left_out([job])] == [(2, "s0", "no film"), (8, "s6", "no masks")]
+    assert read_scores(job.folder, "test").rows.tolist() == [7]
+
+
+def test_seconds_of_training_are_those_of_the_steps(tmp_path):
+    """200 images a second, then 50: of as many images each, 1000 took (1000 / 200 + 1000 / 50) / 2 seconds."""
+    log = tmp_path / "metrics.csv"
+    assert _training_seconds(log) is None
+    log.write_text("step,train/loss\n0,1.0\n")
+    assert _training_seconds(log) is None
+    log.write_text("step,val/loss,watch/samples_per_second\n9,,200\n9,1.0,\n19,,50\n")
+    assert _training_seconds(log) == pytest.approx(12.5)
+
+
+def test_costs_say_what_they_are_of(tmp_path):
+    """A run of few steps has no seconds of training; the mean is of those that have, and without any there is a dash."""
+    jobs = [finished_job(tmp_path, name, scores()) for name in ("logged", "short")]
+    jobs += [replace(jobs[0], seed=1, folder=tmp_path / "logged-1")]
+    jobs[2].folder.mkdir()
+    leave(jobs[2], scores())
+    note = json.loads((jobs[0].folder / "run.json").read_text()) | {"training_seconds_per_1000": 3.25, "cpu_seconds": 4.0}
+    (jobs[0].folder / "run.json").write_text(json.dumps(note))
+    lines = lines_of(jobs, repeats=10)
+    write_tables(lines, jobs, {}, tmp_path)
+    logged, short = csv.DictReader((tmp_path / "comparison.csv").open())
+    assert float(logged["training_seconds_per_1000_images"]) == 3.25 and short["training_seconds_per_1000_images"] == ""
+    assert float(logged["fit_cpu_seconds_per_1000_images"]) == pytest.approx(1000 * (4 + 1) / 2 / 16, abs=0.01)
+    runs = list(csv.DictReader((tmp_path / "runs.csv").open()))
+    assert [(run["training_seconds_per_1000_images"], run["fit_cpu_seconds"]) for run in runs] == [
+        ("3.25", "4.0"),
+        ("", "1.0"),
+        ("", "1.0"),
+    ]
+    page = write_comparison(tmp_path / "page.html", lines, "logged", {}, synthetic=False).read_text()
+    assert "whole fit, CPU s" in page and "<td>3.2</td>" in page and "<td>–</td><td>62.5</td>" in page
+
+
 def test_retrieval_is_of_what_was_trained_on_whatever_the_recipe_says(tmp_path):
     """The resolved recipe of a fit, with what was set on the command line."""
     kinds = {"reports.text_source.ReportText": ReportText, "reports.text_source.ReportSentences": ReportSentences}
@@ -424,7 +502,14 @@ def compared(tmp_path_factory):
         "--out",
         str(out),
     ]
-    args += ["--set", "data.init_args.reader.init_args.size=32", "--set", "data.init_args.batch_size=8"]
+    args += [
+        "--set",
+        "data.init_args.reader.init_args.size=32",
+        "--set",
+        "data.init_args.batch_size=8",
+        "--set",
+        "trainer.log_every_n_steps=4",
+    ]
     return out, args, CliRunner().invoke(cli, args)
 
 
@@ -435,7 +520,8 @@ def test_a_comparison_end_to_end(compared):
     rows = list(csv.DictReader((out / "comparison.csv").open()))
     assert [row["recipe"] for row in rows] == ["clip", "radzero"]
     for row in rows:
-        assert row["seeds"] == "2" and int(row["parameters"]) > 1000 and float(row["peak_memory_mb"]) > 100
+        assert row["seeds"] == "2" and int(row["parameters"]) > 1000 and float(row["fit_peak_memory_mb"]) > 100
+        assert min(float(row[f"{name}_seconds_per_1000_images"]) for name in ("training", "fit_cpu")) > 0
         for m in METRICS:
             low, value, high = (float(row[f"{m}{end}"]) for end in ("_low", "", "_high"))
             assert low <= value <= high and int(row[f"{m}_n"]) > 0
@@ -466,16 +552,17 @@ def test_a_comparison_end_to_end(compared):
 def test_what_is_finished_is_kept_and_what_was_asked_otherwise_is_not(compared):
     out, args, _ = compared
     manifest = out / "data" / "manifest.csv"
-    options = ("--data.init_args.reader.init_args.size=32", "--data.init_args.batch_size=8")
+    options = ("--data.init_args.reader.init_args.size=32", "--data.init_args.batch_size=8", "--trainer.log_every_n_steps=4")
     jobs = jobs_of([recipe_path("clip.yaml"), recipe_path("radzero.yaml")], range(2), out, manifest, 64, options)
     before = {job.folder: (job.folder / "run.json").stat().st_mtime_ns for job in jobs}
     (jobs[1].folder / "run.json").unlink()
-    lost = read_manifest(manifest).select(split="test").rows[0]
-    lost.path.write_bytes(b"no longer a film")
+    lost, missed = (read_manifest(manifest).select(split=split).rows[0] for split in ("test", "train"))
+    for one in (lost, missed):
+        one.path.write_bytes(b"no longer a film")
     done = CliRunner().invoke(cli, [one for one in args if not one.endswith("broken.yaml")])
-    assert done.exit_code == 1 and "1 rejected (inputs of runs" in done.output and "rejected (runs" not in done.output, done.output
-    (listed,) = csv.DictReader((out / "rejected.csv").open())
-    assert (listed["runs"], listed["row"], listed["study_id"]) == ("radzero-0", str(lost.row), lost.study_id)
+    assert done.exit_code == 1 and "2 rejected (inputs of runs" in done.output and "rejected (runs" not in done.output, done.output
+    listed = [(line["runs"], line["row"], line["study_id"]) for line in csv.DictReader((out / "rejected.csv").open())]
+    assert listed == [("radzero-0", str(one.row), one.study_id) for one in sorted((lost, missed), key=lambda one: one.row)]
     clip, radzero = csv.DictReader((out / "comparison.csv").open())
     assert int(clip["recall_at_10_n"]) == int(radzero["recall_at_10_n"]) + 1 and radzero["recall_at_10_difference"]
     after = {job.folder: (job.folder / "run.json").stat().st_mtime_ns for job in jobs}
@@ -491,7 +578,7 @@ def test_what_is_stopped_starts_no_other_run_and_leaves_none_behind(compared, tm
     """The signal goes to the comparison alone; its runs end with it, and so does the log that they write."""
     given = ["--seeds", "3", "--images", "4000", "--manifest", str(compared[0] / "data" / "manifest.csv"), "--out", str(tmp_path)]
     start = "from tasks.cli import main; main()"
-    process = subprocess.Popen([sys.executable, "-c", start, "compare", "clip", *given, *compared[1][-4:]], stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, "-c", start, "compare", "clip", *given, *compared[1][-6:]], stderr=subprocess.DEVNULL)
     run = tmp_path / "runs" / "clip-0" / "model" / "config.yaml"
     until(run.is_file)
     children = Path(f"/proc/{process.pid}/task")
