@@ -675,13 +675,15 @@ def _cpu_seconds() -> float:
 
 def _peak_mb() -> float:
     """Largest resident memory of this process so far, or of the accelerator where there is one."""
-    import resource
-
     import torch
 
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    from medvl.training.watch import memory_mb
+
+    status = Path("/proc/self/status")
+    if torch.cuda.is_available() or not status.is_file():
+        return memory_mb(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) / 1024  # getrusage has the comparison's own memory in it, which this process was started from
 
 
 def compare(

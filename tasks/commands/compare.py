@@ -54,9 +54,12 @@ def compare(
 ) -> None:
     """Train every RECIPE (a file, or the name of one that comes with medvl) on the same studies, with the same number of images seen.
 
+    All recipes are of one modality; those of CT need a --manifest (`medvl phantom DIR --studies 400 --ct --no-xray` makes one of phantoms).
+
     Leaves comparison.csv (a line a recipe: AUROC, pointing game, CNR, Recall@10, negation, each with its interval and its difference from
-    the first recipe, on the images that both could read), runs.csv, comparison.html, and the runs. What is finished is kept: a comparison
-    that was stopped goes on. Runs that fail, and inputs that runs leave out, are listed in rejected.csv, and the exit code is 1.
+    the first recipe, on the images that both could read), runs.csv, comparison.html, and the runs. What this version has finished is kept:
+    a comparison that was stopped goes on. Runs that fail, and inputs that runs leave out, are listed in rejected.csv; the exit code is
+    then 1.
 
     \b
     Examples:

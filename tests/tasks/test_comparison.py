@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
@@ -291,14 +292,14 @@ def made_runs(tmp_path, monkeypatch):
     for i in range(3):
         (tmp_path / f"{i}.png").touch()
 
-    def compared(make):
+    def compared(make, *more):
         def in_a_process(job, running):
             job.folder.mkdir(parents=True)
             return make(job)
 
         monkeypatch.setattr("tasks.comparison._in_a_process", in_a_process)
         args = ["clip", "radzero", "--seeds", "2", "--images", "16", "--manifest", str(tmp_path / "manifest.csv")]
-        done = CliRunner().invoke(cli, ["compare", *args, "--out", str(tmp_path / "out")])
+        done = CliRunner().invoke(cli, ["compare", *args, "--out", str(tmp_path / "out"), *more])
         file = tmp_path / "out" / "rejected.csv"
         return done, list(csv.DictReader(file.open())) if file.is_file() else None
 
@@ -352,6 +353,18 @@ def test_studies_that_a_recipe_is_not_for_are_refused_before_anything_is_made(tm
     assert not list((tmp_path / "out").glob("*"))
 
 
+def test_fresh_seeds_are_trained_after_a_choice(made_runs):
+    """Two from the third on, and none of those before."""
+    trained = []
+
+    def make(job):
+        trained.append((job.name, job.seed))
+        leave(job, scores(job.seed))
+
+    done, _ = made_runs(make, "--first-seed", "3")
+    assert done.exit_code == 0 and trained == [("clip", 3), ("radzero", 3), ("clip", 4), ("radzero", 4)], done.output
+
+
 def test_recipes_of_two_modalities_are_not_compared(tmp_path):
     """Each has its own studies in the table, and no line of one is a line of the other."""
     films = "".join(f"a{i},a{i},{i}.png,xray,{split}\n" for i, split in enumerate(("train", "val", "test")))
@@ -361,6 +374,9 @@ def test_recipes_of_two_modalities_are_not_compared(tmp_path):
     clip, slices = recipe_path("clip.yaml"), recipe_path("ct_slices.yaml")
     check_modalities([clip], [], table)
     check_modalities([slices], [], table)
+    films_alone = table.select(modality="xray")
+    with pytest.raises(ValueError, match=r"ct_slices\.yaml is of ct, and the manifest has no training rows of it"):
+        check_modalities([slices], [], films_alone)
     with pytest.raises(ValueError, match=r"these are clip\.yaml of xray, ct_slices\.yaml of ct"):
         check_modalities([clip, slices], [], table)
 
@@ -447,6 +463,18 @@ def test_seconds_of_training_are_those_of_the_steps(tmp_path):
     assert _training_seconds(log) is None
     log.write_text("step,val/loss,watch/samples_per_second\n9,,200\n9,1.0,\n19,,50\n")
     assert _training_seconds(log) == pytest.approx(12.5)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="needs Linux")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="memory is the accelerator's")
+def test_the_memory_of_a_run_is_not_that_of_what_started_it():
+    """A child starts with the peak of its parent in getrusage, however small it is itself."""
+    child = "import resource; from tasks.comparison import _peak_mb; print(_peak_mb(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    held = "held = bytearray(b'1') * (1500 * 2**20)"
+    parent = f"import subprocess, sys; {held}; sys.exit(subprocess.call([sys.executable, '-c', {child!r}]))"
+    done = subprocess.run([sys.executable, "-c", parent], capture_output=True, text=True, check=True)
+    peak, inherited = map(float, done.stdout.split())
+    assert 50 < peak < 1400 < inherited / 1024
 
 
 def test_costs_say_what_they_are_of(tmp_path):
