@@ -15,6 +15,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -40,8 +41,8 @@ from reports.text_source import ReportSentences, ReportText
 from tasks.evaluation import FOCAL_FRACTION, Predictions, directions, predict
 
 TABLE, RUNS, REJECTED, PAGE = "comparison.csv", "runs.csv", "rejected.csv", "comparison.html"
-SCORES, NOTE, LOG = "scores.npz", "run.json", "log.txt"
-RESOLVED, FIT_REJECTED = "config.yaml", "rejected.csv"  # of a fit
+SCORES, NOTE, LOG, MODEL = "scores.npz", "run.json", "log.txt", "model"
+RESOLVED, FIT_REJECTED, LOGGED = "config.yaml", "rejected.csv", Path("logs", "version_0", "metrics.csv")  # of a fit
 RECALL = 10
 METRICS = {
     "auroc": "zero-shot AUROC, mean over findings",
@@ -133,10 +134,26 @@ def _mean(statistics: Sequence[Statistic]) -> Statistic | None:
 
 
 def on_shared_rows(scores: Sequence[Scores]) -> list[Scores]:
-    """The scores on the rows of the manifest that all have, in one order: what one model could not read is compared for none."""
+    """The scores on the rows of the manifest that all have, in one order: what one model could not read is compared for none.
+
+    A row means the same image in all: a run is kept for the manifest that it was made with alone (:meth:`Job.key`).
+    """
     shared = set.intersection(*(set(one.rows.tolist()) for one in scores))
     rows = np.array(sorted(shared), dtype=np.int64)
     return [one.of(rows) for one in scores]
+
+
+def on_shared_figures(scores: Sequence[Scores]) -> list[Scores]:
+    """The scores on the rows that all have, and there on what is a figure in all: what does not count for one counts for none.
+
+    A study of two images whose label one tower has once and another twice counts once; a map without contrast, for none.
+    """
+    scores = on_shared_rows(scores)
+    names = ("labels", "hits", "contrast", "recall")
+    known = {name: np.logical_and.reduce([~np.isnan(getattr(one, name)) for one in scores]) for name in names}
+    focal = np.logical_and.reduce([one.focal for one in scores])
+    arrays: list[dict[str, Any]] = [{name: np.where(known[name], getattr(one, name), math.nan) for name in names} for one in scores]
+    return [replace(one, focal=focal, **own) for one, own in zip(scores, arrays, strict=True)]
 
 
 def scores_of(predictions: Predictions, table: Sequence[StudyImage] | None = None) -> Scores:
@@ -219,9 +236,11 @@ def jobs_of(
     Raises:
         ValueError: a recipe given twice, or no number of images near ``images`` that all can see.
     """
-    epoch = max(1, sum(row.split == "train" for row in read_manifest(manifest, strict=False).rows))
-    steps = [min(size, epoch) for recipe in recipes if (size := _images_per_step(recipe, options)) is not None]
-    exact, checks = budget(images, steps, epoch) if steps else (images, 1)
+    table = read_manifest(manifest, strict=False)
+    settled = [one for recipe in recipes if (one := _settings_if_any(recipe, options)) is not None]
+    epochs = [_epoch(table, one.modality) for one in settled]
+    steps = [min(one.per_step, epoch) for one, epoch in zip(settled, epochs, strict=True)]
+    exact, checks = budget(images, steps, max(epochs)) if steps else (images, 1)
     named = list(zip(names_of(recipes), recipes, strict=True))
     folders = out / "runs"
     return [
@@ -231,41 +250,59 @@ def jobs_of(
     ]
 
 
+def _epoch(manifest: Manifest, modality: str) -> int:
+    """Images of the training split."""
+    return max(1, len(manifest.select(split="train", modality=modality).rows))
+
+
 def finished(job: Job) -> bool:
     """Whether the run was made already, as it is asked for now."""
     note = job.folder / NOTE
     return note.is_file() and json.loads(note.read_text()).get("key") == job.key() and (job.folder / SCORES).is_file()
 
 
-def left_out(jobs: Sequence[Job]) -> dict[tuple[int, str, str, str], list[str]]:
-    """Row, study, path and reason of every input that a finished run left out -> the runs that did."""
-    found: dict[tuple[int, str, str, str], list[str]] = {}
+LeftOut = dict[tuple[int, str, str, str], list[str]]
+"""Row of the manifest, study, path and reason of an input that was left out or read in part -> the runs that did so."""
+
+
+def left_out(jobs: Sequence[Job]) -> LeftOut:
+    """What the runs left out, by row; of a run that failed what its fit had listed by then."""
+    found: LeftOut = {}
     for job in jobs:
-        for row, study, path, why in json.loads((job.folder / NOTE).read_text())["left_out"] if finished(job) else ():
+        done = finished(job)
+        own = json.loads((job.folder / NOTE).read_text())["left_out"] if done else _left_out(job.folder / MODEL / FIT_REJECTED)
+        for row, study, path, why in own:
             found.setdefault((row, study, path, why), []).append(f"{job.name}-{job.seed}")
-    return found
+    return dict(sorted(found.items()))
 
 
 def train_and_score(job: Job) -> None:
-    """Train one run and leave ``run.json`` and ``scores.npz`` in its folder; what time and memory it took is of the whole process."""
+    """Train one run and leave ``run.json`` and ``scores.npz`` in its folder.
+
+    ``seconds``, ``cpu_seconds`` and ``peak_mb`` are of the whole fit, with reading and validation; ``training_seconds_per_1000`` is what
+    the fit logged of its steps alone.
+
+    Raises:
+        ValueError: the fit was not what the budget was reckoned for.
+    """
     import torch
 
     from medvl.training.cli import run
     from medvl.training.module import trainable
 
     torch.set_num_threads(job.threads)
-    manifest = read_manifest(job.manifest, strict=False)
-    batch, accumulated = _batch_size(job.recipe, job.options), _accumulated(job.recipe, job.options)
-    epoch = max(1, len(manifest.select(split="train", modality=_modality(job.recipe, job.options)).rows))
-    steps = max(1, job.images // min(batch * accumulated, epoch))
+    manifest, planned = read_manifest(job.manifest, strict=False), settings(job.recipe, job.options)
+    per_step = min(planned.per_step, _epoch(manifest, planned.modality))
+    steps = max(1, job.images // per_step)
+    planned = replace(planned, manifest=str(job.manifest), max_steps=steps)
     arguments = {
         "config": job.recipe,
         "seed_everything": job.seed,
-        "out": job.folder / "model",
+        "out": job.folder / MODEL,
         "trainer.max_epochs": -1,
         "trainer.max_steps": steps,
         "trainer.check_val_every_n_epoch": "null",  # but every so many batches
-        "trainer.val_check_interval": max(1, steps // job.checks) * accumulated,
+        "trainer.val_check_interval": max(1, steps // job.checks) * planned.accumulated,
         "trainer.enable_progress_bar": "false",
         "data.init_args.manifest": job.manifest,
         "data.init_args.seed": job.seed,
@@ -273,11 +310,19 @@ def train_and_score(job: Job) -> None:
     }
     wall, cpu = time.perf_counter(), _cpu_seconds()
     run("fit", [*(f"--{name}={value}" for name, value in arguments.items()), *job.options])
-    taken = {"seconds": time.perf_counter() - wall, "cpu_seconds": _cpu_seconds() - cpu, "peak_mb": _peak_mb()}
-    model, source = load(job.folder / "model"), _retrieved(job.folder / "model" / RESOLVED)
-    found, left_out = {}, _left_out(job.folder / "model" / FIT_REJECTED)
+    taken = {
+        "seconds": time.perf_counter() - wall,
+        "cpu_seconds": _cpu_seconds() - cpu,
+        "peak_mb": _peak_mb(),
+        "training_seconds_per_1000": _training_seconds(job.folder / MODEL / LOGGED),
+    }
+    made = settings(job.folder / MODEL / RESOLVED)
+    if made != planned:
+        raise ValueError(f"{job.recipe.name} was trained as {made}, not as {planned}; leave out what sets it otherwise")
+    model, source = load(job.folder / MODEL), _retrieved(job.folder / MODEL / RESOLVED)
+    found, left_out = {}, _left_out(job.folder / MODEL / FIT_REJECTED)
     for split in ("val", "test"):
-        rows = manifest.select(split=split, modality=_modality(job.recipe, job.options)).rows
+        rows = manifest.select(split=split, modality=made.modality).rows
         predictions = predict(model, rows, load_prompts(), source)
         found[split] = scores_of(predictions, manifest.rows)
         left_out += [(row.row, row.study_id, str(row.path), why) for row, why in predictions.rejected]
@@ -286,10 +331,22 @@ def train_and_score(job: Job) -> None:
     np.savez(content, **arrays)  # type: ignore[arg-type]
     write_atomically(job.folder / SCORES, content.getvalue())
     parameters = trainable(model)
-    seen = {"images": steps * min(batch * accumulated, epoch), "batch_size": batch}
+    seen = {"images": steps * per_step, "batch_size": made.batch_size}
     of_run = {"name": job.name, "seed": job.seed, "commit": commit(), "left_out": list(dict.fromkeys(left_out))}
     note = {"key": job.key(), **of_run, **seen, "parameters": parameters, **taken}
     write_atomically(job.folder / NOTE, json.dumps(note, indent=2).encode())
+
+
+def _training_seconds(path: Path) -> float | None:
+    """Seconds of training for 1000 images, as a fit logged them: of steps and of waiting for the loader, without validation.
+
+    Every figure of the log is of as many images. None of a run with fewer steps than it logs at, or without that log.
+    """
+    if not path.is_file():
+        return None
+    with path.open(newline="", encoding="utf-8") as file:
+        rates = [float(rate) for line in csv.DictReader(file) if (rate := line.get("watch/samples_per_second"))]
+    return float(np.mean([1000 / rate for rate in rates])) if rates else None
 
 
 def _left_out(path: Path) -> list[tuple[int, str, str, str]]:
@@ -336,7 +393,10 @@ def run_jobs(jobs: Sequence[Job], workers: int, console: Console) -> dict[str, s
 def _in_a_process(job: Job, running: dict[Path, subprocess.Popen[bytes]]) -> str | None:
     """Make a run in a new process, which is in ``running`` for as long as it lives; why it failed, or None."""
     job.folder.mkdir(parents=True, exist_ok=True)
-    (job.folder / NOTE).unlink(missing_ok=True)  # of a run that was asked for otherwise
+    for old in (NOTE, SCORES):  # of a run that was asked for otherwise; the note first, which says that there are scores
+        (job.folder / old).unlink(missing_ok=True)
+    if (job.folder / MODEL).exists():  # nor are its checkpoint gone on from, its logs read, and what it left out listed
+        shutil.rmtree(job.folder / MODEL)
     told = json.dumps({name: str(value) if isinstance(value, Path) else value for name, value in asdict(job).items()})
     env = os.environ | {"OMP_NUM_THREADS": str(job.threads)}
     command = [sys.executable, "-m", "tasks.comparison", told]
@@ -365,9 +425,10 @@ class Line:
     spread: dict[str, tuple[float, float]]  # lowest and highest seed
     validation: dict[str, float]  # mean over seeds, on the validation split
     difference: dict[str, Interval]  # from the first recipe, paired by study and seed; empty for the first
-    seconds_per_1000: float  # CPU seconds of training for 1000 images seen
-    peak_mb: float
+    cpu_seconds_per_1000: float  # of the whole fit, reading and validation too, for 1000 images seen in training
+    peak_mb: float  # of the whole fit
     parameters: int
+    training_seconds_per_1000: float = math.nan  # of the steps alone; NaN if no run logged it
     best: bool = False
     choice: float = math.nan  # what the best is chosen by
 
@@ -403,9 +464,14 @@ def lines_of(jobs: Sequence[Job], repeats: int = 1000) -> list[Line]:
                 float(np.mean([1000 * note["cpu_seconds"] / note["images"] for note in notes])),
                 float(np.max([note["peak_mb"] for note in notes])),
                 int(notes[0]["parameters"]),
+                float(np.mean(logged)) if (logged := _logged_seconds(notes)) else math.nan,
             )
         )
     return _chosen(lines)
+
+
+def _logged_seconds(notes: Sequence[Mapping[str, Any]]) -> list[float]:
+    return [one for note in notes if (one := note.get("training_seconds_per_1000")) is not None]
 
 
 def _chosen(lines: Sequence[Line]) -> list[Line]:
@@ -422,8 +488,10 @@ def _differences(mine: Mapping[int, Scores], others: Mapping[int, Scores], repea
     seeds = sorted(mine.keys() & others.keys())
     if not seeds:
         return {}
-    shared_rows = on_shared_rows([*(mine[seed] for seed in seeds), *(others[seed] for seed in seeds)])
-    mine, others = dict(zip(seeds, shared_rows, strict=False)), dict(zip(seeds, shared_rows[len(seeds) :], strict=True))
+    alike = on_shared_figures([*(mine[seed] for seed in seeds), *(others[seed] for seed in seeds)])
+    if not len(alike[0].rows):
+        return {}
+    mine, others = dict(zip(seeds, alike[: len(seeds)], strict=True)), dict(zip(seeds, alike[len(seeds) :], strict=True))
     one, other = ({seed: scores[seed].statistics() for seed in seeds} for scores in (mine, others))
     shared = [m for m in METRICS if all(m in of[seed] for of in (one, other) for seed in seeds)]
     signed = ((1 / len(seeds), one), (-1 / len(seeds), other))
@@ -444,16 +512,19 @@ def write_tables(lines: Sequence[Line], jobs: Sequence[Job], failed: Mapping[str
     ends = ("", "_low", "_high", "_n")
     header = ["recipe", "seeds", "best_on_validation", *(f"{m}{end}" for m in METRICS for end in (*ends, "_seed_min", "_seed_max"))]
     header += [f"{m}_difference{end}" for m in METRICS for end in ends[:3]] + [f"validation_{m}" for m in METRICS]
-    header += ["cpu_seconds_per_1000_images", "peak_memory_mb", "parameters", "notice"]
+    header += ["training_seconds_per_1000_images", "fit_cpu_seconds_per_1000_images", "fit_peak_memory_mb", "parameters", "notice"]
     _write(out / TABLE, header, (_cells(line) for line in lines))
     notes = [json.loads((job.folder / NOTE).read_text()) for job in jobs if finished(job)]
     values = [(_values(read_scores(job.folder, "test")), _values(read_scores(job.folder, "val"))) for job in jobs if finished(job)]
-    own = ["images", "batch_size", "parameters", "seconds", "cpu_seconds", "peak_mb"]
+    own = {name: name for name in ("images", "batch_size", "parameters")} | {
+        "training_seconds_per_1000_images": "training_seconds_per_1000"
+    }
+    own |= {f"fit_{name}": name for name in ("seconds", "cpu_seconds", "peak_mb")}
     _write(
         out / RUNS,
         ["recipe", "seed", *METRICS, *(f"validation_{m}" for m in METRICS), *own],
         (
-            [note["name"], note["seed"], *(_told(of.get(m)) for of in pair for m in METRICS), *(note[name] for name in own)]
+            [note["name"], note["seed"], *(_told(of.get(m)) for of in pair for m in METRICS), *(note.get(name) for name in own.values())]
             for note, pair in zip(notes, values, strict=True)
         ),
     )
@@ -474,7 +545,8 @@ def _cells(line: Line) -> list[Any]:
         one = line.difference.get(m)
         cells += ["", "", ""] if one is None else [_told(one.value), _told(one.ci_low), _told(one.ci_high)]
     cells += [_told(line.validation.get(m)) for m in METRICS]
-    return [*cells, f"{line.seconds_per_1000:.2f}", f"{line.peak_mb:.0f}", line.parameters, RESEARCH_USE]
+    cells += [_told(line.training_seconds_per_1000), f"{line.cpu_seconds_per_1000:.2f}", f"{line.peak_mb:.0f}"]
+    return [*cells, line.parameters, RESEARCH_USE]
 
 
 def _told(value: float | None) -> str:
@@ -489,6 +561,46 @@ def _write(path: Path, header: Sequence[str], rows: Iterator[list[Any]] | Any) -
     write_atomically(path, text.getvalue().encode())
 
 
+@dataclass(frozen=True)
+class Settings:
+    """What of a recipe a comparison goes by."""
+
+    modality: str
+    batch_size: int
+    accumulated: int
+    manifest: str | None
+    max_steps: int | None
+
+    @property
+    def per_step(self) -> int:
+        """Images of a step."""
+        return self.batch_size * self.accumulated
+
+
+def settings(recipe: Path, options: Sequence[str] = ()) -> Settings:
+    """Those of a recipe with ``options`` set, or of the resolved recipe that a fit leaves.
+
+    Raises:
+        ValueError: a recipe of several modalities, or whose table is not read as that of a comparison is.
+    """
+    document = _set(_recipe(recipe), options)
+    data, trainer = document["data"]["init_args"], document.get("trainer") or {}
+    modality = data.get("modality", "xray")
+    if not isinstance(modality, str):
+        raise ValueError(f"{recipe.name} trains on several modalities; what is compared is of one")
+    if given := [name for name in ("columns", "splits") if data.get(name) is not None]:
+        raise ValueError(
+            f"{recipe.name} has {' and '.join(given)} of its own, and a comparison reads the manifest as it is; rename its columns, and "
+            f"leave {' and '.join(given)} out: {' '.join(f'--set data.init_args.{name}=null' for name in given)}"
+        )
+    sizes = {"batch_size": data.get("batch_size", 64), "accumulate_grad_batches": trainer.get("accumulate_grad_batches") or 1}
+    for name, size in sizes.items():
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"{recipe.name}: {name} is {size!r}, expected a number from 1")
+    batch_size, accumulated = sizes.values()
+    return Settings(modality, batch_size, accumulated, data.get("manifest"), trainer.get("max_steps"))
+
+
 def _recipe(path: Path) -> dict[str, Any]:
     import yaml
 
@@ -496,16 +608,35 @@ def _recipe(path: Path) -> dict[str, Any]:
     return found
 
 
-def _modality(recipe: Path, options: Sequence[str] = ()) -> str:
+def _set(document: dict[str, Any], options: Sequence[str]) -> dict[str, Any]:
+    """The document with ``--key.key=value`` set in it in turn, as a fit does: a mapping adds, and ``init_args`` need not be said."""
     import yaml
 
-    modality = _recipe(recipe)["data"]["init_args"].get("modality", "xray")
     for option in options:
-        if option.startswith("--data.init_args.modality="):
-            modality = yaml.safe_load(option.split("=", 1)[1])
-    if not isinstance(modality, str):
-        raise ValueError(f"{recipe.name} trains on several modalities; what is compared is of one")
-    return modality
+        name, _, value = option.removeprefix("--").partition("=")
+        told: Any = yaml.safe_load(value)
+        for key in reversed(name.split(".")):
+            told = {key: told}
+        document = _merged(document, told)
+    return document
+
+
+def _merged(old: Any, new: Any) -> Any:
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        return new
+    if "class_path" in old and not new.keys() & {"class_path", "init_args", "dict_kwargs"}:
+        new = {"init_args": new}
+    return {**old, **{key: _merged(old.get(key), value) for key, value in new.items()}}
+
+
+def _settings_if_any(recipe: Path, options: Sequence[str]) -> Settings | None:
+    """None for what is no recipe: its run says so, and costs the others nothing."""
+    import yaml
+
+    try:
+        return settings(recipe, options)
+    except (OSError, UnicodeError, yaml.YAMLError, LookupError, TypeError, AttributeError):
+        return None
 
 
 def check_modalities(recipes: Sequence[Path], options: Sequence[str], manifest: Manifest | None) -> None:
@@ -514,13 +645,10 @@ def check_modalities(recipes: Sequence[Path], options: Sequence[str], manifest: 
     Args:
         manifest: of the studies; None: phantoms of radiographs.
     Raises:
-        ValueError: a recipe of several modalities, or of one that the studies are not of.
+        ValueError: a recipe of several modalities, of one that the studies are not of, or of another than the recipe before it.
     """
-    for recipe in recipes:
-        try:
-            modality = _modality(recipe, options)
-        except (OSError, UnicodeError, yaml_error(), LookupError, TypeError, AttributeError):
-            continue  # no recipe: its run says so
+    found = {recipe: one.modality for recipe in recipes if (one := _settings_if_any(recipe, options)) is not None}
+    for recipe, modality in found.items():
         if manifest is None and modality != "xray":
             raise ValueError(
                 f"{recipe.name} is of {modality}, and the phantoms made here are radiographs; give a --manifest; `medvl "
@@ -528,42 +656,15 @@ def check_modalities(recipes: Sequence[Path], options: Sequence[str], manifest: 
             )
         if manifest is not None and not manifest.select(split="train", modality=modality).rows:
             raise ValueError(f"{recipe.name} is of {modality}, and the manifest has no training rows of it")
-
-
-def yaml_error() -> type[Exception]:
-    """What a file that is no YAML raises."""
-    import yaml
-
-    return yaml.YAMLError
+    if len(set(found.values())) > 1:
+        told = ", ".join(f"{recipe.name} of {modality}" for recipe, modality in found.items())
+        raise ValueError(f"recipes of one modality are compared, on the same studies; these are {told}")
 
 
 def _retrieved(recipe: Path) -> TextSource:
     """What stands for a report in retrieval: the whole text for a recipe that trains on whole texts, its sentences for all others."""
     spec = _recipe(recipe)["data"]["init_args"]["texts"]
     return ReportText(**spec.get("init_args", {})) if spec["class_path"].endswith(".ReportText") else ReportSentences()
-
-
-def _asked(options: Sequence[str], name: str, default: Any) -> int:
-    """The number that ``options`` set last, or the recipe's own."""
-    given = [option.split("=", 1)[1] for option in options if option.startswith(f"--{name}=")]
-    return int(given[-1] if given else default)
-
-
-def _batch_size(recipe: Path, options: Sequence[str]) -> int:
-    return _asked(options, "data.init_args.batch_size", _recipe(recipe)["data"]["init_args"].get("batch_size", 64))
-
-
-def _accumulated(recipe: Path, options: Sequence[str]) -> int:
-    name = "accumulate_grad_batches"
-    return _asked(options, f"trainer.{name}", (_recipe(recipe).get("trainer") or {}).get(name) or 1)
-
-
-def _images_per_step(recipe: Path, options: Sequence[str]) -> int | None:
-    """None for what is no recipe: its run says so, and costs the others nothing."""
-    try:
-        return _batch_size(recipe, options) * _accumulated(recipe, options)
-    except (OSError, UnicodeError, yaml_error(), LookupError, TypeError, AttributeError):
-        return None
 
 
 def _cpu_seconds() -> float:
@@ -574,13 +675,15 @@ def _cpu_seconds() -> float:
 
 def _peak_mb() -> float:
     """Largest resident memory of this process so far, or of the accelerator where there is one."""
-    import resource
-
     import torch
 
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    from medvl.training.watch import memory_mb
+
+    status = Path("/proc/self/status")
+    if torch.cuda.is_available() or not status.is_file():
+        return memory_mb(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) / 1024  # getrusage has the comparison's own memory in it, which this process was started from
 
 
 def compare(
@@ -594,8 +697,8 @@ def compare(
     console: Console | None = None,
     synthetic: bool = False,
     anew: bool = False,
-) -> tuple[list[Line], dict[str, str], int]:
-    """Train, score, write the tables and the page; the lines, run -> why it failed, and how many inputs runs left out.
+) -> tuple[list[Line], dict[str, str], LeftOut]:
+    """Train, score, write the tables and the page; the lines, run -> why it failed, and the inputs that runs left out.
 
     Args:
         seeds: of the runs of each recipe, ascending.
@@ -623,7 +726,7 @@ def compare(
         **splits,
     }
     write_comparison(out / PAGE, lines, jobs[0].name, facts, synthetic)
-    return lines, failed, len(left_out(jobs))
+    return lines, failed, left_out(jobs)
 
 
 if __name__ == "__main__":

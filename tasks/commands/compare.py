@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from tasks.commands.common import REJECTED, check_out_folder, echo_notice, load_manifest, usage_errors
+from tasks.commands.common import REJECTED, check_out_folder, echo_notice, load_manifest, report_rejected, usage_errors
 
 if TYPE_CHECKING:
     from tasks.comparison import Line
@@ -53,9 +54,12 @@ def compare(
 ) -> None:
     """Train every RECIPE (a file, or the name of one that comes with medvl) on the same studies, with the same number of images seen.
 
+    All recipes are of one modality; those of CT need a --manifest (`medvl phantom DIR --studies 400 --ct --no-xray` makes one of phantoms).
+
     Leaves comparison.csv (a line a recipe: AUROC, pointing game, CNR, Recall@10, negation, each with its interval and its difference from
-    the first recipe, on the images that both could read), runs.csv, comparison.html, and the runs. What is finished is kept: a comparison
-    that was stopped goes on. Runs that fail, and inputs that runs leave out, are listed in rejected.csv, and the exit code is 1.
+    the first recipe, on the images that both could read), runs.csv, comparison.html, and the runs. What this version has finished is kept:
+    a comparison that was stopped goes on. Runs that fail, and inputs that runs leave out, are listed in rejected.csv; the exit code is
+    then 1.
 
     \b
     Examples:
@@ -105,7 +109,10 @@ def compare(
     click.echo(f"Open {out / 'comparison.html'}; figures in {out / 'comparison.csv'}.")
     echo_notice()
     if failed or left_out:
-        click.echo(f"{len(failed)} runs failed, {left_out} inputs were left out, see {out / LISTED}", err=True)
+        everything = f"all in {out / LISTED}"
+        report_rejected([(run, f"{run}: {why}") for run, why in failed.items()], f"runs; {everything}")
+        inputs = {row: f"row {row}, {why} ({', '.join(runs)})" for (row, _, _, why), runs in left_out.items()}
+        report_rejected([(str(row), why) for row, why in inputs.items()], f"inputs of runs; {everything}")
         raise SystemExit(REJECTED)
 
 
@@ -117,12 +124,13 @@ def show(lines: Sequence[Line]) -> None:
     from tasks.comparison import SHOWN
     from tasks.page.comparison import TITLES
 
-    table = Table("recipe", *(TITLES[m] for m in SHOWN), "validation", "CPU s / 1000", "MB")
+    table = Table("recipe", *(TITLES[m] for m in SHOWN), "validation", "training s / 1000", "fit CPU s / 1000", "fit MB")
     for line in lines:
         cells = []
         for m in SHOWN:
             one = line.metrics.get(m)
             cells.append("–" if one is None else f"{one.value:.3f} ({one.ci_low:.3f} to {one.ci_high:.3f})")
         name = f"[bold]{line.name}[/bold]" if line.best else line.name
-        table.add_row(name, *cells, f"{line.choice:.3f}", f"{line.seconds_per_1000:.1f}", f"{line.peak_mb:.0f}")
+        training = "–" if math.isnan(line.training_seconds_per_1000) else f"{line.training_seconds_per_1000:.1f}"
+        table.add_row(name, *cells, f"{line.choice:.3f}", training, f"{line.cpu_seconds_per_1000:.1f}", f"{line.peak_mb:.0f}")
     Console(width=160).print(table)

@@ -64,7 +64,8 @@ def _row(line: Line, shown: Sequence[str]) -> dict[str, Any]:
         "best": line.best,
         "cells": [_cell(line.metrics.get(m), line.difference.get(m), line.metrics.get(f"{m}_absolute")) for m in shown],
         "choice": _figure(line.choice),
-        "seconds": f"{line.seconds_per_1000:.1f}",
+        "training": "–" if math.isnan(line.training_seconds_per_1000) else f"{line.training_seconds_per_1000:.1f}",
+        "seconds": f"{line.cpu_seconds_per_1000:.1f}",
         "memory": f"{line.peak_mb:.0f}",
         "parameters": f"{line.parameters / 1e6:.2f}",
     }

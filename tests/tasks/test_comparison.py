@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,7 +23,28 @@ from medvl.data.manifest import StudyImage, read_manifest
 from medvl.metrics import auroc_statistic, bootstrap_intervals, combined, contrast_to_noise, mean_statistic
 from reports.text_source import ReportSentences, ReportText
 from tasks.cli import cli
-from tasks.comparison import METRICS, SHOWN, Job, Scores, _retrieved, budget, finished, jobs_of, lines_of, names_of, read_scores, scores_of
+from tasks.comparison import (
+    METRICS,
+    SHOWN,
+    Job,
+    Scores,
+    Settings,
+    _in_a_process,
+    _retrieved,
+    _training_seconds,
+    budget,
+    check_modalities,
+    finished,
+    jobs_of,
+    left_out,
+    lines_of,
+    names_of,
+    read_scores,
+    scores_of,
+    settings,
+    train_and_score,
+    write_tables,
+)
 from tasks.demo import recipe_path
 from tasks.evaluation import Predictions
 from tasks.page.comparison import plot, write_comparison
@@ -144,12 +167,18 @@ def finished_job(tmp_path, name, made):
     manifest.touch()
     job = Job(name, recipe, 0, tmp_path / f"{name}-0", manifest, 16)
     job.folder.mkdir()
+    leave(job, made)
+    return job
+
+
+def leave(job, made, out=()):
+    """What a run leaves that has ``made`` of both splits, and left ``out``."""
     taken = {"seconds": 1.0, "cpu_seconds": 1.0, "peak_mb": 1.0}
-    note = {"key": job.key(), "name": name, "seed": 0, "images": 16, "batch_size": 8, "parameters": 5, "left_out": [], **taken}
+    seen = {"images": 16, "batch_size": 8, "parameters": 5}
+    note = {"key": job.key(), "name": job.name, "seed": job.seed, "left_out": list(out), **seen, **taken}
     (job.folder / "run.json").write_text(json.dumps(note))
     arrays = {f"{split}.{key}": np.asarray(value) for split in ("val", "test") for key, value in asdict(made).items()}
     np.savez(job.folder / "scores.npz", **arrays)
-    return job
 
 
 def test_the_best_is_chosen_by_what_validation_has(tmp_path):
@@ -185,6 +214,35 @@ def test_what_one_could_not_read_is_compared_for_none(tmp_path):
     assert difference.value == pytest.approx(other.recall[both - 2].mean() - whole.recall[both - 2].mean()) and difference.n == 37
 
 
+def test_what_counts_for_one_alone_counts_for_none(tmp_path):
+    """Towers of studies against towers of images, and maps without contrast; a loop is the reference."""
+    images, studies = scores(1), scores(2)
+    first = np.arange(40) % 2 == 0  # the label and the query of a study stand in its first image
+    studies = replace(studies, labels=np.where(first[:, None], images.labels, math.nan), recall=np.where(first, studies.recall, math.nan))
+    flat = np.random.default_rng(5).random((40, 3)) < 0.3
+    studies = replace(studies, hits=images.hits, contrast=np.where(flat, math.nan, images.contrast * 0.5))
+    jobs = [finished_job(tmp_path, "images", images), finished_job(tmp_path, "studies", studies)]
+    found = lines_of(jobs, repeats=10)[1].difference
+    areas, ratios = [], []
+    for f in range(3):
+        known = [i for i in range(0, 40, 2) if images.labels[i, f] in (0, 1)]
+        one, other = (roc_auc_score(images.labels[known, f], x.scores[known, f]) for x in (studies, images))
+        areas.append(one - other)
+    for f in (0, 2):
+        both = [i for i in range(40) if not math.isnan(images.contrast[i, f]) and not flat[i, f]]
+        ratios.append(sum(-0.5 * images.contrast[i, f] for i in both) / len(both))
+    assert found["auroc"].value == pytest.approx(np.mean(areas))
+    assert found["cnr"].value == pytest.approx(np.mean(ratios)) and found["pointing"].value == 0
+    assert found["recall_at_10"].value == pytest.approx(np.mean(studies.recall[first] - images.recall[first]))
+
+
+def test_models_that_read_nothing_in_common_have_no_difference(tmp_path):
+    made = scores(1)
+    parts = {"first": made.of(made.rows[:20]), "second": made.of(made.rows[20:])}
+    first, second = lines_of([finished_job(tmp_path, name, part) for name, part in parts.items()], repeats=10)
+    assert first.metrics and second.metrics and not second.difference
+
+
 def test_patients_are_told_apart_by_the_table(tmp_path):
     """Whatever a run left out, a patient is the same in all."""
     rows = [
@@ -204,6 +262,83 @@ def test_a_run_is_kept_by_what_it_was_asked_for_and_by_the_code(tmp_path, monkey
     assert not finished(job)
 
 
+def test_a_run_of_an_older_version_is_made_again_whatever_it_left(tmp_path):
+    """Its key has no version, its note no inputs left out, its scores no rows."""
+    job = finished_job(tmp_path, "one", scores())
+    note = json.loads((job.folder / "run.json").read_text())
+    del note["key"]["medvl"], note["left_out"]
+    (job.folder / "run.json").write_text(json.dumps(note))
+    with np.load(job.folder / "scores.npz") as file:
+        np.savez(job.folder / "scores.npz", **{name: file[name] for name in file.files if not name.endswith("rows")})
+    assert not finished(job) and lines_of([job]) == [] and not left_out([job])
+
+
+def test_a_run_that_is_made_again_and_ends_early_leaves_nothing_of_the_old_one(tmp_path, monkeypatch):
+    """Killed at once, it is not taken for the run before, nor are that one's logs, checkpoint and list read as its own."""
+    job = finished_job(tmp_path, "one", scores())
+    (job.folder / "model").mkdir()
+    (job.folder / "model" / "rejected.csv").write_text("row,study_id,path,reason\n2,a,a.png,gone\n")
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    ran = _in_a_process(replace(job, images=32), {})
+    assert ran is not None and ran.startswith("exit 1")
+    assert not finished(job) and not left_out([job]) and [file.name for file in job.folder.iterdir()] == ["log.txt"]
+
+
+@pytest.fixture
+def made_runs(tmp_path, monkeypatch):
+    """``medvl compare clip radzero`` on a table of films, whose runs are made by ``make(job)`` in place of a process."""
+    lines = [f"s{i},p{i},{i}.png,xray,{split}" for i, split in enumerate(("train", "val", "test"))]
+    (tmp_path / "manifest.csv").write_text("\n".join(["study_id,patient_id,path,modality,split", *lines, ""]))
+    for i in range(3):
+        (tmp_path / f"{i}.png").touch()
+
+    def compared(make, *more):
+        def in_a_process(job, running):
+            job.folder.mkdir(parents=True)
+            return make(job)
+
+        monkeypatch.setattr("tasks.comparison._in_a_process", in_a_process)
+        args = ["clip", "radzero", "--seeds", "2", "--images", "16", "--manifest", str(tmp_path / "manifest.csv")]
+        done = CliRunner().invoke(cli, ["compare", *args, "--out", str(tmp_path / "out"), *more])
+        file = tmp_path / "out" / "rejected.csv"
+        return done, list(csv.DictReader(file.open())) if file.is_file() else None
+
+    return compared
+
+
+def test_what_runs_leave_out_is_listed_counted_and_told_by_the_exit_code(made_runs):
+    def make(job):
+        own = {"clip-0": [(3, "s1", "1.png", "cut short")], "clip-1": [(3, "s1", "1.png", "cut short"), (2, "s0", "0.png", "no film")]}
+        leave(job, scores(job.seed), own.get(job.folder.name, []))
+
+    done, listed = made_runs(make)
+    assert done.exit_code == 1 and "2 rejected (inputs of runs; all in " in done.output and "row 2, no film (clip-1)" in done.output, (
+        done.output
+    )
+    assert [tuple(line.values()) for line in listed] == [
+        ("clip-1", "2", "s0", "0.png", "no film"),
+        ("clip-0 clip-1", "3", "s1", "1.png", "cut short"),
+    ]
+
+
+def test_a_run_that_failed_is_listed_with_what_its_fit_left_out(made_runs):
+    def make(job):
+        if job.name == "clip":
+            return leave(job, scores(job.seed))
+        (job.folder / "model").mkdir()
+        (job.folder / "model" / "rejected.csv").write_text("row,study_id,path,reason\n2,s0,0.png,no film\n")
+        return "exit 1: none of 1 images could be read"
+
+    done, listed = made_runs(make)
+    assert done.exit_code == 1 and "2 rejected (runs; " in done.output and "1 rejected (inputs of runs; " in done.output, done.output
+    assert [line["runs"] for line in listed] == ["radzero-0", "radzero-1", "radzero-0 radzero-1"]
+
+
+def test_runs_that_leave_nothing_out_end_well(made_runs):
+    done, listed = made_runs(lambda job: leave(job, scores(job.seed)))
+    assert done.exit_code == 0 and listed is None, done.output
+
+
 @pytest.mark.parametrize(
     ("recipe", "more", "said"),
     [
@@ -216,6 +351,153 @@ def test_studies_that_a_recipe_is_not_for_are_refused_before_anything_is_made(tm
     done = CliRunner().invoke(cli, ["compare", recipe, "--out", str(tmp_path / "out"), *more])
     assert done.exit_code == 2 and said in " ".join(done.output.split()), done.output
     assert not list((tmp_path / "out").glob("*"))
+
+
+def test_fresh_seeds_are_trained_after_a_choice(made_runs):
+    """Two from the third on, and none of those before."""
+    trained = []
+
+    def make(job):
+        trained.append((job.name, job.seed))
+        leave(job, scores(job.seed))
+
+    done, _ = made_runs(make, "--first-seed", "3")
+    assert done.exit_code == 0 and trained == [("clip", 3), ("radzero", 3), ("clip", 4), ("radzero", 4)], done.output
+
+
+def test_recipes_of_two_modalities_are_not_compared(tmp_path):
+    """Each has its own studies in the table, and no line of one is a line of the other."""
+    films = "".join(f"a{i},a{i},{i}.png,xray,{split}\n" for i, split in enumerate(("train", "val", "test")))
+    volumes = "".join(f"b{i},b{i},{i}.nii.gz,ct,{split}\n" for i, split in enumerate(("train", "val", "test")))
+    (tmp_path / "manifest.csv").write_text("study_id,patient_id,path,modality,split\n" + films + volumes)
+    table = read_manifest(tmp_path / "manifest.csv", check_files=False)
+    clip, slices = recipe_path("clip.yaml"), recipe_path("ct_slices.yaml")
+    check_modalities([clip], [], table)
+    check_modalities([slices], [], table)
+    films_alone = table.select(modality="xray")
+    with pytest.raises(ValueError, match=r"ct_slices\.yaml is of ct, and the manifest has no training rows of it"):
+        check_modalities([slices], [], films_alone)
+    with pytest.raises(ValueError, match=r"these are clip\.yaml of xray, ct_slices\.yaml of ct"):
+        check_modalities([clip, slices], [], table)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ([], Settings("xray", 16, 1, None, None)),
+        (["data.init_args.batch_size=8", "data.init_args.batch_size=4"], Settings("xray", 4, 1, None, None)),
+        (["data.batch_size=8", "trainer.accumulate_grad_batches=2"], Settings("xray", 8, 2, None, None)),
+        (["data={init_args: {batch_size: 8}}", "trainer={accumulate_grad_batches: 3}"], Settings("xray", 8, 3, None, None)),
+        (["data.init_args={modality: ct}", "trainer.max_steps=7"], Settings("ct", 16, 1, None, 7)),
+    ],
+)
+def test_what_is_set_counts_however_it_is_written(tmp_path, options, expected):
+    """The forms that a fit takes: last one wins, a mapping adds, ``init_args`` may be left out."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "data: {class_path: medvl.training.StudyDataModule, init_args: {batch_size: 16, texts: {class_path: reports.ReportText}}}"
+    )
+    assert settings(recipe, [f"--{one}" for one in options]) == expected
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("data.modality={xray: 12, ct: 4}", "trains on several modalities"),
+        ("data.init_args.columns=columns.yaml", "columns of its own"),
+        ("data.init_args.batch_size=many", "batch_size is 'many'"),
+    ],
+)
+def test_settings_that_cannot_be_compared_are_refused(option, said):
+    with pytest.raises(ValueError, match=rf"clip\.yaml.* {said}"):
+        settings(recipe_path("clip.yaml"), [f"--{option}"])
+
+
+@pytest.mark.parametrize(("batch_size", "steps", "fits"), [(4, 2, True), (8, 2, False), (4, 9, False)])
+def test_a_run_is_scored_as_it_was_trained_or_fails(tmp_path, monkeypatch, batch_size, steps, fits):
+    """The resolved recipe, not the recipe, says what is retrieved; if its budget is another than was planned, there is no run."""
+    lines = [f"s{i},p{i},{i}.png,xray,{split}" for i, split in enumerate(["train"] * 4 + ["val", "test", "test"])]
+    (tmp_path / "manifest.csv").write_text("\n".join(["study_id,patient_id,path,modality,split", *lines, ""]))
+    for i in range(7):
+        (tmp_path / f"{i}.png").touch()
+    job = Job("clip", recipe_path("clip.yaml"), 0, tmp_path / "clip-0", tmp_path / "manifest.csv", 8, options=("--data.batch_size=4",))
+    sources = []
+
+    def fit(subcommand, args):
+        assert subcommand == "fit" and "--trainer.max_steps=2" in args and args[-1] == "--data.batch_size=4"
+        folder = job.folder / "model"
+        folder.mkdir(parents=True)
+        texts = {"class_path": "reports.text_source.ReportSentences", "init_args": {}}
+        data = {"init_args": {"modality": "xray", "batch_size": batch_size, "texts": texts, "manifest": str(job.manifest)}}
+        (folder / "config.yaml").write_text(json.dumps({"data": data, "trainer": {"max_steps": steps, "accumulate_grad_batches": 1}}))
+        (folder / "rejected.csv").write_text("row,study_id,path,reason\n2,s0,0.png,no film\n")
+
+    def predicted(model, rows, prompts, source):
+        sources.append(type(source))
+        nothing = np.full((1, 1), math.nan)
+        left = tuple((row, "no masks") for row in rows[1:])
+        return Predictions(("x",), tuple(rows[:1]), nothing, nothing, ((None,),), nothing, nothing, None, left, contrast=nothing)
+
+    monkeypatch.setattr("medvl.training.cli.run", fit)
+    monkeypatch.setattr("torch.set_num_threads", lambda threads: None)  # of this process, which has other tests to run
+    monkeypatch.setattr("medvl.training.module.trainable", lambda model: 5)
+    monkeypatch.setattr("tasks.comparison.load", lambda folder: None)
+    monkeypatch.setattr("tasks.comparison.predict", predicted)
+    if not fits:
+        with pytest.raises(ValueError, match=r"clip\.yaml was trained as .*, not as "):
+            train_and_score(job)
+        assert not finished(job) and not sources
+        return
+    train_and_score(job)
+    assert finished(job) and set(sources) == {ReportSentences}  # the recipe has ReportText
+    assert json.loads((job.folder / "run.json").read_text())["images"] == 8
+    assert [(row, study, why) for row, study, _, why in left_out([job])] == [(2, "s0", "no film"), (8, "s6", "no masks")]
+    assert read_scores(job.folder, "test").rows.tolist() == [7]
+
+
+def test_seconds_of_training_are_those_of_the_steps(tmp_path):
+    """200 images a second, then 50: of as many images each, 1000 took (1000 / 200 + 1000 / 50) / 2 seconds."""
+    log = tmp_path / "metrics.csv"
+    assert _training_seconds(log) is None
+    log.write_text("step,train/loss\n0,1.0\n")
+    assert _training_seconds(log) is None
+    log.write_text("step,val/loss,watch/samples_per_second\n9,,200\n9,1.0,\n19,,50\n")
+    assert _training_seconds(log) == pytest.approx(12.5)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="needs Linux")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="memory is the accelerator's")
+def test_the_memory_of_a_run_is_not_that_of_what_started_it():
+    """A child starts with the peak of its parent in getrusage, however small it is itself."""
+    child = "import resource; from tasks.comparison import _peak_mb; print(_peak_mb(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    held = "held = bytearray(b'1') * (1500 * 2**20)"
+    parent = f"import subprocess, sys; {held}; sys.exit(subprocess.call([sys.executable, '-c', {child!r}]))"
+    done = subprocess.run([sys.executable, "-c", parent], capture_output=True, text=True, check=True)
+    peak, inherited = map(float, done.stdout.split())
+    assert 50 < peak < 1400 < inherited / 1024
+
+
+def test_costs_say_what_they_are_of(tmp_path):
+    """A run of few steps has no seconds of training; the mean is of those that have, and without any there is a dash."""
+    jobs = [finished_job(tmp_path, name, scores()) for name in ("logged", "short")]
+    jobs += [replace(jobs[0], seed=1, folder=tmp_path / "logged-1")]
+    jobs[2].folder.mkdir()
+    leave(jobs[2], scores())
+    note = json.loads((jobs[0].folder / "run.json").read_text()) | {"training_seconds_per_1000": 3.25, "cpu_seconds": 4.0}
+    (jobs[0].folder / "run.json").write_text(json.dumps(note))
+    lines = lines_of(jobs, repeats=10)
+    write_tables(lines, jobs, {}, tmp_path)
+    logged, short = csv.DictReader((tmp_path / "comparison.csv").open())
+    assert float(logged["training_seconds_per_1000_images"]) == 3.25 and short["training_seconds_per_1000_images"] == ""
+    assert float(logged["fit_cpu_seconds_per_1000_images"]) == pytest.approx(1000 * (4 + 1) / 2 / 16, abs=0.01)
+    runs = list(csv.DictReader((tmp_path / "runs.csv").open()))
+    assert [(run["training_seconds_per_1000_images"], run["fit_cpu_seconds"]) for run in runs] == [
+        ("3.25", "4.0"),
+        ("", "1.0"),
+        ("", "1.0"),
+    ]
+    page = write_comparison(tmp_path / "page.html", lines, "logged", {}, synthetic=False).read_text()
+    assert "whole fit, CPU s" in page and "<td>3.2</td>" in page and "<td>–</td><td>62.5</td>" in page
 
 
 def test_retrieval_is_of_what_was_trained_on_whatever_the_recipe_says(tmp_path):
@@ -248,7 +530,14 @@ def compared(tmp_path_factory):
         "--out",
         str(out),
     ]
-    args += ["--set", "data.init_args.reader.init_args.size=32", "--set", "data.init_args.batch_size=8"]
+    args += [
+        "--set",
+        "data.init_args.reader.init_args.size=32",
+        "--set",
+        "data.init_args.batch_size=8",
+        "--set",
+        "trainer.log_every_n_steps=4",
+    ]
     return out, args, CliRunner().invoke(cli, args)
 
 
@@ -259,7 +548,8 @@ def test_a_comparison_end_to_end(compared):
     rows = list(csv.DictReader((out / "comparison.csv").open()))
     assert [row["recipe"] for row in rows] == ["clip", "radzero"]
     for row in rows:
-        assert row["seeds"] == "2" and int(row["parameters"]) > 1000 and float(row["peak_memory_mb"]) > 100
+        assert row["seeds"] == "2" and int(row["parameters"]) > 1000 and float(row["fit_peak_memory_mb"]) > 100
+        assert min(float(row[f"{name}_seconds_per_1000_images"]) for name in ("training", "fit_cpu")) > 0
         for m in METRICS:
             low, value, high = (float(row[f"{m}{end}"]) for end in ("_low", "", "_high"))
             assert low <= value <= high and int(row[f"{m}_n"]) > 0
@@ -290,16 +580,17 @@ def test_a_comparison_end_to_end(compared):
 def test_what_is_finished_is_kept_and_what_was_asked_otherwise_is_not(compared):
     out, args, _ = compared
     manifest = out / "data" / "manifest.csv"
-    options = ("--data.init_args.reader.init_args.size=32", "--data.init_args.batch_size=8")
+    options = ("--data.init_args.reader.init_args.size=32", "--data.init_args.batch_size=8", "--trainer.log_every_n_steps=4")
     jobs = jobs_of([recipe_path("clip.yaml"), recipe_path("radzero.yaml")], range(2), out, manifest, 64, options)
     before = {job.folder: (job.folder / "run.json").stat().st_mtime_ns for job in jobs}
     (jobs[1].folder / "run.json").unlink()
-    lost = read_manifest(manifest).select(split="test").rows[0]
-    lost.path.write_bytes(b"no longer a film")
+    lost, missed = (read_manifest(manifest).select(split=split).rows[0] for split in ("test", "train"))
+    for one in (lost, missed):
+        one.path.write_bytes(b"no longer a film")
     done = CliRunner().invoke(cli, [one for one in args if not one.endswith("broken.yaml")])
-    assert done.exit_code == 1 and "0 runs failed, 1 inputs were left out" in done.output, done.output
-    (listed,) = csv.DictReader((out / "rejected.csv").open())
-    assert (listed["runs"], listed["row"], listed["study_id"]) == ("radzero-0", str(lost.row), lost.study_id)
+    assert done.exit_code == 1 and "2 rejected (inputs of runs" in done.output and "rejected (runs" not in done.output, done.output
+    listed = [(line["runs"], line["row"], line["study_id"]) for line in csv.DictReader((out / "rejected.csv").open())]
+    assert listed == [("radzero-0", str(one.row), one.study_id) for one in sorted((lost, missed), key=lambda one: one.row)]
     clip, radzero = csv.DictReader((out / "comparison.csv").open())
     assert int(clip["recall_at_10_n"]) == int(radzero["recall_at_10_n"]) + 1 and radzero["recall_at_10_difference"]
     after = {job.folder: (job.folder / "run.json").stat().st_mtime_ns for job in jobs}
@@ -315,7 +606,7 @@ def test_what_is_stopped_starts_no_other_run_and_leaves_none_behind(compared, tm
     """The signal goes to the comparison alone; its runs end with it, and so does the log that they write."""
     given = ["--seeds", "3", "--images", "4000", "--manifest", str(compared[0] / "data" / "manifest.csv"), "--out", str(tmp_path)]
     start = "from tasks.cli import main; main()"
-    process = subprocess.Popen([sys.executable, "-c", start, "compare", "clip", *given, *compared[1][-4:]], stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, "-c", start, "compare", "clip", *given, *compared[1][-6:]], stderr=subprocess.DEVNULL)
     run = tmp_path / "runs" / "clip-0" / "model" / "config.yaml"
     until(run.is_file)
     children = Path(f"/proc/{process.pid}/task")
