@@ -62,10 +62,10 @@ def diagnose(
     """Score findings in images by comparing them with prompt pairs.
 
     FILE is an image (DICOM, PNG, JPEG, TIFF), with a CT model a volume (NIfTI, MHA, NRRD, a zip or the folder of a DICOM series), or a
-    folder of them; tables and folders named masks are passed over. DICOM films, and series
-    folders, whose headers name the same study are one, scored by the mean over its images, or from all of them together where the model
-    pools views or series; a picture is a study of its own. With --json one object a line per study, in order, as soon as it is known; of a volume it has the score
-    of every slice, each as if it were the whole study. Scores are not calibrated: not probabilities.
+    folder of them; tables and folders named masks are passed over. DICOM films, and series folders, whose headers name the same study are
+    one, scored by the mean over its images, or from all of them together where the model pools views or series; a picture is a study of
+    its own. With --json one object a line per study, in order, as soon as it is known; of a volume it has the score of every slice, each
+    as if it were the whole study. Scores are not calibrated: not probabilities.
 
     \b
     Examples:
