@@ -203,19 +203,21 @@ def read_sources(sources: Sequence[Path], series: int | Literal["largest"] | Non
 
 def _places(path: Path, series: int | Literal["largest"] | None, stack: ExitStack) -> Iterator[tuple[Path, Path]]:
     """(what to call it, where it lies now) of each file that stands behind a source."""
-    if path.is_file() and not is_zip(path):
-        yield path, path
-        return
     try:
-        found = find_series(path)
-        volumes = any(one.kind in ("volume", "slice") for one in found)
-        chosen = [choose_series(path, found, series)[0]] if volumes else [one for one in found if one.kind == "other"]
-        slices = {(item.file, item.member): item for one in chosen for item in one.slices}
-        members = [member for _, member in slices if member is not None]
+        if path.is_file() and not is_zip(path):
+            files: list[tuple[Path, int | None]] = [(path, None)]
+        else:
+            found = find_series(path)
+            volumes = any(one.kind in ("volume", "slice") for one in found)
+            chosen = [choose_series(path, found, series)[0]] if volumes else [one for one in found if one.kind == "other"]
+            files = list(dict.fromkeys((item.file, item.member) for one in chosen for item in one.slices if min(item.shape) > 0))
+        members = [member for _, member in files if member is not None]
         unzipped = dict(zip(members, stack.enter_context(unpacked(path, members)), strict=True)) if members else {}
     except UnreadableImageError as error:
         raise _not_dicom(path, error) from None
-    for file, member in slices:
+    if not files:
+        raise ValueError(f"{path}: a DICOM SR needs DICOM sources; expected images, got other DICOM objects alone")
+    for file, member in files:
         yield file, file if member is None else unzipped[member]
 
 
@@ -279,7 +281,7 @@ def _evidence(values: Mapping[str, str]) -> Dataset:
     for name in DATES:
         moment = _moment(values.get(f"{name}Date", ""), values.get(f"{name}Time", ""))
         if moment is not None:
-            image.ContentDate, image.ContentTime = moment.strftime("%Y%m%d"), moment.strftime("%H%M%S")
+            image.ContentDate, image.ContentTime = _date_and_time(moment)
             break
     return image
 
@@ -299,6 +301,11 @@ def _moment(date: str, time: str) -> datetime | None:
         return datetime.strptime(digits + clock.ljust(6, "0"), "%Y%m%d%H%M%S")
     except ValueError:
         return None
+
+
+def _date_and_time(moment: datetime) -> tuple[str, str]:
+    date, time = moment.isoformat(timespec="seconds").split("T")
+    return date.replace("-", ""), time.replace(":", "")
 
 
 def _latest(images: Sequence[Dataset]) -> datetime | None:
@@ -356,7 +363,7 @@ def _content(
         model_name=f"{device.name} {device.version}, model {device.model}",
         serial_number=device.version,
     )
-    algorithm = sr.AlgorithmIdentification(device.model, device.version, manufacturer=device.name)
+    algorithm = sr.AlgorithmIdentification(device.model, device.version)
     groups = [
         sr.MeasurementsAndQualitativeEvaluations(
             tracking_identifier=sr.TrackingIdentifier(uid(*key, name, "tracking"), name),
@@ -423,16 +430,13 @@ def _document(images: Sequence[Dataset], content: Any, device: Device, descripti
         sop_instance_uid=uid(*key, "instance"),
         instance_number=1,
         manufacturer=device.name,
-        manufacturer_model_name=_one_line(device.model),
-        device_serial_number=device.version,
-        software_versions=device.version,
-        series_description=_one_line(description),
-        content_date=date.date(),
-        content_time=date.time(),
-        specific_character_set="ISO_IR 192",
     )
-    report.InstanceCreationDate, report.InstanceCreationTime = report.ContentDate, report.ContentTime  # highdicom reads the clock
-    for equipment in report.ContributingEquipmentSequence:
+    report.SpecificCharacterSet, report.SeriesDescription = "ISO_IR 192", _one_line(description)
+    report.ManufacturerModelName, report.SoftwareVersions = _one_line(device.model), device.version
+    report.DeviceSerialNumber = device.version
+    report.ContentDate, report.ContentTime = _date_and_time(date)
+    report.InstanceCreationDate, report.InstanceCreationTime = _date_and_time(date)  # highdicom reads the clock
+    for equipment in report.get("ContributingEquipmentSequence", ()):  # of later versions
         equipment.pop("ContributionDateTime", None)
     scheme = Dataset()
     scheme.CodingSchemeDesignator, scheme.CodingSchemeName = PRIVATE_SCHEME, PRIVATE_SCHEME_NAME

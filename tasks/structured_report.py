@@ -95,7 +95,7 @@ def write_report(
         measure=PROBABILITY if provenance.calibrated else SCORE,
         device=Device("medvl", provenance.version, provenance.model),
         context=[(ITEMS[name], value) for name, value in told.items()],
-        notice=f"{NOTICE[0].upper()}{NOTICE[1:]}",
+        notice=NOTICE,
         description=DESCRIPTION,
         written=written,
         series=series,
