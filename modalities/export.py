@@ -95,7 +95,7 @@ def write_radiograph_dicom(
         ds.WindowCenter, ds.WindowWidth = _decimal(4096 - centre if inverted else centre), _decimal(width)  # PS3.3 C.11.2.1.2.1
     stored = 4095 - pixels if inverted else pixels
     ds.PixelData = np.ascontiguousarray(stored, dtype="<u2").tobytes()
-    _save(ds, path)
+    save_dicom(ds, path)
 
 
 def write_ct_series(
@@ -142,7 +142,7 @@ def write_ct_series(
         ds.WindowCenter, ds.WindowWidth = ["-600", "40"], ["1500", "400"]
         ds.WindowCenterWidthExplanation = ["LUNG", "MEDIASTINUM"]
         ds.PixelData = np.ascontiguousarray(plane).tobytes()
-        _save(ds, folder / f"{index + 1:04d}.dcm")
+        save_dicom(ds, folder / f"{index + 1:04d}.dcm")
 
 
 def write_nifti(path: Path, volume: NDArray[Any], affine: NDArray[np.float64]) -> None:
@@ -235,7 +235,8 @@ def _decimal(value: float) -> str:
     return text if len(text) <= 16 else f"{float(value):.8e}"
 
 
-def _save(ds: Dataset, path: Path) -> None:
+def save_dicom(ds: Dataset, path: Path) -> None:
+    """Put a dataset in place as a whole file, explicit VR little endian, with file meta information of ours."""
     from pydicom import dcmwrite
     from pydicom.dataset import FileMetaDataset
     from pydicom.uid import UID, ExplicitVRLittleEndian
@@ -248,7 +249,8 @@ def _save(ds: Dataset, path: Path) -> None:
         "MEDVL",
     )
     ds.file_meta = meta
-    ds[PIXEL_DATA].VR = "OW"
+    if PIXEL_DATA in ds:
+        ds[PIXEL_DATA].VR = "OW"
     content = io.BytesIO()
     dcmwrite(content, ds, enforce_file_format=True, little_endian=True, implicit_vr=False)
     write_whole(path, content.getvalue())

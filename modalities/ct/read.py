@@ -68,7 +68,7 @@ def read_ct(
             if kind == "itk":
                 return read_itk(path)
     found = find_series(path, tolerance_mm=tolerance_mm)
-    chosen, note = _choose(path, found, series)
+    chosen, note = choose_series(path, found, series)
     volume = read_series(chosen, fill_missing=fill_missing)
     return volume.replace(warnings=(*volume.warnings, *note)) if note else volume
 
@@ -114,8 +114,12 @@ def _read_packed(
         return volume.replace(voxels=volume.voxels.copy())
 
 
-def _choose(path: Path, found: list[Series], series: int | Literal["largest"] | None) -> tuple[Series, list[str]]:
-    """The series to read, and what to note about those left."""
+def choose_series(path: Path, found: list[Series], series: int | Literal["largest"] | None) -> tuple[Series, list[str]]:
+    """The series that :func:`read_ct` reads of those found in a folder or zip, and what to note about those left.
+
+    Raises:
+        UnreadableImageError: none that is a volume, or several and ``series`` does not say which.
+    """
     unreadable = [item for item in found if item.kind == "unreadable"]
     note = [f"{len(unreadable)} file{'s' * (len(unreadable) > 1)} beside it could not be read"] if unreadable else []
     if isinstance(series, int):
