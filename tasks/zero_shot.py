@@ -3,7 +3,8 @@
 Shapes: B images, F findings, P prompts. A score is the softmax of the pair: the sigmoid of (mean similarity with the positive prompts -
 mean similarity with the negative prompts), similarities as logits, so the learned temperature is in them. It is not calibrated, so it
 is called a score and not a probability. A study of several images has the sigmoid of the mean over its images of that difference; with a
-tower that pools views, that of the study's own features, made of all its images together.
+tower that pools views, that of the study's own features, made of all its images together. Other rules, published ones among them, are a
+:class:`tasks.scoring.Scorer`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from medvl.model import DualEncoder, packed
 from medvl.nn.similarity import slice_logits
 from medvl.types import ImageFeatures, ImageReader, ImageSample, TextFeatures, UnreadableImageError
 from reports.prompts import PromptSet
+from tasks.scoring import Scorer
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class Diagnosis:
     warnings: tuple[str, ...] = ()
     unreadable: dict[str, str] = field(default_factory=dict)  # path -> reason
     slices: tuple[SliceScores, ...] = ()  # of the study's volumes
+    signs: dict[str, dict[str, float]] = field(default_factory=dict)  # finding -> visual sign (or kind) -> its score, where a rule has them
 
     @property
     def path(self) -> str:
@@ -108,15 +111,35 @@ def slice_scores(model: DualEncoder, images: ImageFeatures, bank: PromptBank) ->
     return ((bank.positive - bank.negative) @ logits).sigmoid()
 
 
-def diagnose(model: DualEncoder, paths: Sequence[Path], bank: PromptBank, batch_size: int = 16) -> Iterator[Diagnosis]:
+def diagnose(
+    model: DualEncoder,
+    paths: Sequence[Path],
+    scoring: PromptBank | Scorer,
+    batch_size: int = 16,
+    studies: Sequence[Sequence[Path]] | None = None,
+) -> Iterator[Diagnosis]:
     """Score the studies that the files make up, in the order of their first files; a file that cannot be read costs only itself.
 
     Headers are read first, to know the studies; images then a batch at a time, and each study is yielded once its last image is scored.
+    By a rule that depends on the run, all are yielded once the last is.
+
+    Args:
+        studies: the files of each, where that is known; then ``paths`` does not count.
     """
-    studies = group_by_study(model.reader, paths)
-    outcomes = _outcomes(model, studies, bank, batch_size)
-    for study in studies:
-        yield _diagnosis(list(islice(outcomes, len(study))), bank.findings)
+    studies = group_by_study(model.reader, paths) if studies is None else studies
+    outcomes = _outcomes(model, studies, scoring, batch_size)
+    together = (list(islice(outcomes, len(study))) for study in studies)
+    if isinstance(scoring, PromptBank) or not scoring.rule.depends_on_run:
+        for found in together:
+            yield _diagnosis(found, scoring)
+        return
+    kept = list(together)
+    matrices = [_of_study(found, scoring) for found in kept]
+    good = [i for i, one in enumerate(matrices) if one is not None]
+    scores = scoring.scores(torch.stack([one for one in matrices if one is not None])) if good else torch.empty(0)
+    of = dict(zip(good, scores, strict=True))
+    for i, found in enumerate(kept):
+        yield _diagnosis(found, scoring, of.get(i))
 
 
 def group_by_study(reader: ImageReader, paths: Sequence[Path]) -> list[list[Path]]:
@@ -138,23 +161,23 @@ class _Outcome:
     """One image of a study: its logits, or why there are none."""
 
     path: str
-    logits: Tensor | None = None  # (F,), float64, on the CPU; where the tower pools views, those of the study
+    logits: Tensor | None = None  # (F,), or (parts, G) of a rule, float64, on the CPU; where the tower pools views, those of the study
     error: str = ""
     warnings: tuple[str, ...] = ()
     slices: SliceScores | None = None
 
 
-def _outcomes(model: DualEncoder, together: Sequence[Sequence[Path]], bank: PromptBank, batch_size: int) -> Iterator[_Outcome]:
+def _outcomes(model: DualEncoder, together: Sequence[Sequence[Path]], scoring: PromptBank | Scorer, batch_size: int) -> Iterator[_Outcome]:
     """One outcome per file, in order, a batch at a time; files that stand together are encoded together."""
     for part in packed(together, batch_size):
         read = [[(path, _read(model, path)) for path in paths] for paths in part]
         good = [[(path, one) for path, one in group if not isinstance(one, UnreadableImageError)] for group in read]
-        scored = _scored(model, good, bank)
+        scored = _scored(model, good, scoring)
         for path, one in (pair for group in read for pair in group):
             yield _Outcome(str(path), error=str(one)) if isinstance(one, UnreadableImageError) else scored[path]
 
 
-def _scored(model: DualEncoder, groups: Sequence[Sequence[tuple[Path, ImageSample]]], bank: PromptBank) -> dict[Path, _Outcome]:
+def _scored(model: DualEncoder, groups: Sequence[Sequence[tuple[Path, ImageSample]]], scoring: PromptBank | Scorer) -> dict[Path, _Outcome]:
     """Path -> outcome of the images that were read; films and volumes each in a batch of their own."""
     found: dict[Path, _Outcome] = {}
     for modality in ("xray", "ct"):
@@ -163,12 +186,17 @@ def _scored(model: DualEncoder, groups: Sequence[Sequence[tuple[Path, ImageSampl
         if not (units := [unit for unit in units if unit]):
             continue
         features = encode(model, [[sample for _, sample in unit] for unit in units])
-        logits = pair_logits(model, features, bank).cpu().double()
-        slices = None if features.slices is None else slices_of_images(slice_scores(model, features, bank), features).cpu()
-        for i, unit in enumerate(units):
+        slices = None
+        if isinstance(scoring, PromptBank):
+            logits = pair_logits(model, features, scoring).cpu().double()
+            if features.slices is not None:
+                slices = slices_of_images(slice_scores(model, features, scoring), features).cpu()
+        else:
+            logits = scoring.group_scores(model, features).cpu()
+        for i, (unit, own) in enumerate(zip(units, logits, strict=True)):
             for k, (path, sample) in enumerate(unit):
-                by_slice = None if slices is None else _by_slice(path, sample, slices[i, k], bank.findings)
-                found[path] = _Outcome(str(path), logits[i], warnings=sample.warnings, slices=by_slice)
+                by_slice = None if slices is None else _by_slice(path, sample, slices[i, k], scoring.findings)
+                found[path] = _Outcome(str(path), own, warnings=sample.warnings, slices=by_slice)
     return found
 
 
@@ -208,24 +236,45 @@ def _read(model: DualEncoder, path: Path) -> ImageSample | UnreadableImageError:
         return error
 
 
-def _diagnosis(outcomes: Sequence[_Outcome], findings: Sequence[str]) -> Diagnosis:
-    """The images of one study as one result; where there are several, a warning says which file it is of."""
+def _images(outcomes: Sequence[_Outcome]) -> list[Tensor]:
+    """What each image of a study has; films that were encoded together have one result between them."""
+    return list({id(one.logits): one.logits for one in outcomes if one.logits is not None}.values())
+
+
+def _of_study(outcomes: Sequence[_Outcome], scorer: Scorer) -> Tensor | None:
+    """(parts, F) of a study before what all studies of a run decide; None where no image was read."""
+    images = _images(outcomes)
+    return scorer.study_scores(torch.stack(images)) if images else None
+
+
+def _diagnosis(outcomes: Sequence[_Outcome], scoring: PromptBank | Scorer, decided: Tensor | None = None) -> Diagnosis:
+    """The images of one study as one result; where there are several, a warning says which file it is of.
+
+    Args:
+        decided: (F,) scores, where they depend on other studies.
+    """
     paths = tuple(one.path for one in outcomes)
-    logits = [one.logits for one in outcomes if one.logits is not None]
     unreadable = {one.path: one.error for one in outcomes if one.logits is None}
     error = "; ".join(unreadable.values()) or None
     if error is not None and len(paths) > 1:
         error = f"{len(unreadable)} of the study's {len(paths)} files could not be read: {error}"
-    if not logits:
+    if not (images := _images(outcomes)):
         return Diagnosis(paths, ok=False, error=error, unreadable=unreadable)
-    units = {id(found): found for found in logits}  # films that were encoded together have one result between them
-    scores = torch.stack(list(units.values())).mean(0).sigmoid().tolist()
+    signs: dict[str, dict[str, float]] = {}
+    if isinstance(scoring, PromptBank):
+        scores = torch.stack(images).mean(0).sigmoid()
+    else:
+        groups = torch.stack(images)
+        scores = scoring.scores(scoring.study_scores(groups)[None])[0] if decided is None else decided
+        for group, value in scoring.signs(groups):
+            signs.setdefault(scoring.findings[group.finding], {})[group.about] = value
     return Diagnosis(
         paths,
         ok=True,
         error=error,
-        findings=dict(zip(findings, scores, strict=True)),
+        findings=dict(zip(scoring.findings, scores.tolist(), strict=True)),
         warnings=tuple(note if len(paths) == 1 else f"{one.path}: {note}" for one in outcomes for note in one.warnings),
         unreadable=unreadable,
         slices=tuple(one.slices for one in outcomes if one.slices is not None),
+        signs={name: of for name, of in signs.items() if len(of) > 1},
     )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,26 +14,36 @@ from tasks.commands.common import (
     REJECTED,
     cache_option,
     check_out_file,
+    check_out_folder,
     console,
     echo_notice,
     json_option,
     json_text,
+    load_manifest,
     load_model,
     load_prompt_set,
     model_options,
     new_table,
+    progress,
     prompts_option,
     report_rejected,
+    usage_errors,
+    weights_sha256,
     write_csv,
 )
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from medvl.model import DualEncoder
     from medvl.types import ImageReader
-    from tasks.zero_shot import Diagnosis, SliceScores
+    from reports.prompts import PromptSet
+    from tasks.diagnosis_table import DiagnosisTable
+    from tasks.scoring import Scorer
+    from tasks.zero_shot import Diagnosis, PromptBank, SliceScores
 
 BAR = 24  # characters of a full bar
+TABLES = (".csv", ".parquet", ".pq")
 
 
 @click.command()
@@ -40,9 +51,16 @@ BAR = 24  # characters of a full bar
 @model_options
 @prompts_option
 @click.option("--finding", "findings", multiple=True, metavar="NAME", help="Score only this finding (repeatable).")
+@click.option(
+    "--labels", metavar="SET", help="Score the labels of this set, under the names that it publishes: chexpert_14, ct_rate_18, ..."
+)
+@click.option("--preset", metavar="NAME", help="Score by the rule of a published system: chexzero, xplainer, radzero, ...")
 @cache_option
 @json_option
-@click.option("--csv", "csv_path", type=click.Path(path_type=Path), metavar="OUT", help="Write the scores as a table too.")
+@click.option("--out", type=click.Path(path_type=Path), metavar="OUT", help="Write a line a study to OUT.csv or OUT.jsonl, as it is known.")
+@click.option("--anew", is_flag=True, help="Begin --out anew, not where it was stopped.")
+@click.option("--sr", "sr_folder", type=click.Path(path_type=Path), metavar="DIR", help="Write a DICOM SR of each study (extra 'sr').")
+@click.option("--csv", "csv_path", type=click.Path(path_type=Path), metavar="OUT", help="Write the scores as a table at the end.")
 @click.option("--rejected", "rejected_path", type=click.Path(path_type=Path), metavar="OUT", help="List unreadable files in a CSV.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True, help="Images encoded at once.")
 @click.pass_context
@@ -53,61 +71,186 @@ def diagnose(
     device: str | None,
     prompts: Path | None,
     findings: tuple[str, ...],
+    labels: str | None,
+    preset: str | None,
     cache: Path | None,
     as_json: bool,
+    out: Path | None,
+    anew: bool,
+    sr_folder: Path | None,
     csv_path: Path | None,
     rejected_path: Path | None,
     batch_size: int,
 ) -> None:
-    """Score findings in images by comparing them with prompt pairs.
+    """Score findings in images by comparing them with prompts.
 
-    FILE is an image (DICOM, PNG, JPEG, TIFF), with a CT model a volume (NIfTI, MHA, NRRD, a zip or the folder of a DICOM series), or a
-    folder of them; tables and folders named masks are passed over. DICOM films, and series folders, whose headers name the same study are
-    one, scored by the mean over its images, or from all of them together where the model pools views or series; a picture is a study of
-    its own. With --json one object a line per study, in order, as soon as it is known; of a volume it has the score of every slice, each
-    as if it were the whole study. Scores are not calibrated: not probabilities.
+    FILE is an image (DICOM, PNG, JPEG, TIFF), with a CT model a volume (NIfTI, MHA, NRRD, a zip or the folder of a DICOM series), a folder
+    of them, or a manifest (.csv, .parquet) whose studies are scored; in folders tables and what is named masks are passed over. DICOM
+    films, and series folders, whose headers name the same study are one, scored by the mean over its images, or from all of them together
+    where the model pools views or series; a picture is a study of its own. With --json one object a line per study, in order, as soon as
+    it is known; of a volume it has the score of every slice, each as if it were the whole study. Scores are not calibrated: not
+    probabilities.
 
     \b
     Examples:
       medvl diagnose film.dcm --model demo/model
       medvl diagnose folder/ other.png --model demo/model --json --rejected bad.csv
       medvl diagnose film.dcm --model demo/model --finding pneumothorax --finding edema
+      medvl diagnose folder/ --model demo/model --labels chexpert_14 --preset xplainer --out scores.csv
       medvl diagnose volume.nii.gz series_folder/ --model demo_ct/model
     """
-    prompt_set = load_prompt_set(prompts)
+    prompt_set = load_prompt_set(Path(labels) if labels is not None and prompts is None else prompts)
+    if labels is not None and labels not in prompt_set.label_sets:
+        raise click.UsageError(f"--labels {labels}: no such label set; the prompts have {', '.join(prompt_set.label_sets) or 'none'}")
     if unknown := [name for name in findings if name not in prompt_set.findings]:
         raise click.UsageError(f"--finding {', '.join(unknown)}: no prompts for it; known: {', '.join(prompt_set.findings)}")
     check_out_file(csv_path, "--csv")
+    check_out_file(out, "--out")
     check_out_file(rejected_path, "--rejected")
+    if sr_folder is not None:
+        check_out_folder(sr_folder, "--sr")
     encoder = load_model(model, device, cache)
+    from tasks.scoring import Scorer
     from tasks.zero_shot import diagnose as score_files
-    from tasks.zero_shot import encode_prompts
 
-    bank = encode_prompts(encoder, prompt_set, list(dict.fromkeys(findings)) or None)
-    results: list[Diagnosis] = []
-    out = None if as_json else console()
-    for result in score_files(encoder, find_images(encoder.reader, files), bank, batch_size):
-        results.append(named_if_empty_folder(result, encoder.reader))
-        if out is None:
-            click.echo(json_text(as_object(results[-1])))
-        elif results[-1].ok:
-            click.echo("\n".join(results[-1].paths))
-            out.print(as_table(results[-1]))
-    rejected = [one for result in results for one in result.unreadable.items()]
+    published = {} if labels is None else {finding: label for label, finding in prompt_set.label_set(labels).items()}
+    wanted = list(dict.fromkeys(findings)) or list(published) or None
+    scoring = _scoring(encoder, preset, prompt_set, wanted, labels)
+    names = {name: published.get(name, name) for name in scoring.findings}
+    protocol = _protocol(model, encoder, preset, prompt_set, scoring, labels)
+    found = _studies(encoder.reader, files)
+    shown = None if as_json or out is not None else console()
+    kept: list[Diagnosis] = []
+    rejected = list(found.rejected)
+    with ExitStack() as stack:
+        table = None if out is None else stack.enter_context(_table(out, list(names.values()), protocol, anew))
+        if table is not None and isinstance(scoring, Scorer) and scoring.rule.depends_on_run and table.done:
+            raise click.UsageError(f"--preset {preset}: its scores depend on all studies of a run, which cannot go on; give --anew")
+        todo = [(name, paths) for name, paths in found.studies if table is None or name not in table.done]
+        step = stack.enter_context(progress("studies", len(found.studies))) if out is not None else None
+        if step is not None and table is not None:
+            step(len(found.studies) - len(todo))
+            rejected += table.rejected
+        results = score_files(encoder, (), scoring, batch_size, [paths for _, paths in todo])
+        for (name, _), result in zip(todo, results, strict=True):
+            one = named_if_empty_folder(result, encoder.reader)
+            rejected += one.unreadable.items() if table is None else [(one.path, one.error)] if one.error else []
+            if csv_path is not None:
+                kept.append(one)
+            if table is not None:
+                table.add(name, one.ok, one.error, {names[key]: value for key, value in one.findings.items()}, one.paths)
+            if sr_folder is not None and one.ok:
+                rejected += _write_sr(sr_folder, one, names, model, protocol, prompt_set, encoder, preset)
+            if step is not None:
+                step(1)
+            if as_json:
+                click.echo(json_text(as_object(one, names)))
+            elif shown is not None and one.ok:
+                click.echo("\n".join(one.paths))
+                shown.print(as_table(one, names))
     if csv_path is not None:
-        write_csv(
-            csv_path,
-            ("path", "paths", "ok", "error", *bank.findings),
-            (
-                (r.path, json_text(r.paths), int(r.ok), r.error or "", *(repr(r.findings[name]) if r.ok else "" for name in bank.findings))
-                for r in results
-            ),
-        )
+        _write_table(csv_path, kept, names)
+    if rejected_path is None and out is not None and rejected:
+        rejected_path = out.with_name(f"{out.stem}.rejected.csv")
     report_rejected(rejected, "files", rejected_path)
     if not as_json:
         echo_notice()
     if rejected:
         ctx.exit(REJECTED)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What is to be scored: the id and the files of each study, and what of a manifest cannot be used."""
+
+    studies: list[tuple[str, list[Path]]]
+    rejected: list[tuple[str, str]]
+
+
+def _studies(reader: ImageReader, files: Sequence[Path]) -> _Found:
+    """Of files by their headers, of a manifest as it says; the id of the former is the path of their first file."""
+    from tasks.zero_shot import group_by_study
+
+    tables = [path for path in files if path.is_file() and path.suffix.lower() in TABLES]
+    studies = [
+        (str(paths[0]), paths) for paths in group_by_study(reader, find_images(reader, [path for path in files if path not in tables]))
+    ]
+    rejected: list[tuple[str, str]] = []
+    for path in tables:
+        manifest = load_manifest(path, None, allow_outside=True)
+        rejected += [(str(bad.path), str(bad)) for bad in manifest.rejected]
+        of: dict[str, list[Path]] = {}
+        for row in manifest.rows:
+            of.setdefault(row.study_id, []).append(row.path)
+        studies += of.items()
+    return _Found(studies, rejected)
+
+
+def _scoring(
+    encoder: DualEncoder, preset: str | None, prompts: PromptSet, findings: list[str] | None, labels: str | None
+) -> PromptBank | Scorer:
+    """Ours, with the scores of slices, or the rule of a preset."""
+    from tasks.scoring import Scorer
+    from tasks.scoring import preset as rule_of
+    from tasks.zero_shot import encode_prompts
+
+    if preset is None:
+        return encode_prompts(encoder, prompts, findings)
+    with usage_errors(KeyError, ValueError):
+        return Scorer.of(encoder, rule_of(preset), prompts, findings, labels)
+
+
+def _protocol(
+    model: Path, encoder: DualEncoder, preset: str | None, prompts: PromptSet, scoring: PromptBank | Scorer, labels: str | None
+) -> str:
+    """Hash of all that a score depends on: weights, preprocessing, prompts, rule, labels."""
+    from tasks.diagnosis_table import protocol_hash
+
+    rule = "medvl" if preset is None else scoring.preset_sha256  # type: ignore[union-attr]
+    told = {"weights_sha256": weights_sha256(model), "preprocessing": encoder.reader.spec(), "prompts_sha256": prompts.sha256}
+    return protocol_hash({**told, "rule": rule, "findings": scoring.findings, "labels": labels})
+
+
+def _table(out: Path, labels: list[str], protocol: str, anew: bool) -> DiagnosisTable:
+    from tasks.diagnosis_table import DiagnosisTable
+
+    with usage_errors(ValueError):
+        return DiagnosisTable(out, labels, protocol, anew=anew)
+
+
+def _write_sr(
+    folder: Path,
+    result: Diagnosis,
+    names: dict[str, str],
+    model: Path,
+    protocol: str,
+    prompts: PromptSet,
+    encoder: DualEncoder,
+    preset: str | None,
+) -> list[tuple[str, str]]:
+    """A DICOM SR of a study in the folder; or the study and why there is none."""
+    from tasks.diagnosis_table import protocol_hash
+    from tasks.structured_report import SrProvenance, write_report
+
+    preprocessing = protocol_hash({"preprocessing": encoder.reader.spec()})
+    provenance = SrProvenance(model.name, prompts.sha256, preprocessing, preset or "medvl", protocol, calibrated=False)
+    sources = [Path(path) for path in result.paths if path not in result.unreadable]
+    try:
+        write_report(folder, sources, {names[name]: score for name, score in result.findings.items()}, provenance)
+    except ValueError as error:
+        return [(result.path, f"{result.path}: no SR: {error}")]
+    return []
+
+
+def _write_table(path: Path, results: Sequence[Diagnosis], names: dict[str, str]) -> None:
+    write_csv(
+        path,
+        ("path", "paths", "ok", "error", *names.values()),
+        (
+            (r.path, json_text(r.paths), int(r.ok), r.error or "", *(repr(r.findings[name]) if r.ok else "" for name in names))
+            for r in results
+        ),
+    )
 
 
 def find_images(reader: ImageReader, files: Sequence[Path]) -> list[Path]:
@@ -127,16 +270,23 @@ def named_if_empty_folder(result: Diagnosis, reader: ImageReader) -> Diagnosis:
     return replace(result, error=error, unreadable={result.path: error})
 
 
-def as_object(result: Diagnosis) -> dict[str, Any]:
-    """One study as JSON has it; ``slices`` only of volumes from a tower that keeps slices."""
+def as_object(result: Diagnosis, names: dict[str, str] | None = None) -> dict[str, Any]:
+    """One study as JSON has it; ``slices`` only of volumes from a tower that keeps slices, ``signs`` only of rules that have them.
+
+    Args:
+        names: what findings are called, if not by their ids.
+    """
     from medvl.types import RESEARCH_USE
+
+    called = names or {}
 
     return {
         "path": result.path,
         "paths": list(result.paths),
         "ok": result.ok,
         "error": result.error,
-        "findings": result.findings,
+        "findings": {called.get(name, name): score for name, score in result.findings.items()},
+        **({"signs": {called.get(name, name): of for name, of in result.signs.items()}} if result.signs else {}),
         **({"slices": [asdict(one) for one in result.slices]} if result.slices else {}),
         "calibrated": False,
         "warnings": list(result.warnings),
@@ -144,17 +294,20 @@ def as_object(result: Diagnosis) -> dict[str, Any]:
     }
 
 
-def as_table(result: Diagnosis) -> Table:
-    """One study for a person."""
+def as_table(result: Diagnosis, names: dict[str, str] | None = None) -> Table:
+    """One study for a person; below a finding its signs, where a rule has them, the strongest first."""
     notes = "; ".join(
         ("scores are not calibrated: compare studies, not findings", *([result.error] if result.error else []), *result.warnings)
     )
     deep = ("best slice",) if result.slices else ()
-    bar = "0" + "1".rjust(BAR - 1)
+    bar = "0" + "1".rjust(BAR - 1) if all(0 <= score <= 1 for score in result.findings.values()) else ""
     table = new_table(None, "finding", "score", bar, *deep, numbers=("score",), whole=("finding", *deep), caption=notes)
+    inside = all(0 <= score <= 1 for score in result.findings.values())
     for name, score in result.findings.items():
         best = ("; ".join(_best_slice(one, name) for one in result.slices),) if deep else ()
-        table.add_row(name, f"{score:.3f}", "█" * round(score * BAR), *best)
+        table.add_row((names or {}).get(name, name), f"{score:.3f}", "█" * round(score * BAR) if inside else "", *best)
+        for sign, value in sorted(result.signs.get(name, {}).items(), key=lambda pair: -pair[1]):
+            table.add_row(f"  {sign}", f"{value:.3f}", "░" * round(value * BAR) if inside else "")
     return table
 
 
