@@ -53,6 +53,11 @@ class Statistic:
     used: NDArray[np.bool_] = field(repr=False)
     n_positive: int | None = None
 
+    @property
+    def value(self) -> float:
+        """The metric of the rows as they are, each counted once."""
+        return float(self.of_weights(np.ones((1, len(self.used))))[0])
+
 
 def mean_statistic(values: ArrayLike) -> Statistic:
     """The mean of (N,) values as a function of row weights; rows that are NaN do not count."""
@@ -85,6 +90,56 @@ def combined(terms: Sequence[tuple[float, Statistic]]) -> Statistic:
     return Statistic(of_weights, np.any([statistic.used for _, statistic in terms], axis=0))
 
 
+@dataclass(frozen=True)
+class Resamples:
+    """S metrics on a table and on R resamples of its patients, the same for all of them, so that differences and means can be taken."""
+
+    column: dict[str, int]  # name of a metric -> its place in what follows
+    values: NDArray[np.float64]  # (S,) on the table as it is
+    draws: NDArray[np.float64]  # (R, S), NaN where a resample leaves the metric undefined
+    used: NDArray[np.bool_]  # (S, N) rows that count
+    n_positive: tuple[int | None, ...]  # (S,)
+    member: NDArray[np.int64]  # (N,) the patient of each row, as a number
+    level: float = 0.95
+
+    def interval(self, name: str) -> Interval:
+        """A metric with its percentile interval."""
+        i = self.column[name]
+        return _interval(self.values[i], self.draws[:, i], self.used[i], self.member, self.level, self.n_positive[i])
+
+    def mean(self, names: Sequence[str]) -> Interval:
+        """The mean of several metrics; a resample counts only if all of them are defined there. NaN of no metric."""
+        at = [self.column[name] for name in names]
+        value = self.values[at].mean() if at else math.nan
+        draws = self.draws[:, at].mean(axis=1) if at else np.full(len(self.draws), math.nan)
+        return _interval(value, draws, self.used[at].any(axis=0), self.member, self.level, None)
+
+
+def bootstrap_resamples(
+    statistics: Mapping[str, Statistic], patient_ids: PatientIds, *, repeats: int = 1000, seed: int = 0, level: float = 0.95
+) -> Resamples:
+    """Every metric on the table and on the same resamples of its patients; see :func:`bootstrap_intervals`.
+
+    Raises:
+        ValueError: lengths that differ, no rows, or a level outside (0, 1).
+    """
+    if not 0 < level < 1 or repeats < 0:
+        raise ValueError(f"level must lie between 0 and 1 and repeats be 0 or more, got {level} and {repeats}")
+    patients, member = _patients(patient_ids)
+    for name, statistic in statistics.items():
+        if len(statistic.used) != len(member):
+            raise ValueError(f"{name or 'the metric'} has {len(statistic.used)} rows for {len(member)} patient ids; they must match")
+    return Resamples(
+        column={name: i for i, name in enumerate(statistics)},
+        values=_evaluate(statistics, np.ones((1, len(member))))[0],
+        draws=_resampled(statistics, member, patients, repeats, seed),
+        used=np.array([statistic.used for statistic in statistics.values()]).reshape(len(statistics), len(member)),
+        n_positive=tuple(statistic.n_positive for statistic in statistics.values()),
+        member=member,
+        level=level,
+    )
+
+
 def bootstrap_interval(
     statistic: Statistic, patient_ids: PatientIds, *, repeats: int = 1000, seed: int = 0, level: float = 0.95
 ) -> Interval:
@@ -110,26 +165,12 @@ def bootstrap_intervals(
         ValueError: lengths that differ, no rows, a level outside (0, 1), or a metric called ``MACRO``.
     Source: cluster bootstrap, Davison & Hinkley 1997, section 3.8; percentile interval, Efron & Tibshirani 1993, chapter 13.
     """
-    if not 0 < level < 1 or repeats < 0:
-        raise ValueError(f"level must lie between 0 and 1 and repeats be 0 or more, got {level} and {repeats}")
-    patients, member = _patients(patient_ids)
-    for name, statistic in statistics.items():
-        if len(statistic.used) != len(member):
-            raise ValueError(f"{name or 'the metric'} has {len(statistic.used)} rows for {len(member)} patient ids; they must match")
     if MACRO in statistics:
         raise ValueError(f"no metric may be called {MACRO!r}: it is the name of the mean")
-    names = list(statistics)
-    values = _evaluate(statistics, np.ones((1, len(member))))[0]
-    draws = _resampled(statistics, member, patients, repeats, seed)
-    counted = np.array([statistic.used for statistic in statistics.values()]).reshape(len(names), len(member))
-    intervals = {
-        name: _interval(values[i], draws[:, i], counted[i], member, level, statistics[name].n_positive) for i, name in enumerate(names)
-    }
-    defined = ~np.isnan(values)
-    if len(names) > 1:
-        macro = values[defined].mean() if defined.any() else math.nan
-        macro_draws = draws[:, defined].mean(axis=1) if defined.any() else np.full(repeats, math.nan)
-        intervals[MACRO] = _interval(macro, macro_draws, counted[defined].any(axis=0), member, level, None)
+    drawn = bootstrap_resamples(statistics, patient_ids, repeats=repeats, seed=seed, level=level)
+    intervals = {name: drawn.interval(name) for name in statistics}
+    if len(intervals) > 1:
+        intervals[MACRO] = drawn.mean([name for name, found in intervals.items() if not math.isnan(found.value)])
     return intervals
 
 

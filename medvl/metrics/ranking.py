@@ -1,4 +1,4 @@
-"""Metrics that hang on the order of scores alone.
+"""Metrics that hang on the order of scores alone: AUROC and average precision (AUPRC).
 
 Shapes: N rows (studies), F findings, R bootstrap resamples.
 """
@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from medvl.metrics.bootstrap import Interval, PatientIds, Statistic, bootstrap_intervals, ratio
+from medvl.metrics.labels import checked, known_rows
 
 
 def auroc(labels: ArrayLike, scores: ArrayLike) -> float:
@@ -40,23 +42,41 @@ def auroc_statistic(labels: ArrayLike, scores: ArrayLike) -> Statistic:
     With rows sorted by score into groups g of equal scores, p_g and n_g the weight of positives and negatives in a group:
         AUROC = sum_g p_g (sum_{h<g} n_h + n_g / 2) / (sum_g p_g sum_g n_g)
     """
-    given = np.asarray(labels, dtype=np.float64)
-    used = ~(np.isnan(given) | (given == -1))
-    if np.shape(scores) != given.shape:
-        raise ValueError(f"labels have shape {given.shape}, scores {np.shape(scores)}; they must match")
-    positive, values = checked(given[used], np.asarray(scores, dtype=np.float64)[used])
-    order = np.argsort(values, kind="stable")
-    rows, positive, values = np.flatnonzero(used)[order], positive[order], values[order]
-    starts = np.flatnonzero(np.concatenate(([True], values[1:] != values[:-1]))) if len(values) else np.zeros(0, dtype=np.intp)
+    used, positive, values = known_rows(labels, scores)
+    groups = _Groups.of(used, positive, values)
 
     def of_weights(weights: NDArray[np.float64]) -> NDArray[np.float64]:
-        if not len(rows):
-            return np.full(len(weights), math.nan)
-        sorted_weights = weights[:, rows]
-        p = np.add.reduceat(sorted_weights * positive, starts, axis=1)
-        n = np.add.reduceat(sorted_weights * ~positive, starts, axis=1)
+        p, n = groups.weigh(weights)
         wins = (p * (n.cumsum(axis=1) - n / 2)).sum(axis=1)
         return ratio(wins, p.sum(axis=1) * n.sum(axis=1))
+
+    return Statistic(of_weights, used, int(positive.sum()))
+
+
+def auprc_statistic(labels: ArrayLike, scores: ArrayLike) -> Statistic:
+    """Average precision, the area under the precision-recall steps, as a function of row weights. NaN without a positive.
+
+    With rows sorted by falling score into groups g of equal scores, p_g and n_g the weight of positives and negatives in a group:
+        AP = sum_g (p_g / sum_h p_h) * sum_{h<=g} p_h / sum_{h<=g} (p_h + n_h)
+    A tie is one step, and nothing is interpolated between steps. Of rows without an order (all scores the same) it is the prevalence, so it
+    is not to be compared between findings or cohorts of another prevalence.
+
+    Args:
+        labels: (N,) of 1, 0, -1 uncertain and NaN not mentioned; the last two do not count.
+        scores: (N,), any order-preserving scale; infinities are fine.
+    Raises:
+        ValueError: another label, a NaN score of a row that counts, or shapes that differ.
+    Source: ``sklearn.metrics.average_precision_score``; Davis & Goadrich 2006, doi:10.1145/1143844.1143874, on why not to interpolate.
+    """
+    used, positive, values = known_rows(labels, scores)
+    groups = _Groups.of(used, positive, -values)
+
+    def of_weights(weights: NDArray[np.float64]) -> NDArray[np.float64]:
+        p, n = groups.weigh(weights)
+        found = p.cumsum(axis=1)
+        called = found + n.cumsum(axis=1)
+        precision = np.divide(found, called, out=np.zeros_like(found), where=called > 0)
+        return ratio((p * precision).sum(axis=1), p.sum(axis=1))
 
     return Statistic(of_weights, used, int(positive.sum()))
 
@@ -88,12 +108,25 @@ def auroc_intervals(
     return bootstrap_intervals(statistics, patient_ids, repeats=repeats, seed=seed, level=level)
 
 
-def checked(labels: ArrayLike, scores: ArrayLike) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
-    given, values = np.asarray(labels), np.asarray(scores, dtype=np.float64)
-    if given.ndim != 1 or given.shape != values.shape:
-        raise ValueError(f"labels have shape {given.shape}, scores {values.shape}; both must be (N,)")
-    if not np.isin(given, (0, 1)).all():
-        raise ValueError("labels must be 1 or 0; drop the uncertain (-1) and the missing first")
-    if np.isnan(values).any():
-        raise ValueError(f"{int(np.isnan(values).sum())} of {len(values)} scores are NaN; a score that is unknown cannot be ranked")
-    return given.astype(bool), values
+@dataclass(frozen=True)
+class _Groups:
+    """Rows that count, sorted by rising value into G groups of equal ones."""
+
+    rows: NDArray[np.int64]  # (n,) of the N rows, in that order
+    positive: NDArray[np.bool_]  # (n,)
+    starts: NDArray[np.int64]  # (G,)
+
+    @classmethod
+    def of(cls, used: NDArray[np.bool_], positive: NDArray[np.bool_], values: NDArray[np.float64]) -> _Groups:
+        order = np.argsort(values, kind="stable")
+        values = values[order]
+        starts = np.flatnonzero(np.concatenate(([True], values[1:] != values[:-1]))) if len(values) else np.zeros(0, dtype=np.int64)
+        return cls(np.flatnonzero(used)[order], positive[order], starts)
+
+    def weigh(self, weights: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Of (R, N) weights the (R, G) weight of positives and of negatives in each group."""
+        if not len(self.rows):
+            return np.zeros((len(weights), 0)), np.zeros((len(weights), 0))
+        taken = weights[:, self.rows]
+        p = np.add.reduceat(taken * self.positive, self.starts, axis=1)
+        return p, np.add.reduceat(taken * ~self.positive, self.starts, axis=1)
