@@ -1,37 +1,65 @@
-"""Metrics and the intervals they share: ranking, pointing game, Recall@K, and the patient-level bootstrap."""
+"""Metrics and their intervals: ranking, probabilities, decisions, maps, retrieval; thresholds, calibration and conformal sets."""
 
 from medvl.metrics.bootstrap import (
     MACRO,
     Interval,
     PatientIds,
+    Resamples,
     Statistic,
     bootstrap_interval,
     bootstrap_intervals,
+    bootstrap_resamples,
     combined,
     mean_intervals,
     mean_statistic,
 )
+from medvl.metrics.classification import (
+    ClassificationTable,
+    Macro,
+    brier_statistic,
+    calibration_error_statistic,
+    classification_table,
+    f1_statistic,
+    mcc_statistic,
+    sensitivity_statistic,
+    specificity_statistic,
+)
+from medvl.metrics.labels import LabelCounts, label_counts
 from medvl.metrics.maps import contrast_to_noise, peak, pointing_game, tied_peaks
-from medvl.metrics.ranking import auroc, auroc_intervals, auroc_statistic
+from medvl.metrics.ranking import auprc_statistic, auroc, auroc_intervals, auroc_statistic
 from medvl.metrics.retrieval import Retrieval, recall_at_k
 
 __all__ = [
     "MACRO",
+    "ClassificationTable",
     "Interval",
+    "LabelCounts",
+    "Macro",
     "PatientIds",
+    "Resamples",
     "Retrieval",
     "Statistic",
+    "auprc_statistic",
     "auroc",
     "auroc_intervals",
     "auroc_statistic",
     "bootstrap_interval",
     "bootstrap_intervals",
+    "bootstrap_resamples",
+    "brier_statistic",
+    "calibration_error_statistic",
+    "classification_table",
     "combined",
     "contrast_to_noise",
+    "f1_statistic",
+    "label_counts",
+    "mcc_statistic",
     "mean_intervals",
     "mean_statistic",
     "peak",
     "pointing_game",
     "recall_at_k",
+    "sensitivity_statistic",
+    "specificity_statistic",
     "tied_peaks",
 ]

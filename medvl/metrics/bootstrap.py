@@ -109,10 +109,28 @@ class Resamples:
 
     def mean(self, names: Sequence[str]) -> Interval:
         """The mean of several metrics; a resample counts only if all of them are defined there. NaN of no metric."""
+        return self._interval_of(names, *self._mean(names))
+
+    def difference(self, first: Sequence[str], second: Sequence[str]) -> tuple[Interval, float]:
+        """The mean of the first metrics less that of the second, and the two-sided p of no difference, NaN without resamples.
+
+        The p inverts the percentile interval: with R resamples in which the difference d* is defined,
+            p = min(1, 2 min(1 + #{d* <= 0}, 1 + #{d* >= 0}) / (R + 1))
+        """
+        (value, draws), (other, other_draws) = self._mean(first), self._mean(second)
+        differences = draws - other_draws
+        good = differences[~np.isnan(differences)]
+        tail = 1 + min(int((good <= 0).sum()), int((good >= 0).sum()))
+        p_value = min(1.0, 2 * tail / (len(good) + 1)) if len(good) else math.nan
+        return self._interval_of([*first, *second], value - other, differences), p_value
+
+    def _mean(self, names: Sequence[str]) -> tuple[float, NDArray[np.float64]]:
         at = [self.column[name] for name in names]
-        value = self.values[at].mean() if at else math.nan
-        draws = self.draws[:, at].mean(axis=1) if at else np.full(len(self.draws), math.nan)
-        return _interval(value, draws, self.used[at].any(axis=0), self.member, self.level, None)
+        return (float(self.values[at].mean()), self.draws[:, at].mean(axis=1)) if at else (math.nan, np.full(len(self.draws), math.nan))
+
+    def _interval_of(self, names: Sequence[str], value: float, draws: NDArray[np.float64]) -> Interval:
+        used = self.used[[self.column[name] for name in names]].any(axis=0).reshape(-1)
+        return _interval(value, draws, used, self.member, self.level, None)
 
 
 def bootstrap_resamples(

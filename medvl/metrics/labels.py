@@ -39,7 +39,8 @@ def label_counts(labels: ArrayLike) -> LabelCounts:
     given = np.asarray(labels, dtype=np.float64)
     if given.ndim != 1:
         raise ValueError(f"labels have shape {given.shape}, expected (N,)")
-    counts = LabelCounts(*(int((given == value).sum()) for value in (1, 0, -1)), int(np.isnan(given).sum()))
+    positive, negative, uncertain = (int((given == value).sum()) for value in (1, 0, -1))
+    counts = LabelCounts(positive, negative, uncertain, unmentioned=int(np.isnan(given).sum()))
     if sum(counts.to_dict().values()) != len(given):
         raise ValueError("labels must be 1, 0, -1 (uncertain) or NaN (not mentioned)")
     return counts
@@ -54,8 +55,8 @@ def known_rows(labels: ArrayLike, scores: ArrayLike) -> tuple[NDArray[np.bool_],
         ValueError: shapes that differ, another label, or a NaN score of a row that counts.
     """
     given = np.asarray(labels, dtype=np.float64)
-    if np.shape(scores) != given.shape:
-        raise ValueError(f"labels have shape {given.shape}, scores {np.shape(scores)}; they must match")
+    if given.ndim != 1 or np.shape(scores) != given.shape:
+        raise ValueError(f"labels have shape {given.shape}, scores {np.shape(scores)}; both must be (N,)")
     used = ~(np.isnan(given) | (given == -1))
     positive, values = checked(given[used], np.asarray(scores, dtype=np.float64)[used])
     return used, positive, values
@@ -76,12 +77,10 @@ def known_probabilities(labels: ArrayLike, probabilities: ArrayLike) -> tuple[ND
 def known_finite(labels: ArrayLike, scores: ArrayLike) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
     """What something is fitted on: (n,) bool labels and (n,) finite scores of the rows that count, with both labels among them.
 
-    ``labels`` and ``scores`` may have any one shape; they are laid flat.
-
     Raises:
         ValueError: also for an infinite score, and for rows of one label only.
     """
-    _, positive, values = known_rows(np.ravel(np.asarray(labels, dtype=np.float64)), np.ravel(np.asarray(scores, dtype=np.float64)))
+    _, positive, values = known_rows(labels, scores)
     if not np.isfinite(values).all():
         raise ValueError(f"{int((~np.isfinite(values)).sum())} of {len(values)} scores are infinite; nothing can be fitted on them")
     if not 0 < positive.sum() < len(positive):
