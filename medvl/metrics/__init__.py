@@ -28,6 +28,7 @@ from medvl.metrics.labels import LabelCounts, label_counts
 from medvl.metrics.maps import contrast_to_noise, peak, pointing_game, tied_peaks
 from medvl.metrics.ranking import auprc_statistic, auroc, auroc_intervals, auroc_statistic
 from medvl.metrics.retrieval import Retrieval, recall_at_k
+from medvl.metrics.thresholds import Threshold, choose_threshold
 
 __all__ = [
     "MACRO",
@@ -39,6 +40,7 @@ __all__ = [
     "Resamples",
     "Retrieval",
     "Statistic",
+    "Threshold",
     "auprc_statistic",
     "auroc",
     "auroc_intervals",
@@ -48,6 +50,7 @@ __all__ = [
     "bootstrap_resamples",
     "brier_statistic",
     "calibration_error_statistic",
+    "choose_threshold",
     "classification_table",
     "combined",
     "contrast_to_noise",
