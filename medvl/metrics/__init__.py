@@ -24,8 +24,10 @@ from medvl.metrics.classification import (
     sensitivity_statistic,
     specificity_statistic,
 )
+from medvl.metrics.delong import DeLongInterval, DeLongTest, delong_covariance, delong_interval, delong_test
 from medvl.metrics.labels import LabelCounts, label_counts
 from medvl.metrics.maps import contrast_to_noise, peak, pointing_game, tied_peaks
+from medvl.metrics.paired import Comparison, compare_models
 from medvl.metrics.ranking import auprc_statistic, auroc, auroc_intervals, auroc_statistic
 from medvl.metrics.retrieval import Retrieval, recall_at_k
 from medvl.metrics.thresholds import Threshold, choose_threshold
@@ -33,6 +35,9 @@ from medvl.metrics.thresholds import Threshold, choose_threshold
 __all__ = [
     "MACRO",
     "ClassificationTable",
+    "Comparison",
+    "DeLongInterval",
+    "DeLongTest",
     "Interval",
     "LabelCounts",
     "Macro",
@@ -53,7 +58,11 @@ __all__ = [
     "choose_threshold",
     "classification_table",
     "combined",
+    "compare_models",
     "contrast_to_noise",
+    "delong_covariance",
+    "delong_interval",
+    "delong_test",
     "f1_statistic",
     "label_counts",
     "mcc_statistic",
