@@ -13,6 +13,7 @@ from medvl.metrics.bootstrap import (
     mean_intervals,
     mean_statistic,
 )
+from medvl.metrics.calibration import Calibrator, Isotonic, Platt, Temperature, calibrator_from_dict
 from medvl.metrics.classification import (
     ClassificationTable,
     Macro,
@@ -34,17 +35,21 @@ from medvl.metrics.thresholds import Threshold, choose_threshold
 
 __all__ = [
     "MACRO",
+    "Calibrator",
     "ClassificationTable",
     "Comparison",
     "DeLongInterval",
     "DeLongTest",
     "Interval",
+    "Isotonic",
     "LabelCounts",
     "Macro",
     "PatientIds",
+    "Platt",
     "Resamples",
     "Retrieval",
     "Statistic",
+    "Temperature",
     "Threshold",
     "auprc_statistic",
     "auroc",
@@ -55,6 +60,7 @@ __all__ = [
     "bootstrap_resamples",
     "brier_statistic",
     "calibration_error_statistic",
+    "calibrator_from_dict",
     "choose_threshold",
     "classification_table",
     "combined",
