@@ -25,6 +25,14 @@ from medvl.metrics.classification import (
     sensitivity_statistic,
     specificity_statistic,
 )
+from medvl.metrics.conformal import (
+    ABSTAIN,
+    ConformalBinary,
+    abstention_statistic,
+    coverage_statistic,
+    decided_accuracy_statistic,
+    decisions,
+)
 from medvl.metrics.delong import DeLongInterval, DeLongTest, delong_covariance, delong_interval, delong_test
 from medvl.metrics.labels import LabelCounts, label_counts
 from medvl.metrics.maps import contrast_to_noise, peak, pointing_game, tied_peaks
@@ -34,10 +42,12 @@ from medvl.metrics.retrieval import Retrieval, recall_at_k
 from medvl.metrics.thresholds import Threshold, choose_threshold
 
 __all__ = [
+    "ABSTAIN",
     "MACRO",
     "Calibrator",
     "ClassificationTable",
     "Comparison",
+    "ConformalBinary",
     "DeLongInterval",
     "DeLongTest",
     "Interval",
@@ -51,6 +61,7 @@ __all__ = [
     "Statistic",
     "Temperature",
     "Threshold",
+    "abstention_statistic",
     "auprc_statistic",
     "auroc",
     "auroc_intervals",
@@ -66,6 +77,9 @@ __all__ = [
     "combined",
     "compare_models",
     "contrast_to_noise",
+    "coverage_statistic",
+    "decided_accuracy_statistic",
+    "decisions",
     "delong_covariance",
     "delong_interval",
     "delong_test",
