@@ -138,7 +138,7 @@ def test_row_order_chunks_and_company_do_not_move_an_interval(cohort, monkeypatc
     order = np.random.default_rng(0).permutation(len(labels))
     assert auroc_intervals(labels[order], scores[order], names, [patient_ids[i] for i in order], repeats=40, seed=1) == first
     assert bootstrap_interval(auroc_statistic(labels[:, 0], scores[:, 0]), patient_ids, repeats=40, seed=1) == first["edema"]
-    monkeypatch.setattr("medvl.metrics._CHUNK", 60 * 7)
+    monkeypatch.setattr("medvl.metrics.bootstrap._CHUNK", 60 * 7)
     assert auroc_intervals(labels, scores, names, patient_ids, repeats=40, seed=1) == first
     assert auroc_intervals(labels, scores, names, patient_ids, repeats=40, seed=2) != first
 
