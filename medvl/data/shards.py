@@ -189,7 +189,7 @@ def write_shards(
             writer = BinaryWriter(str(partial), chunk_bytes=shard_mib * MIB, chunk_index=shards)
             part: dict[str, Any] = {"images": 0, "keys": [], "frontal": [], "rejected": []}
             held = 0
-            while at < len(order) and held < PART_SHARDS * shard_mib * MIB:
+            while at < len(order) and (not part["images"] or held < PART_SHARDS * shard_mib * MIB):
                 image = order[at]
                 key = _relative(str(image.path), root)
                 try:
