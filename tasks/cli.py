@@ -16,6 +16,7 @@ import click
 
 import medvl
 from tasks.commands.average import average
+from tasks.commands.calibrate import calibrate
 from tasks.commands.card import card
 from tasks.commands.common import INTERNAL
 from tasks.commands.compare import compare
@@ -106,6 +107,7 @@ def cli(debug: bool) -> None:
       medvl match --config RECIPE --manifest data/manifest.csv    how well two towers match before any training
       medvl fit --config tasks/recipes/NAME.yaml     train on a study manifest
       medvl diagnose film.dcm folder/ --model demo/model --json
+      medvl calibrate data/manifest.csv --model demo/model     probabilities and decisions, fitted on validation studies
       medvl ground film.dcm --phrase "left pleural effusion" --model demo/model --out maps
       medvl search --model demo/model --index demo/data/manifest.csv --query "large pneumothorax" --top 5
       medvl evaluate --model demo/model --manifest demo/data/manifest.csv --out results
@@ -118,7 +120,7 @@ def cli(debug: bool) -> None:
 
 for _command in (
     *(demo, phantom, inspect, reports, shards, match, fit, validate, test, average),
-    *(diagnose, ground, search, evaluate, compare, card),
+    *(diagnose, calibrate, ground, search, evaluate, compare, card),
 ):
     cli.add_command(_command)
 

@@ -6,7 +6,6 @@ A line a study: id, ok, error, a score for each label, whether these are calibra
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import json
 import os
@@ -19,11 +18,6 @@ from medvl.types import RESEARCH_USE
 
 SUFFIXES = (".csv", ".jsonl")
 LAST = ("calibrated", "protocol", "paths", "notice")
-
-
-def protocol_hash(parts: Mapping[str, Any]) -> str:
-    """SHA-256 of what made the scores, of JSON-ready values, whatever their order."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
 class DiagnosisTable:

@@ -38,10 +38,13 @@ if TYPE_CHECKING:
     from medvl.model import DualEncoder
     from medvl.types import ImageReader
     from reports.prompts import PromptSet
+    from tasks.decisions import Decisions
     from tasks.diagnosis_table import DiagnosisTable
+    from tasks.protocols import ScoreProtocol
     from tasks.scoring import Scorer
     from tasks.zero_shot import Diagnosis, PromptBank, SliceScores
 
+OURS = "medvl"  # the rule where no preset is named
 BAR = 24  # characters of a full bar
 TABLES = (".csv", ".parquet", ".pq")
 
@@ -60,6 +63,9 @@ TABLES = (".csv", ".parquet", ".pq")
 @click.option("--out", type=click.Path(path_type=Path), metavar="OUT", help="Write a line a study to OUT.csv or OUT.jsonl, as it is known.")
 @click.option("--anew", is_flag=True, help="Begin --out anew, not where it was stopped.")
 @click.option("--sr", "sr_folder", type=click.Path(path_type=Path), metavar="DIR", help="Write a DICOM SR of each study (extra 'sr').")
+@click.option(
+    "--decisions", "decisions_path", type=click.Path(path_type=Path), metavar="FILE", help="Of `medvl calibrate`, if not beside the model."
+)
 @click.option("--csv", "csv_path", type=click.Path(path_type=Path), metavar="OUT", help="Write the scores as a table at the end.")
 @click.option("--rejected", "rejected_path", type=click.Path(path_type=Path), metavar="OUT", help="List unreadable files in a CSV.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True, help="Images encoded at once.")
@@ -78,6 +84,7 @@ def diagnose(
     out: Path | None,
     anew: bool,
     sr_folder: Path | None,
+    decisions_path: Path | None,
     csv_path: Path | None,
     rejected_path: Path | None,
     batch_size: int,
@@ -88,8 +95,8 @@ def diagnose(
     of them, or a manifest (.csv, .parquet) whose studies are scored; in folders tables and what is named masks are passed over. DICOM
     films, and series folders, whose headers name the same study are one, scored by the mean over its images, or from all of them together
     where the model pools views or series; a picture is a study of its own. With --json one object a line per study, in order, as soon as
-    it is known; of a volume it has the score of every slice, each as if it were the whole study. Scores are not calibrated: not
-    probabilities.
+    it is known; of a volume it has the score of every slice, each as if it were the whole study. Scores are no probabilities, unless
+    `medvl calibrate` has made them so on validation studies.
 
     \b
     Examples:
@@ -110,20 +117,23 @@ def diagnose(
     if sr_folder is not None:
         check_out_folder(sr_folder, "--sr")
     encoder = load_model(model, device, cache)
+    from tasks.protocols import sha256_of
     from tasks.scoring import Scorer
     from tasks.zero_shot import diagnose as score_files
 
     published = {} if labels is None else {finding: label for label, finding in prompt_set.label_set(labels).items()}
     wanted = list(dict.fromkeys(findings)) or list(published) or None
-    scoring = _scoring(encoder, preset, prompt_set, wanted, labels)
+    scoring = scoring_of(encoder, preset, prompt_set, wanted, labels)
     names = {name: published.get(name, name) for name in scoring.findings}
-    protocol = _protocol(model, encoder, preset, prompt_set, scoring, labels)
+    protocol = score_protocol(model, encoder, preset, prompt_set, scoring, labels)
+    decisions = _decisions(decisions_path, model, protocol, scoring.findings)
+    fingerprint = sha256_of([protocol.sha256, scoring.findings, None if decisions is None else decisions.to_dict()])
     found = _studies(encoder.reader, files)
     shown = None if as_json or out is not None else console()
     kept: list[Diagnosis] = []
     rejected = list(found.rejected)
     with ExitStack() as stack:
-        table = None if out is None else stack.enter_context(_table(out, list(names.values()), protocol, anew))
+        table = None if out is None else stack.enter_context(_table(out, list(names.values()), fingerprint, decisions is not None, anew))
         if table is not None and isinstance(scoring, Scorer) and scoring.rule.depends_on_run and table.done:
             raise click.UsageError(f"--preset {preset}: its scores depend on all studies of a run, which cannot go on; give --anew")
         todo = [(name, paths) for name, paths in found.studies if table is None or name not in table.done]
@@ -134,20 +144,22 @@ def diagnose(
         results = score_files(encoder, (), scoring, batch_size, [paths for _, paths in todo])
         for (name, _), result in zip(todo, results, strict=True):
             one = named_if_empty_folder(result, encoder.reader)
+            if decisions is not None and one.ok:
+                one = replace(one, findings=decisions.probabilities(one.findings))
             rejected += one.unreadable.items() if table is None else [(one.path, one.error)] if one.error else []
             if csv_path is not None:
                 kept.append(one)
             if table is not None:
                 table.add(name, one.ok, one.error, {names[key]: value for key, value in one.findings.items()}, one.paths)
             if sr_folder is not None and one.ok:
-                rejected += _write_sr(sr_folder, one, names, model, protocol, prompt_set, encoder, preset)
+                rejected += _write_sr(sr_folder, one, names, model, protocol, fingerprint, decisions is not None)
             if step is not None:
                 step(1)
             if as_json:
-                click.echo(json_text(as_object(one, names)))
+                click.echo(json_text({**as_object(one, names, decisions), "protocol": fingerprint}))
             elif shown is not None and one.ok:
                 click.echo("\n".join(one.paths))
-                shown.print(as_table(one, names))
+                shown.print(as_table(one, names, decisions))
     if csv_path is not None:
         _write_table(csv_path, kept, names)
     if rejected_path is None and out is not None and rejected:
@@ -186,7 +198,7 @@ def _studies(reader: ImageReader, files: Sequence[Path]) -> _Found:
     return _Found(studies, rejected)
 
 
-def _scoring(
+def scoring_of(
     encoder: DualEncoder, preset: str | None, prompts: PromptSet, findings: list[str] | None, labels: str | None
 ) -> PromptBank | Scorer:
     """Ours, with the scores of slices, or the rule of a preset."""
@@ -200,40 +212,47 @@ def _scoring(
         return Scorer.of(encoder, rule_of(preset), prompts, findings, labels)
 
 
-def _protocol(
+def score_protocol(
     model: Path, encoder: DualEncoder, preset: str | None, prompts: PromptSet, scoring: PromptBank | Scorer, labels: str | None
-) -> str:
-    """Hash of all that a score depends on: weights, preprocessing, prompts, rule, labels."""
-    from tasks.diagnosis_table import protocol_hash
+) -> ScoreProtocol:
+    """What the scores hang on."""
+    from tasks.protocols import ScoreProtocol
+    from tasks.scoring import preset as rule_of
 
-    rule = "medvl" if preset is None else scoring.preset_sha256  # type: ignore[union-attr]
-    told = {"weights_sha256": weights_sha256(model), "preprocessing": encoder.reader.spec(), "prompts_sha256": prompts.sha256}
-    return protocol_hash({**told, "rule": rule, "findings": scoring.findings, "labels": labels})
+    return ScoreProtocol.of(weights_sha256(model), encoder.reader, prompts, rule_of(preset or OURS), scoring.findings, labels)
 
 
-def _table(out: Path, labels: list[str], protocol: str, anew: bool) -> DiagnosisTable:
+def _decisions(path: Path | None, model: Path, protocol: ScoreProtocol, findings: tuple[str, ...]) -> Decisions | None:
+    """Those of the file, or beside the model those of these scores, if there are any and of all findings."""
+    from tasks.decisions import DecisionsError, load_decisions, place_of
+
+    given = path or place_of(model, protocol.sha256)
+    if path is None and not given.is_file():
+        return None
+    with usage_errors(DecisionsError):
+        found = load_decisions(given, protocol.sha256)
+    if found.covers(findings):
+        return found
+    missing = [name for name in findings if name not in found.findings]
+    click.echo(f"{given} has no calibration of {', '.join(missing)}: scores are not calibrated; choose others with --finding", err=True)
+    return None
+
+
+def _table(out: Path, labels: list[str], protocol: str, calibrated: bool, anew: bool) -> DiagnosisTable:
     from tasks.diagnosis_table import DiagnosisTable
 
     with usage_errors(ValueError):
-        return DiagnosisTable(out, labels, protocol, anew=anew)
+        return DiagnosisTable(out, labels, protocol, calibrated, anew)
 
 
 def _write_sr(
-    folder: Path,
-    result: Diagnosis,
-    names: dict[str, str],
-    model: Path,
-    protocol: str,
-    prompts: PromptSet,
-    encoder: DualEncoder,
-    preset: str | None,
+    folder: Path, result: Diagnosis, names: dict[str, str], model: Path, protocol: ScoreProtocol, fingerprint: str, calibrated: bool
 ) -> list[tuple[str, str]]:
     """A DICOM SR of a study in the folder; or the study and why there is none."""
-    from tasks.diagnosis_table import protocol_hash
     from tasks.structured_report import SrProvenance, write_report
 
-    preprocessing = protocol_hash({"preprocessing": encoder.reader.spec()})
-    provenance = SrProvenance(model.name, prompts.sha256, preprocessing, preset or "medvl", protocol, calibrated=False)
+    hashes = (protocol.prompts_sha256, protocol.preprocessing_sha256)
+    provenance = SrProvenance(model.name, *hashes, str(protocol.rule["name"]), fingerprint, calibrated)
     sources = [Path(path) for path in result.paths if path not in result.unreadable]
     try:
         write_report(folder, sources, {names[name]: score for name, score in result.findings.items()}, provenance)
@@ -270,11 +289,12 @@ def named_if_empty_folder(result: Diagnosis, reader: ImageReader) -> Diagnosis:
     return replace(result, error=error, unreadable={result.path: error})
 
 
-def as_object(result: Diagnosis, names: dict[str, str] | None = None) -> dict[str, Any]:
+def as_object(result: Diagnosis, names: dict[str, str] | None = None, decisions: Decisions | None = None) -> dict[str, Any]:
     """One study as JSON has it; ``slices`` only of volumes from a tower that keeps slices, ``signs`` only of rules that have them.
 
     Args:
         names: what findings are called, if not by their ids.
+        decisions: what made probabilities of its scores.
     """
     from medvl.types import RESEARCH_USE
 
@@ -288,23 +308,41 @@ def as_object(result: Diagnosis, names: dict[str, str] | None = None) -> dict[st
         "findings": {called.get(name, name): score for name, score in result.findings.items()},
         **({"signs": {called.get(name, name): of for name, of in result.signs.items()}} if result.signs else {}),
         **({"slices": [asdict(one) for one in result.slices]} if result.slices else {}),
-        "calibrated": False,
+        **({"decisions": _called(decisions.decide(result.findings), called)} if decisions is not None and result.ok else {}),
+        "calibrated": decisions is not None,
         "warnings": list(result.warnings),
         "notice": RESEARCH_USE,
     }
 
 
-def as_table(result: Diagnosis, names: dict[str, str] | None = None) -> Table:
+def _called(of_findings: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+    return {names.get(name, name): value for name, value in of_findings.items()}
+
+
+def as_table(result: Diagnosis, names: dict[str, str] | None = None, decisions: Decisions | None = None) -> Table:
     """One study for a person; below a finding its signs, where a rule has them, the strongest first."""
-    notes = "; ".join(
-        ("scores are not calibrated: compare studies, not findings", *([result.error] if result.error else []), *result.warnings)
-    )
-    deep = ("best slice",) if result.slices else ()
+    kind = "scores are not calibrated: compare studies, not findings"
+    if decisions is not None:
+        coverage = decisions.fitted_on.get("coverage")
+        kind = f"probabilities, calibrated on validation; what cannot be ruled out at {coverage:.0%} coverage"
+    notes = "; ".join((kind, *([result.error] if result.error else []), *result.warnings))
+    called = {} if decisions is None else decisions.decide(result.findings)
+    deep = (*(("not ruled out",) if called else ()), *(("best slice",) if result.slices else ()))
     bar = "0" + "1".rjust(BAR - 1) if all(0 <= score <= 1 for score in result.findings.values()) else ""
-    table = new_table(None, "finding", "score", bar, *deep, numbers=("score",), whole=("finding", *deep), caption=notes)
+    table = new_table(
+        None,
+        "finding",
+        "score" if decisions is None else "probability",
+        bar,
+        *deep,
+        numbers=("score", "probability"),
+        whole=("finding", *deep),
+        caption=notes,
+    )
     inside = all(0 <= score <= 1 for score in result.findings.values())
     for name, score in result.findings.items():
-        best = ("; ".join(_best_slice(one, name) for one in result.slices),) if deep else ()
+        best: tuple[str, ...] = (" or ".join(called[name]["set"]) or "nothing: unlike validation",) if called else ()
+        best += ("; ".join(_best_slice(one, name) for one in result.slices),) if result.slices else ()
         table.add_row((names or {}).get(name, name), f"{score:.3f}", "█" * round(score * BAR) if inside else "", *best)
         for sign, value in sorted(result.signs.get(name, {}).items(), key=lambda pair: -pair[1]):
             table.add_row(f"  {sign}", f"{value:.3f}", "░" * round(value * BAR) if inside else "")

@@ -1,0 +1,169 @@
+"""``medvl calibrate``: from scores to probabilities and decisions, fitted on the validation studies of a manifest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from tasks.commands.common import (
+    REJECTED,
+    cache_option,
+    check_out_file,
+    console,
+    echo_notice,
+    load_manifest,
+    load_model,
+    load_prompt_set,
+    manifest_options,
+    model_options,
+    new_table,
+    progress,
+    prompts_option,
+    report_rejected,
+)
+from tasks.commands.diagnose import OURS, score_protocol, scoring_of
+
+if TYPE_CHECKING:
+    from tasks.decisions import Decisions
+
+
+@click.command(short_help="Make probabilities and decisions of scores, fitted on validation studies.")
+@click.argument("manifest", type=click.Path(path_type=Path), metavar="MANIFEST")
+@model_options
+@prompts_option
+@click.option("--finding", "findings", multiple=True, metavar="NAME", help="Only this finding (repeatable).")
+@click.option("--labels", metavar="SET", help="Of the labels of this set, as `medvl diagnose --labels` scores them.")
+@click.option("--preset", metavar="NAME", help="Of the scores of this rule, as `medvl diagnose --preset` makes them.")
+@click.option(
+    "--split", type=click.Choice(["val", "train"]), default="val", show_default=True, help="Which studies; never those of a figure."
+)
+@click.option("--method", type=click.Choice(["platt", "isotonic", "temperature"]), default="platt", show_default=True)
+@click.option(
+    "--threshold",
+    type=click.Choice(["youden", "best_f1", "best_mcc", "at_sensitivity", "at_specificity"]),
+    default="youden",
+    show_default=True,
+    help="How the threshold of a call is chosen.",
+)
+@click.option("--wanted", type=click.FloatRange(0, 1, min_open=True), help="The sensitivity or specificity of --threshold at_...")
+@click.option(
+    "--coverage",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    default=0.9,
+    show_default=True,
+    help="Of the sets of what cannot be ruled out, with the finding and without.",
+)
+@click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="Where to; beside the model unless told.")
+@cache_option
+@manifest_options
+@click.pass_context
+def calibrate(
+    ctx: click.Context,
+    manifest: Path,
+    model: Path,
+    device: str | None,
+    prompts: Path | None,
+    findings: tuple[str, ...],
+    labels: str | None,
+    preset: str | None,
+    split: str,
+    method: str,
+    threshold: str,
+    wanted: float | None,
+    coverage: float,
+    out: Path | None,
+    cache: Path | None,
+    columns: Path | None,
+    modality: str,
+    allow_outside: bool,
+) -> None:
+    """Fit, for each finding, a calibration, a threshold and conformal sets to the scores of the validation studies of a MANIFEST.
+
+    `medvl diagnose` of the same model with the same preset, prompts and labels then writes probabilities, and says what cannot be ruled
+    out. A finding that too few of the studies have, or whose labels are missing, is left out and named. The guarantee of the sets holds for
+    patients like those of validation.
+
+    \b
+    Examples:
+      medvl calibrate demo/data/manifest.csv --model demo/model
+      medvl calibrate films/manifest.csv --model runs/first --labels chexpert_14 --preset xplainer --method isotonic
+    """
+    if threshold.startswith("at_") != (wanted is not None):
+        raise click.UsageError("--wanted goes with --threshold at_sensitivity and at_specificity, which need it")
+    check_out_file(out, "--out")
+    prompt_set = load_prompt_set(Path(labels) if labels is not None and prompts is None else prompts)
+    if labels is not None and labels not in prompt_set.label_sets:
+        raise click.UsageError(f"--labels {labels}: no such label set; the prompts have {', '.join(prompt_set.label_sets) or 'none'}")
+    table = load_manifest(manifest, columns, allow_outside)
+    rows = table.select(split=split, modality=modality).rows
+    known = {name for row in rows for name, value in row.labels.items() if value in (0, 1)}
+    given = list(dict.fromkeys(findings)) or (list(prompt_set.label_set(labels).values()) if labels else list(prompt_set.labels))
+    wanted_findings = [name for name in given if name in known]
+    if not wanted_findings:
+        raise click.UsageError(f"{manifest}: no {modality} row of split {split!r} has a label of {', '.join(given)}")
+    encoder = load_model(model, device, cache)
+    import numpy as np
+
+    from medvl.data.studies import by_study
+    from tasks.decisions import fit_decisions, place_of
+    from tasks.scoring import Scorer
+    from tasks.scoring import preset as rule_of
+    from tasks.zero_shot import diagnose as score_files
+
+    whole = scoring_of(encoder, preset, prompt_set, given, labels)
+    protocol = score_protocol(model, encoder, preset, prompt_set, whole, labels)
+    if isinstance(whole, Scorer) and whole.rule.depends_on_run:
+        raise click.UsageError(f"--preset {preset}: its scores depend on the other studies of a run, so they cannot be calibrated")
+    scoring = whole if protocol.classes else scoring_of(encoder, preset, prompt_set, wanted_findings, labels)
+    groups = list(by_study(rows).values())
+    scores: list[list[float]] = []
+    labelled: list[list[float]] = []
+    patients: list[str] = []
+    rejected: list[tuple[str, str]] = [(str(bad.path), str(bad)) for bad in table.rejected]
+    with progress("studies", len(groups)) as done:
+        for group, result in zip(groups, score_files(encoder, (), scoring, 16, [[rows[i].path for i in g] for g in groups]), strict=True):
+            done(1)
+            rejected += result.unreadable.items()
+            if result.ok:
+                scores.append([result.findings[name] for name in wanted_findings])
+                merged = {name: value for i in reversed(group) for name, value in rows[i].labels.items()}
+                labelled.append([float(merged.get(name, np.nan)) for name in wanted_findings])
+                patients.append(rows[group[0]].patient_id)
+    if not scores:
+        raise click.UsageError(f"none of {len(groups)} studies could be read")
+    rule = rule_of(preset or OURS)
+    fitted_on = {"split": split, "manifest_sha256": table.sha256, "threshold": threshold, "wanted": wanted}
+    options: dict[str, Any] = {"of_odds": rule.in_unit_interval, "method": method, "threshold": threshold, "wanted": wanted}
+    decisions = fit_decisions(
+        np.array(scores), np.array(labelled), patients, wanted_findings, protocol.sha256, coverage=coverage, fitted_on=fitted_on, **options
+    )
+    place = out or place_of(model, protocol.sha256)
+    decisions.save(place)
+    show(decisions)
+    click.echo(f"Written to {place}.")
+    report_rejected(rejected, "files and rows")
+    echo_notice()
+    if rejected or decisions.left_out:
+        ctx.exit(REJECTED)
+
+
+def show(decisions: Decisions) -> None:
+    """What was fitted, for a person."""
+    of = decisions.fitted_on
+    notes = f"fitted on {of['studies']} studies of {of['patients']} patients; the figures are of these and not of others"
+    table = new_table(
+        None,
+        *("finding", "with", "without", "threshold", "sensitivity", "specificity"),
+        numbers=("with", "without", "threshold", "sensitivity", "specificity"),
+        whole=("finding",),
+        caption=notes,
+    )
+    for name, one in decisions.findings.items():
+        chosen = one.threshold
+        figures = (f"{value:.3f}" for value in (chosen.value, chosen.sensitivity, chosen.specificity))
+        table.add_row(name, str(chosen.n_positive), str(chosen.n_negative), *figures)
+    console().print(table)
+    for name, why in decisions.left_out.items():
+        click.echo(f"left out: {name}: {why}", err=True)
