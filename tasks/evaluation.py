@@ -34,6 +34,7 @@ from medvl.metrics import (
     Interval,
     Retrieval,
     auroc_intervals,
+    classification_table,
     contrast_to_noise,
     mean_intervals,
     peak,
@@ -43,9 +44,12 @@ from medvl.metrics import (
 from medvl.model import DualEncoder, packed, write_atomically
 from medvl.types import RESEARCH_USE, ImageFeatures, ImageSample, TextSource, UnreadableImageError
 from reports.prompts import PromptSet
+from tasks.decisions import Decisions
 from tasks.grounding import batch_extent, native_maps
 from tasks.masks import MaskError, finding_mask, masked_slices
+from tasks.protocols import sha256_of
 from tasks.retrieval import build_index, image_to_reports, studies_of
+from tasks.scoring import Scorer
 from tasks.zero_shot import PromptBank, encode, encode_prompts, score, slice_scores, slices_of_images
 
 FOCAL_FRACTION = 0.25
@@ -102,6 +106,7 @@ def predict(
     source: TextSource,
     *,
     findings: Sequence[str] | None = None,
+    scorer: Scorer | None = None,
     batch_size: int = 32,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Predictions:
@@ -111,11 +116,14 @@ def predict(
         prompts: prompt pairs; the map of a finding is, at every token, the highest of those of its positive prompts.
         source: splits reports into sentences for retrieval.
         findings: which to score; None takes those of the prompts that any row has a label for.
+        scorer: the rule of a preset, for these findings; None: ours. Maps and retrieval are the same by any.
         progress: called with the number of images done.
     Raises:
         ValueError: no image that can be read.
     """
     labelled = {name for row in rows for name in row.labels}
+    if scorer is not None:
+        findings = scorer.findings
     names = tuple(findings) if findings is not None else tuple(name for name in prompts.findings if name in labelled)
     bank = encode_prompts(model, prompts, names)
     index_of = studies_of(rows, source)
@@ -124,6 +132,7 @@ def predict(
     read: list[StudyImage] = []
     rejected: list[tuple[StudyImage, str]] = []
     scores, peaks, hits, fractions, contrasts, similarities, levels = [], [], [], [], [], [], []
+    units: list[tuple[torch.Tensor, int]] = []  # what a preset makes of an image, or a study, and how many images that is of
     modalities = {row.modality for row in rows}
     of_studies = len(modalities) == 1 and model.image.pools(*modalities)
     together = [[rows[i] for i in indices] for indices in by_study(rows).values()] if of_studies else [[row] for row in rows]
@@ -133,7 +142,13 @@ def predict(
         if images:
             counts = [len(group) for group in groups if group]
             features = encode(model, [[one.sample for one in group] for group in groups if group])
-            scores.append(np.repeat(score(model, features, bank).double().cpu().numpy(), counts, axis=0))
+            if scorer is None:
+                scores.append(np.repeat(score(model, features, bank).double().cpu().numpy(), counts, axis=0))
+            else:
+                units += [
+                    (scorer.study_scores(one[None]).cpu(), count)
+                    for one, count in zip(scorer.group_scores(model, features), counts, strict=True)
+                ]
             maps = finding_maps(model, features, bank)
             if of_studies:
                 maps = torch.stack([maps[study, :, view] for study, count in enumerate(counts) for view in range(count)])
@@ -158,6 +173,9 @@ def predict(
         progress(sum(map(len, part)))
     if not read:
         raise ValueError(f"none of {len(rows)} images could be read; first: {rejected[0][1] if rejected else 'no images were given'}")
+    if scorer is not None:  # of all units of the run at once, as some rules need
+        of_units = scorer.scores(torch.stack([one for one, _ in units])).numpy()
+        scores = [np.repeat(of_units, [count for _, count in units], axis=0)]
     return Predictions(
         findings=names,
         rows=tuple(read),
@@ -252,8 +270,12 @@ def _pairs(
     return RetrievalScores(tuple(ids), tuple(index[j][1] for j in kept), np.round(similarity[:, kept], 6), own, same)
 
 
-def results(predictions: Predictions, *, repeats: int = 1000, seed: int = 0) -> dict[str, Any]:
-    """Every metric of a prediction, JSON-ready (NaN as null)."""
+def results(predictions: Predictions, *, repeats: int = 1000, seed: int = 0, decisions: Decisions | None = None) -> dict[str, Any]:
+    """Every metric of a prediction, JSON-ready (NaN as null).
+
+    Args:
+        decisions: fitted on other patients to scores of the same protocol; then probabilities and calls are measured too.
+    """
     patients = [row.patient_id for row in predictions.rows]
     names, counted = predictions.findings, predictions.counted()
     found: dict[str, Any] = {
@@ -263,7 +285,7 @@ def results(predictions: Predictions, *, repeats: int = 1000, seed: int = 0) -> 
         "patients": len(set(patients)),
         "rejected": len(predictions.rejected),
         "interval": {"level": 0.95, "method": "percentile bootstrap over patients", "repeats": repeats, "seed": seed},
-        "calibrated": False,
+        "calibrated": decisions is not None,
     }
     if predictions.of_studies:
         found["scored"] = "studies: zero_shot and retrieval count each study once, grounding each image"
@@ -274,6 +296,7 @@ def results(predictions: Predictions, *, repeats: int = 1000, seed: int = 0) -> 
             **_macro("macro_auroc", areas),
             "per_finding": {name: {"auroc": _number(areas[name].value), **_interval(areas[name])} for name in names},
         }
+        found["classification"] = _classification(labels, scores, names, [patients[i] for i in counted], repeats, seed, decisions)
         found["grounding"] = _grounding(predictions, patients, repeats, seed)
         if predictions.slice_hits is not None:
             found["slices"] = _slices(predictions, patients, repeats, seed)
@@ -282,6 +305,27 @@ def results(predictions: Predictions, *, repeats: int = 1000, seed: int = 0) -> 
     if predictions.retrieval is not None:
         found["retrieval"] = _retrieval(predictions, patients, repeats, seed)
     return found
+
+
+def _classification(
+    labels: NDArray[np.float64],
+    scores: NDArray[np.float64],
+    names: Sequence[str],
+    patients: Sequence[str],
+    repeats: int,
+    seed: int,
+    decisions: Decisions | None,
+) -> dict[str, Any]:
+    """Ranking, and where there are decisions that cover all findings, calibration and calls at the thresholds that validation chose."""
+    options: dict[str, Any] = {"repeats": repeats, "seed": seed}
+    if decisions is not None and decisions.covers(names):
+        given = [decisions.probabilities(dict(zip(names, row, strict=True))) for row in scores.tolist()]
+        options["probabilities"] = np.array([[one[name] for name in names] for one in given])
+        cuts = {name: decisions.findings[name].threshold.value for name in names}
+        ranked = classification_table(labels, options["probabilities"], names, patients, thresholds=cuts, **options)
+        fitted = dict(decisions.fitted_on)
+        return {**ranked.to_dict(), "thresholds": cuts, "decisions": {"sha256": sha256_of(decisions.to_dict()), "fitted_on": fitted}}
+    return classification_table(labels, scores, names, patients, **options).to_dict()
 
 
 def _grounding(predictions: Predictions, patients: list[str], repeats: int, seed: int) -> dict[str, Any]:
@@ -393,10 +437,17 @@ def _number(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-def write(predictions: Predictions, measured: dict[str, Any], folder: Path, others: Sequence[tuple[int, str, str, str]] = ()) -> None:
+def write(
+    predictions: Predictions,
+    measured: dict[str, Any],
+    folder: Path,
+    others: Sequence[tuple[int, str, str, str]] = (),
+    name: str = "results.json",
+) -> None:
     """Write ``results.json``, ``predictions.csv``, ``rejected.csv`` and, if there are reports, ``retrieval.csv``; an older one goes.
 
     Args:
+        name: of the first, if it is to have another.
         others: further lines of ``rejected.csv`` besides the predictions' own: row, study_id, reason, what was rejected.
 
     ``predictions.csv`` has a line per image and finding; where studies were scored, ``score`` and ``label`` are those of the study in each
@@ -435,7 +486,7 @@ def write(predictions: Predictions, measured: dict[str, Any], folder: Path, othe
         _write_csv(folder / RETRIEVAL, ["direction", "study_id", "path", "pool", *rules], _retrieval_lines(predictions))
     lines = [*others, *((row.row, row.study_id, why, "image") for row, why in predictions.rejected)]
     _write_csv(folder / REJECTED, ["row", "study_id", "reason", "what"], (list(line) for line in lines))
-    write_atomically(folder / "results.json", (json.dumps(measured, indent=2, allow_nan=False) + "\n").encode())
+    write_atomically(folder / name, (json.dumps(measured, indent=2, allow_nan=False) + "\n").encode())
 
 
 def _retrieval_lines(predictions: Predictions) -> Iterator[list[Any]]:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from tasks.decisions import Decisions
 
 
-@click.command(short_help="Make probabilities and decisions of scores, fitted on validation studies.")
+@click.command(short_help="Make probabilities and decisions of scores.")
 @click.argument("manifest", type=click.Path(path_type=Path), metavar="MANIFEST")
 @model_options
 @prompts_option

@@ -126,7 +126,7 @@ def diagnose(
     scoring = scoring_of(encoder, preset, prompt_set, wanted, labels)
     names = {name: published.get(name, name) for name in scoring.findings}
     protocol = score_protocol(model, encoder, preset, prompt_set, scoring, labels)
-    decisions = _decisions(decisions_path, model, protocol, scoring.findings)
+    decisions = decisions_of(decisions_path, model, protocol, scoring.findings)
     fingerprint = sha256_of([protocol.sha256, scoring.findings, None if decisions is None else decisions.to_dict()])
     found = _studies(encoder.reader, files)
     shown = None if as_json or out is not None else console()
@@ -222,7 +222,7 @@ def score_protocol(
     return ScoreProtocol.of(weights_sha256(model), encoder.reader, prompts, rule_of(preset or OURS), scoring.findings, labels)
 
 
-def _decisions(path: Path | None, model: Path, protocol: ScoreProtocol, findings: tuple[str, ...]) -> Decisions | None:
+def decisions_of(path: Path | None, model: Path, protocol: ScoreProtocol, findings: tuple[str, ...]) -> Decisions | None:
     """Those of the file, or beside the model those of these scores, if there are any and of all findings."""
     from tasks.decisions import DecisionsError, load_decisions, place_of
 

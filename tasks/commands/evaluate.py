@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from tasks.commands.common import (
     REJECTED,
@@ -28,18 +29,29 @@ from tasks.commands.common import (
     report_rejected,
     text_policy_option,
     text_source,
+    usage_errors,
 )
+from tasks.commands.diagnose import OURS, decisions_of, score_protocol, scoring_of
 
 
 @click.command()
+@click.argument("table_path", required=False, type=click.Path(path_type=Path), metavar="[MANIFEST]")
 @model_options
-@click.option("--manifest", type=click.Path(path_type=Path), required=True, metavar="MANIFEST", help="Table of labelled studies.")
+@click.option("--manifest", type=click.Path(path_type=Path), metavar="MANIFEST", help="Table of labelled studies, if not given first.")
+@click.option(
+    "--protocol", "protocol_name", metavar="NAME", help="Prompts, labels, rule, split and texts as it has them: phantom, or a YAML."
+)
+@click.option("--labels", metavar="SET", help="Measure the labels of this set, as `medvl diagnose --labels` scores them.")
+@click.option("--preset", metavar="NAME", help="Score by the rule of a published system, as `medvl diagnose --preset` does.")
+@click.option(
+    "--decisions", "decisions_path", type=click.Path(path_type=Path), metavar="FILE", help="Of `medvl calibrate`, if not beside the model."
+)
 @manifest_options
 @click.option(
     "--split", type=click.Choice(["train", "val", "test", "all"]), default="test", show_default=True, help="Which rows to measure."
 )
 @prompts_option
-@click.option("--out", type=click.Path(path_type=Path), required=True, metavar="DIR", help="Where results.json and the tables go.")
+@click.option("--out", type=click.Path(path_type=Path), required=True, metavar="DIR|FILE.json", help="Where the figures and the tables go.")
 @click.option("--repeats", type=click.IntRange(min=0), default=1000, show_default=True, help="Bootstrap resamples for the intervals.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the resamples.")
 @click.option(
@@ -54,9 +66,14 @@ from tasks.commands.common import (
 @click.pass_context
 def evaluate(
     ctx: click.Context,
+    table_path: Path | None,
     model: Path,
     device: str | None,
-    manifest: Path,
+    manifest: Path | None,
+    protocol_name: str | None,
+    labels: str | None,
+    preset: str | None,
+    decisions_path: Path | None,
     columns: Path | None,
     modality: str,
     allow_outside: bool,
@@ -71,18 +88,40 @@ def evaluate(
     cache: Path | None,
     as_json: bool,
 ) -> None:
-    """Measure zero-shot AUROC, pointing game and retrieval on the labelled studies of MANIFEST.
+    """Measure zero-shot classification, pointing game and retrieval on the labelled studies of MANIFEST.
 
     Writes results.json, predictions.csv, rejected.csv and, where there are reports, retrieval.csv. Intervals are bootstrapped over
     patients. A patient in two splits is in none: those rows are rejected, as are paths that leave the table's folder.
-    Beside the AUROC stands that of logistic regression on a thumbnail, trained on the labels of the table's training images.
+    Beside the AUROC stands that of logistic regression on a thumbnail, trained on the labels of the table's training images. Where
+    `medvl calibrate` has been run for these scores, calibration and the calls at the thresholds of validation are measured too.
+    results.json holds the protocol with its hash: the same protocol on the same studies gives the same bytes.
 
     \b
     Examples:
-      medvl evaluate --model demo/model --manifest demo/data/manifest.csv --out results
+      medvl evaluate demo/data/manifest.csv --model demo/model --protocol phantom --out results.json
       medvl evaluate --model run --manifest films.csv --columns columns.yaml --split all --out results --json
     """
-    prompt_set = load_prompt_set(prompts)
+    if (manifest is None) == (table_path is None):
+        raise click.UsageError("give the MANIFEST once: first, or as --manifest")
+    manifest = manifest or table_path
+    assert manifest is not None
+    if protocol_name is not None:
+        from tasks.protocols import named_protocol
+
+        with usage_errors(KeyError, ValueError):
+            fixed = named_protocol(protocol_name)
+        given = {"prompts": prompts, "labels": labels, "preset": preset, "split": split, "modality": modality, "text_policy": text_policy}
+        for name, value in given.items():
+            wanted = getattr(fixed, name)
+            if wanted is not None and ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE and str(value) != wanted:
+                raise click.UsageError(f"--{name.replace('_', '-')} {value}: protocol {fixed.name} has {wanted}; leave one of them out")
+        prompts = prompts if fixed.prompts is None else Path(fixed.prompts)
+        labels, preset = fixed.labels or labels, fixed.preset or preset
+        split, modality, text_policy = fixed.split or split, fixed.modality or modality, fixed.text_policy or text_policy
+    prompt_set = load_prompt_set(Path(labels) if labels is not None and prompts is None else prompts)
+    if labels is not None and labels not in prompt_set.label_sets:
+        raise click.UsageError(f"--labels {labels}: no such label set; the prompts have {', '.join(prompt_set.label_sets) or 'none'}")
+    out, name = (out.parent, out.name) if out.suffix == ".json" else (out, "results.json")
     table = load_manifest(manifest, columns, allow_outside)
     rows = table.select(split=None if split == "all" else split, modality=modality).rows
     if not rows:
@@ -91,10 +130,17 @@ def evaluate(
     check_out_folder(out)
     from tasks.evaluation import REJECTED as REJECTED_CSV
     from tasks.evaluation import predict, results, write
+    from tasks.protocols import EvaluationProtocol, sha256_of
+    from tasks.zero_shot import PromptBank
 
     source = text_source(text_policy)
+    labelled = {name for row in rows for name in row.labels}
+    asked = list(prompt_set.label_set(labels).values()) if labels is not None else [one for one in prompt_set.findings if one in labelled]
+    scoring = scoring_of(encoder, preset, prompt_set, asked if labels is not None or asked else None, labels)
+    rule = None if isinstance(scoring, PromptBank) or preset == OURS else scoring
+    findings = None if labels is None else asked
     with progress("images", len(rows)) as advance:
-        predictions = predict(encoder, rows, prompt_set, source, batch_size=batch_size, progress=advance)
+        predictions = predict(encoder, rows, prompt_set, source, findings=findings, scorer=rule, batch_size=batch_size, progress=advance)
     simple = None
     if baseline is not False:
         from tasks.baseline import learnable, thumbnail_baseline
@@ -108,7 +154,23 @@ def evaluate(
                 f"--baseline: {manifest} has nothing to learn from ({modality} rows of split train with a finding present in one and"
                 " absent in another) or nothing to measure outside split train"
             )
-    measured = results(predictions, repeats=repeats, seed=seed)
+    scores = score_protocol(model, encoder, preset, prompt_set, scoring, labels)
+    decisions = decisions_of(decisions_path, model, scores, predictions.findings)
+    measured = results(predictions, repeats=repeats, seed=seed, decisions=decisions)
+    measured["protocol"] = EvaluationProtocol(
+        score=scores,
+        findings=predictions.findings,
+        manifest_sha256=table.sha256,
+        split=split,
+        split_source=table.split_source,
+        modality=modality,
+        unit="study" if predictions.of_studies else "image",
+        texts=predictions.texts,
+        decisions_sha256=None if decisions is None else sha256_of(decisions.to_dict()),
+        repeats=repeats,
+        seed=seed,
+        name=protocol_name,
+    ).as_dict()
     if simple is not None:
         measured["baseline"] = simple.measured
     measured["data"] = {
@@ -126,7 +188,11 @@ def evaluate(
     unlearned = simple.rejected if simple is not None else ()
     bad_rows = [(bad.row, bad.study_id, "; ".join(bad.reasons), "table row") for bad in table.rejected]
     write(
-        predictions, measured, out, [*bad_rows, *((row.row, row.study_id, why, "training image of the baseline") for row, why in unlearned)]
+        predictions,
+        measured,
+        out,
+        [*bad_rows, *((row.row, row.study_id, why, "training image of the baseline") for row, why in unlearned)],
+        name,
     )
     everything = f"all in {out / REJECTED_CSV}"
     report_rejected([(bad.path, str(bad)) for bad in table.rejected], f"rows of {manifest}; {everything}")
@@ -136,7 +202,7 @@ def evaluate(
         click.echo(json_text(measured))
     else:
         show_results(measured)
-        click.echo(f"Figures in {out / 'results.json'}, scores in {out / 'predictions.csv'}.")
+        click.echo(f"Figures in {out / name}, scores in {out / 'predictions.csv'}.")
         echo_notice()
     if table.rejected or predictions.rejected or unlearned:
         ctx.exit(REJECTED)
