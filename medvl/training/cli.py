@@ -30,10 +30,14 @@ from medvl.training.callbacks import RESOLVED, AtomicCheckpointIO, KeepBest, Lis
 from medvl.training.data import REJECTED, StudyDataModule
 from medvl.training.estimate import estimate, show
 from medvl.training.module import AlignmentModule
-from medvl.training.signals import RESUME, SaveOnSignal, explained
+from medvl.training.signals import RESUME, SaveOnSignal, explained, no_other_requeue
 from medvl.training.watch import Watch
 
 log = logging.getLogger(__name__)
+
+
+class RunError(RuntimeError):
+    """A run that ended for want of something outside it; the message says what to do."""
 
 
 class SaveResolvedConfig(SaveConfigCallback):
@@ -55,6 +59,20 @@ class AlignmentCLI(LightningCLI):
     """LightningCLI with a run folder, exact resuming, and inputs that are checked, listed and counted before the first step."""
 
     rejected = 0
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Read the command line and run.
+
+        Raises:
+            RunError: what a person can mend ended the run.
+        """
+        try:
+            super().__init__(*args, **kwargs)
+        except (OSError, RuntimeError) as error:
+            config = getattr(self, "config", None)  # none where the command line itself was refused
+            if config is None or (words := explained(error, Path(config[config.subcommand].out))) is None:
+                raise
+            raise RunError(words) from error
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Arguments of the run itself."""
@@ -101,18 +119,24 @@ class AlignmentCLI(LightningCLI):
         if self.subcommand == "fit":
             best = KeepBest(out, monitor=config.monitor, best=config.keep_best, mode=config.mode)
             callbacks += [best, ResumePoint(out, config.checkpoint_every), SaveOnSignal(out / RESUME), LearningRateMonitor("step"), Watch()]
-        return super().instantiate_trainer(
+        trainer = super().instantiate_trainer(
             callbacks=callbacks,
             logger=loggers if chosen.logger is None else chosen.logger,
             plugins=[*(chosen.plugins or []), AtomicCheckpointIO()],
             default_root_dir=str(out),
             **kwargs,
         )
+        no_other_requeue(trainer)
+        return trainer
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Run it; of a fit that is to be tried alone say, in one process, what it would cost."""
-        if subcommand != "fit" or not self.config_init.fit.dry_run:
+        if subcommand != "fit":
             super()._run_subcommand(subcommand)
+            return
+        if not self.config_init.fit.dry_run:
+            with self._on_signal.listening(self.trainer):
+                super()._run_subcommand(subcommand)
             return
         data = self.datamodule
         assert isinstance(data, StudyDataModule)
@@ -122,6 +146,10 @@ class AlignmentCLI(LightningCLI):
         data.setup()
         show(estimate(self.model, data, self.trainer), console := Console())
         console.print(f"Nothing was written to {self.config_init.fit.out}.")
+
+    @property
+    def _on_signal(self) -> SaveOnSignal:
+        return next(one for one in self.trainer.callbacks if isinstance(one, SaveOnSignal))  # type: ignore[attr-defined]
 
     def before_fit(self) -> None:
         """Read every image once, list what cannot be used, embed the texts of a frozen tower, and find the checkpoint."""
@@ -135,6 +163,7 @@ class AlignmentCLI(LightningCLI):
                 log.warning("%s: nothing to resume from, starting anew", checkpoint)
         if not config.ckpt_path:
             self.model.take_start()
+        self._on_signal.leave_rendezvous(self.trainer)
 
     def before_validate(self) -> None:
         """Take the weights that the run kept."""
@@ -247,30 +276,11 @@ def run(subcommand: str, args: list[str], finished: Callable[[Path], object] | N
     for message in ("LightningCLI's args parameter", ".*LeafSpec.* is deprecated", "The number of training batches", frozen):
         warnings.filterwarnings("ignore", message=message)
     args = ["--dry_run=true" if one == "--dry-run" else one for one in args]
-    try:
-        cli = _cli(subcommand, args)
-    except (OSError, RuntimeError) as error:
-        if (words := explained(error, _folder(args))) is None:
-            raise
-        raise RunError(words) from error
+    cli = _cli(subcommand, args)
     out = Path(cli.config[subcommand].out)
     if finished is not None and cli.trainer.is_global_zero and (out / CONFIG).is_file() and not cli.config[subcommand].get("dry_run"):
         finished(out)
     return 1 if cli.rejected or cli.datamodule.unread else 0
-
-
-class RunError(RuntimeError):
-    """A run that ended for want of something outside it; the message says what to do."""
-
-
-def _folder(args: list[str]) -> Path:
-    """The run's folder, as far as the command line says it."""
-    for i, one in enumerate(args):
-        if one.startswith("--out="):
-            return Path(one.removeprefix("--out="))
-        if one == "--out" and i + 1 < len(args):
-            return Path(args[i + 1])
-    return Path("the run's folder")
 
 
 def _cli(subcommand: str, args: list[str]) -> AlignmentCLI:
