@@ -12,17 +12,21 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
 import lightning as L
+from jsonargparse import Namespace
 from lightning.pytorch.callbacks import LearningRateMonitor, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger
 from rich.console import Console
 from rich.progress import Progress
 
+from medvl.data.cache import SampleCache
+from medvl.data.shards import ShardStore
 from medvl.data.studies import views_of
 from medvl.model import CONFIG, WEIGHTS, load_weights, write_atomically
 from medvl.nn.projector import ProjectedEncoder
@@ -59,6 +63,7 @@ class AlignmentCLI(LightningCLI):
     """LightningCLI with a run folder, exact resuming, and inputs that are checked, listed and counted before the first step."""
 
     rejected = 0
+    _trial: tempfile.TemporaryDirectory[str] | None = None  # of a dry run
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Read the command line and run.
@@ -91,7 +96,8 @@ class AlignmentCLI(LightningCLI):
         """Find out before any image is read whether the run's folder can be written to, or has the weights to be measured."""
         out = Path(self.config[self.subcommand].out)
         if self.subcommand == "fit" and self.config.fit.dry_run:
-            _forget_caches(self.config.fit)
+            self._trial = tempfile.TemporaryDirectory(prefix="medvl-dry-run-")
+            _move_caches(self.config.fit, self._trial.name)
             there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
             if not there.is_dir() or not os.access(there, os.W_OK):
                 raise ValueError(f"--out {out}: cannot be made a folder to write to")
@@ -134,17 +140,22 @@ class AlignmentCLI(LightningCLI):
         if subcommand != "fit":
             super()._run_subcommand(subcommand)
             return
-        if not self.config_init.fit.dry_run:
-            with self._on_signal.listening(self.trainer):
+        with self._on_signal.listening(self.trainer):
+            if self.config_init.fit.dry_run:
+                self._try()
+            else:
                 super()._run_subcommand(subcommand)
-            return
-        data = self.datamodule
-        assert isinstance(data, StudyDataModule)
-        if not self.trainer.is_global_zero:
-            return
-        self._check(data)
-        data.setup()
-        show(estimate(self.model, data, self.trainer), console := Console())
+
+    def _try(self) -> None:
+        data, given = self.datamodule, self.config_init.fit.trainer.callbacks or []
+        assert isinstance(data, StudyDataModule) and self._trial is not None
+        with self._trial:
+            if not self.trainer.is_global_zero:
+                return
+            self._check(data)
+            data.setup()
+            callbacks = given if isinstance(given, list) else [given]
+            show(estimate(self.model, data, self.trainer, callbacks), console := Console())
         console.print(f"Nothing was written to {self.config_init.fit.out}.")
 
     @property
@@ -211,14 +222,41 @@ class AlignmentCLI(LightningCLI):
         )
 
 
-def _forget_caches(config: Any) -> None:
-    """Of what a recipe keeps on disk, keep nothing: images and features are made anew."""
-    for name in list(config.keys()):
-        if name.endswith(".cache_dir"):
-            config[name] = None
-    cache = config.data.init_args.get("cache") if "init_args" in config.data else None
-    if (isinstance(cache, str) and cache != "memory") or getattr(cache, "class_path", "").endswith(".SampleCache"):
-        config.data.init_args.cache = False
+def _move_caches(config: Any, folder: str) -> None:
+    """Of what a recipe keeps on disk between runs keep nothing: images in ``folder``, for as long as it lasts, and features nowhere.
+
+    Images are written there, so that a batch that comes again takes the time that it takes in all epochs but the first. Shards were there
+    before, and are read where they are.
+
+    Args:
+        config: of the fit; changed.
+    """
+    _set_everywhere(config, "cache_dir", None)
+    arguments: Any = config.data.get("init_args") or Namespace()
+    cache = arguments.get("cache")
+    if isinstance(cache, str) and cache.strip() and cache != "memory":
+        arguments.cache = folder
+    elif isinstance(cache, Namespace):
+        module, _, name = cache.class_path.rpartition(".")
+        kind = getattr(import_module(module), name)
+        if issubclass(kind, SampleCache):
+            cache.init_args.folder = folder
+        elif not issubclass(kind, ShardStore):
+            arguments.cache = False
+
+
+def _set_everywhere(config: Any, name: str, value: object) -> None:
+    """Set every argument ``name`` of a recipe, however deep: towers may hold towers, by themselves, in lists and in mappings."""
+    if isinstance(config, Namespace | dict):
+        entries = config if isinstance(config, dict) else vars(config)
+        for key, inner in entries.items():
+            if key == name:
+                entries[key] = value
+            else:
+                _set_everywhere(inner, name, value)
+    elif isinstance(config, list | tuple):
+        for inner in config:
+            _set_everywhere(inner, name, value)
 
 
 def _tensorboard(out: Path) -> Logger:

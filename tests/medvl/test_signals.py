@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import subprocess
+import tempfile
 import time
 from types import SimpleNamespace
 
@@ -160,6 +161,18 @@ def test_told_while_files_are_read_it_ends_at_once_and_promises_nothing(recipe, 
     told = " ".join(record.message for record in caplog.records)
     assert "nothing to save" in told and "--resume" not in told and ("not requeued" in told) == (by == signal.SIGUSR1)
     assert not asked.exists() and not (tmp_path / "run" / "resume.ckpt").exists()
+
+
+def test_a_dry_run_that_is_told_to_stop_leaves_nothing(recipe, tmp_path, monkeypatch, handlers):
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    monkeypatch.setattr(XrayReader, "read", lambda self, path: os.kill(os.getpid(), signal.SIGTERM))
+    args = ["--config", str(recipe), "--out", str(tmp_path / "run"), "--data.init_args.cache", str(tmp_path / "images"), "--dry-run"]
+    with pytest.raises(SystemExit) as ended:
+        run("fit", args)
+    assert ended.value.code == STOPPED and not handlers
+    assert list(tmp_path.rglob("*")) == [scratch]
 
 
 class Tell(Callback):
