@@ -12,17 +12,21 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
 
 import lightning as L
+from jsonargparse import Namespace
 from lightning.pytorch.callbacks import LearningRateMonitor, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger, Logger
 from rich.console import Console
 from rich.progress import Progress
 
+from medvl.data.cache import SampleCache
+from medvl.data.shards import ShardStore
 from medvl.data.studies import views_of
 from medvl.model import CONFIG, WEIGHTS, load_weights, write_atomically
 from medvl.nn.projector import ProjectedEncoder
@@ -30,10 +34,14 @@ from medvl.training.callbacks import RESOLVED, AtomicCheckpointIO, KeepBest, Lis
 from medvl.training.data import REJECTED, StudyDataModule
 from medvl.training.estimate import estimate, show
 from medvl.training.module import AlignmentModule
-from medvl.training.signals import RESUME, SaveOnSignal, explained
+from medvl.training.signals import RESUME, SaveOnSignal, explained, no_other_requeue
 from medvl.training.watch import Watch
 
 log = logging.getLogger(__name__)
+
+
+class RunError(RuntimeError):
+    """A run that ended for want of something outside it; the message says what to do."""
 
 
 class SaveResolvedConfig(SaveConfigCallback):
@@ -55,6 +63,21 @@ class AlignmentCLI(LightningCLI):
     """LightningCLI with a run folder, exact resuming, and inputs that are checked, listed and counted before the first step."""
 
     rejected = 0
+    _trial: tempfile.TemporaryDirectory[str] | None = None  # of a dry run
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Read the command line and run.
+
+        Raises:
+            RunError: what a person can mend ended the run.
+        """
+        try:
+            super().__init__(*args, **kwargs)
+        except (OSError, RuntimeError) as error:
+            config = getattr(self, "config", None)  # none where the command line itself was refused
+            if config is None or (words := explained(error, Path(config[config.subcommand].out))) is None:
+                raise
+            raise RunError(words) from error
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Arguments of the run itself."""
@@ -73,7 +96,8 @@ class AlignmentCLI(LightningCLI):
         """Find out before any image is read whether the run's folder can be written to, or has the weights to be measured."""
         out = Path(self.config[self.subcommand].out)
         if self.subcommand == "fit" and self.config.fit.dry_run:
-            _forget_caches(self.config.fit)
+            self._trial = tempfile.TemporaryDirectory(prefix="medvl-dry-run-")
+            _move_caches(self.config.fit, self._trial.name)
             there = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
             if not there.is_dir() or not os.access(there, os.W_OK):
                 raise ValueError(f"--out {out}: cannot be made a folder to write to")
@@ -101,27 +125,42 @@ class AlignmentCLI(LightningCLI):
         if self.subcommand == "fit":
             best = KeepBest(out, monitor=config.monitor, best=config.keep_best, mode=config.mode)
             callbacks += [best, ResumePoint(out, config.checkpoint_every), SaveOnSignal(out / RESUME), LearningRateMonitor("step"), Watch()]
-        return super().instantiate_trainer(
+        trainer = super().instantiate_trainer(
             callbacks=callbacks,
             logger=loggers if chosen.logger is None else chosen.logger,
             plugins=[*(chosen.plugins or []), AtomicCheckpointIO()],
             default_root_dir=str(out),
             **kwargs,
         )
+        no_other_requeue(trainer)
+        return trainer
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Run it; of a fit that is to be tried alone say, in one process, what it would cost."""
-        if subcommand != "fit" or not self.config_init.fit.dry_run:
+        if subcommand != "fit":
             super()._run_subcommand(subcommand)
             return
-        data = self.datamodule
-        assert isinstance(data, StudyDataModule)
-        if not self.trainer.is_global_zero:
-            return
-        self._check(data)
-        data.setup()
-        show(estimate(self.model, data, self.trainer), console := Console())
+        with self._on_signal.listening(self.trainer):
+            if self.config_init.fit.dry_run:
+                self._try()
+            else:
+                super()._run_subcommand(subcommand)
+
+    def _try(self) -> None:
+        data, given = self.datamodule, self.config_init.fit.trainer.callbacks or []
+        assert isinstance(data, StudyDataModule) and self._trial is not None
+        with self._trial:
+            if not self.trainer.is_global_zero:
+                return
+            self._check(data)
+            data.setup()
+            callbacks = given if isinstance(given, list) else [given]
+            show(estimate(self.model, data, self.trainer, callbacks), console := Console())
         console.print(f"Nothing was written to {self.config_init.fit.out}.")
+
+    @property
+    def _on_signal(self) -> SaveOnSignal:
+        return next(one for one in self.trainer.callbacks if isinstance(one, SaveOnSignal))  # type: ignore[attr-defined]
 
     def before_fit(self) -> None:
         """Read every image once, list what cannot be used, embed the texts of a frozen tower, and find the checkpoint."""
@@ -135,6 +174,7 @@ class AlignmentCLI(LightningCLI):
                 log.warning("%s: nothing to resume from, starting anew", checkpoint)
         if not config.ckpt_path:
             self.model.take_start()
+        self._on_signal.leave_rendezvous(self.trainer)
 
     def before_validate(self) -> None:
         """Take the weights that the run kept."""
@@ -182,14 +222,41 @@ class AlignmentCLI(LightningCLI):
         )
 
 
-def _forget_caches(config: Any) -> None:
-    """Of what a recipe keeps on disk, keep nothing: images and features are made anew."""
-    for name in list(config.keys()):
-        if name.endswith(".cache_dir"):
-            config[name] = None
-    cache = config.data.init_args.get("cache") if "init_args" in config.data else None
-    if (isinstance(cache, str) and cache != "memory") or getattr(cache, "class_path", "").endswith(".SampleCache"):
-        config.data.init_args.cache = False
+def _move_caches(config: Any, folder: str) -> None:
+    """Of what a recipe keeps on disk between runs keep nothing: images in ``folder``, for as long as it lasts, and features nowhere.
+
+    Images are written there, so that a batch that comes again takes the time that it takes in all epochs but the first. Shards were there
+    before, and are read where they are.
+
+    Args:
+        config: of the fit; changed.
+    """
+    _set_everywhere(config, "cache_dir", None)
+    arguments: Any = config.data.get("init_args") or Namespace()
+    cache = arguments.get("cache")
+    if isinstance(cache, str) and cache.strip() and cache != "memory":
+        arguments.cache = folder
+    elif isinstance(cache, Namespace):
+        module, _, name = cache.class_path.rpartition(".")
+        kind = getattr(import_module(module), name)
+        if issubclass(kind, SampleCache):
+            cache.init_args.folder = folder
+        elif not issubclass(kind, ShardStore):
+            arguments.cache = False
+
+
+def _set_everywhere(config: Any, name: str, value: object) -> None:
+    """Set every argument ``name`` of a recipe, however deep: towers may hold towers, by themselves, in lists and in mappings."""
+    if isinstance(config, Namespace | dict):
+        entries = config if isinstance(config, dict) else vars(config)
+        for key, inner in entries.items():
+            if key == name:
+                entries[key] = value
+            else:
+                _set_everywhere(inner, name, value)
+    elif isinstance(config, list | tuple):
+        for inner in config:
+            _set_everywhere(inner, name, value)
 
 
 def _tensorboard(out: Path) -> Logger:
@@ -247,30 +314,11 @@ def run(subcommand: str, args: list[str], finished: Callable[[Path], object] | N
     for message in ("LightningCLI's args parameter", ".*LeafSpec.* is deprecated", "The number of training batches", frozen):
         warnings.filterwarnings("ignore", message=message)
     args = ["--dry_run=true" if one == "--dry-run" else one for one in args]
-    try:
-        cli = _cli(subcommand, args)
-    except (OSError, RuntimeError) as error:
-        if (words := explained(error, _folder(args))) is None:
-            raise
-        raise RunError(words) from error
+    cli = _cli(subcommand, args)
     out = Path(cli.config[subcommand].out)
     if finished is not None and cli.trainer.is_global_zero and (out / CONFIG).is_file() and not cli.config[subcommand].get("dry_run"):
         finished(out)
     return 1 if cli.rejected or cli.datamodule.unread else 0
-
-
-class RunError(RuntimeError):
-    """A run that ended for want of something outside it; the message says what to do."""
-
-
-def _folder(args: list[str]) -> Path:
-    """The run's folder, as far as the command line says it."""
-    for i, one in enumerate(args):
-        if one.startswith("--out="):
-            return Path(one.removeprefix("--out="))
-        if one == "--out" and i + 1 < len(args):
-            return Path(args[i + 1])
-    return Path("the run's folder")
 
 
 def _cli(subcommand: str, args: list[str]) -> AlignmentCLI:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +16,11 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.fabric.plugins.environments import LightningEnvironment
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import BaseFinetuning, Callback, WeightAveraging
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from medvl.training.averaging import Ema
 from medvl.training.data import StudyDataModule
 from medvl.training.module import AlignmentModule, Observed
 from medvl.training.stages import Stages
@@ -29,6 +28,9 @@ from medvl.training.watch import memory_mb
 
 WARM_UP, MEASURED = 3, 3
 """Batches before and while the clock runs; the latter are the former once more, so that caches are as in all epochs but the first."""
+
+RUN = (Stages, WeightAveraging, BaseFinetuning)
+"""Callbacks that change what a step takes, by what they freeze or hold, and write nothing."""
 
 CLEAR, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
@@ -63,6 +65,7 @@ class Cost:
     rest_mb: float  # activations and whatever else a batch took at its peak
     peak_mb: float  # measured, of the accelerator or else of the process with all its libraries
     left_out: int  # rows and images left out so far
+    not_counted: tuple[str, ...] = ()  # what of the recipe no step was taken with
 
     @property
     def total_mb(self) -> float:
@@ -130,14 +133,15 @@ def planned(data: StudyDataModule, trainer: L.Trainer) -> tuple[int, int | None]
     return steps, min(ends, default=None)
 
 
-def estimate(module: AlignmentModule, data: StudyDataModule, trainer: L.Trainer) -> Cost:
+def estimate(module: AlignmentModule, data: StudyDataModule, trainer: L.Trainer, callbacks: Sequence[Callback] = ()) -> Cost:
     """Take a few steps in one process, and say what the whole run would take.
 
-    Weights are moved by these steps, and the data cut to them, so neither is of use for a fit afterwards. Of the recipe's callbacks those
-    run that change what a step takes: stages, of which the first is measured, and averaged weights.
+    Weights are moved by these steps, and the data cut to them, so neither is of use for a fit afterwards.
 
     Args:
         trainer: as the recipe made it; its precision, device and lengths are used, it does not run itself.
+        callbacks: of the recipe. Those run that change what a step takes (``RUN``); the others are named in ``not_counted``, as are stages
+            after the first, which alone is measured.
     Raises:
         ValueError, FileNotFoundError, ...: what a fit would raise.
     """
@@ -149,7 +153,7 @@ def estimate(module: AlignmentModule, data: StudyDataModule, trainer: L.Trainer)
     device, clock = trainer.strategy.root_device, _Clock()
     _restart_peak(device)
     before = _peak_mb(device)
-    probe = _probe(trainer, clock)
+    probe = _probe(trainer, [*(one for one in callbacks if isinstance(one, RUN)), clock])
     probe.fit(module, datamodule=data)
     seen = clock.seen
     assert seen is not None
@@ -181,10 +185,11 @@ def estimate(module: AlignmentModule, data: StudyDataModule, trainer: L.Trainer)
         rest_mb=max(0.0, peak - before - known),
         peak_mb=peak,
         left_out=len(data.skipped()),
+        not_counted=_not_counted(callbacks),
     )
 
 
-def _probe(trainer: L.Trainer, clock: _Clock) -> L.Trainer:
+def _probe(trainer: L.Trainer, callbacks: list[Callback]) -> L.Trainer:
     """A trainer of a few steps on one device, that writes nothing, whoever started this process."""
     device = trainer.strategy.root_device
     return L.Trainer(
@@ -197,7 +202,7 @@ def _probe(trainer: L.Trainer, clock: _Clock) -> L.Trainer:
         precision=trainer.precision,
         gradient_clip_val=trainer.gradient_clip_val,
         gradient_clip_algorithm=trainer.gradient_clip_algorithm,
-        callbacks=[*(one for one in trainer.callbacks if isinstance(one, (Stages, Ema))), clock],  # type: ignore[attr-defined]
+        callbacks=callbacks,
         logger=False,
         limit_val_batches=0,
         enable_checkpointing=False,
@@ -206,6 +211,16 @@ def _probe(trainer: L.Trainer, clock: _Clock) -> L.Trainer:
         use_distributed_sampler=False,
         reload_dataloaders_every_n_epochs=1,
     )
+
+
+def _not_counted(callbacks: Sequence[Callback]) -> tuple[str, ...]:
+    later = sum(len(one.stages) - 1 for one in callbacks if isinstance(one, Stages))
+    found = [f"{later} stage{'s' if later > 1 else ''} after the first, which may take more"] if later else []
+    if any(isinstance(one, BaseFinetuning) for one in callbacks):
+        found.append("what is unfrozen in later epochs")
+    if names := [type(one).__name__ for one in callbacks if not isinstance(one, RUN)]:
+        found.append(f"callbacks that were not run: {', '.join(names)}")
+    return tuple(found)
 
 
 def _restart_peak(device: torch.device) -> None:
@@ -255,9 +270,8 @@ def show(cost: Cost, console: Console) -> None:
         "  activations and the rest": f"{cost.rest_mb:.1f} MiB",
         "peak measured": f"{cost.peak_mb:.0f} MiB, libraries and kept images included",
         "seconds a step": f"{cost.seconds:.3g} (median of {MEASURED} batches after {WARM_UP}), {cost.waiting:.0%} of it for the loader",
-        "training time": "without end"
-        if steps is None
-        else f"{_duration(cost.seconds * steps)}, without reading, validation and checkpoints",
+        "training time": "without end" if steps is None else _duration(cost.seconds * steps),
+        "not counted": "; ".join(["reading, validation, checkpoints", *cost.not_counted]),
         "left out": f"{cost.left_out} so far; a fit reads every image first and lists what it leaves out",
     }
     table = Table(show_header=False)

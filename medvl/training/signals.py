@@ -12,12 +12,17 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.callbacks import Callback
 
 from medvl.losses.ranks import largest_over_ranks
@@ -33,9 +38,15 @@ class SaveOnSignal(Callback):
     """On SIGTERM, and under SLURM on SIGUSR1, save at the end of the step and end with exit code 143; on SIGUSR1 requeue the job as well.
 
     SIGUSR1 is what ``#SBATCH --signal=USR1@90`` sends 90 s before a job's time is up. A SIGTERM comes from ``scancel``, which wants no new
-    run, or from preemption, where SLURM requeues by itself. With several processes all stop after the same step, whichever was told. On the
-    last batch of an epoch the validation that is due comes first, for a resumed run would skip it. Before the first step a signal ends the
-    process as it ends any other: there is nothing to save.
+    run, or from preemption, where SLURM requeues by itself. On the last batch of an epoch the validation that is due comes first, for a
+    resumed run would skip it; of accumulated batches the step is made.
+
+    While files are read, and until training begins, a signal ends the run at once (:meth:`listening`), also with 143: there is nothing to
+    save. A job whose time is up by then is not requeued, for it would come no further. After the last step one process alone ends as it
+    would have.
+
+    With several processes all stop after the same step, whichever was told: after each step, which has waited for the others already, they
+    share two bytes. One process alone shares nothing.
 
     Args:
         path: the run's ``resume.ckpt``.
@@ -43,36 +54,58 @@ class SaveOnSignal(Callback):
 
     def __init__(self, path: Path) -> None:
         self.path, self.told, self.requeue = path, False, False
-        self._before: dict[int, Any] = {}
+        self._process, self._training, self._speaks = os.getpid(), False, True
+
+    @contextmanager
+    def listening(self, trainer: L.Trainer) -> Iterator[None]:
+        """From here on, before the first step too, a signal is answered by us; Lightning then requeues nothing by itself."""
+        self._speaks = trainer.is_global_zero
+        before = self._take()
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def leave_rendezvous(self, trainer: L.Trainer) -> None:
+        """Where processes wait for each other to begin, Python answers no signal: a SIGTERM there ends them as it ends any process."""
+        if trainer.world_size > 1 and signal.getsignal(signal.SIGTERM) == self._note:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Take over the signals; only the main thread may."""
-        signals = [signal.SIGTERM, *([signal.SIGUSR1] if "SLURM_JOB_ID" in os.environ else [])]
-        try:
-            self._before = {number: signal.signal(number, self._note) for number in signals}
-        except ValueError:
-            log.warning("not in the main thread: a SIGTERM will end the run without a checkpoint")
+        """Take over the signals, from Lightning too, which gives them back at the end."""
+        self._training = True
+        self._take()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Stop here if told, but for the last batch of an epoch."""
-        if not trainer.is_last_batch:
+        """Stop here if told, but for the last batch of an epoch, and batches whose step is to come."""
+        if not trainer.is_last_batch and (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
             self._stop_if_told(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Stop here if told during the last batch or the validation."""
         self._stop_if_told(trainer)
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Give the signals back."""
-        self._give_back()
-
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Give the signals back."""
-        self._give_back()
+    def _take(self) -> dict[int, Any]:
+        """Answer the signals, which only the main thread may; who did it before."""
+        numbers = [signal.SIGTERM, *([signal.SIGUSR1] if "SLURM_JOB_ID" in os.environ else [])]
+        try:
+            return {number: signal.signal(number, self._note) for number in numbers}
+        except ValueError:
+            log.warning("not in the main thread: a SIGTERM will end the run without a checkpoint")
+            return {}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:
+            return  # a loader process that does not ignore it yet
         self.told = True
         self.requeue = self.requeue or number == signal.SIGUSR1
+        if self._training:
+            return
+        if self._speaks:
+            short = "; the job is not requeued, give it more time" if self.requeue else ""
+            log.warning("told to stop before a step was made: nothing to save, the next start begins where this one did%s", short)
+        raise SystemExit(STOPPED)
 
     def _stop_if_told(self, trainer: L.Trainer) -> None:
         told, requeue = self.told, self.requeue
@@ -83,29 +116,55 @@ class SaveOnSignal(Callback):
             return
         trainer.save_checkpoint(self.path)
         if trainer.is_global_zero:
-            queued = requeue and _requeue()
-            after = "requeued" if queued else "go on with --resume true"
+            after = "go on with --resume true"
+            if requeue:
+                after = "requeued" if _requeue() else f"the job could not be requeued, {after}"
             log.warning("told to stop: step %d is saved in %s; %s", trainer.global_step, self.path, after)
         raise SystemExit(STOPPED)
 
-    def _give_back(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before = {}
+
+def no_other_requeue(trainer: L.Trainer) -> None:
+    """Keep Lightning from requeueing a SLURM job by itself, with a checkpoint of its own that would come before ours."""
+    environment = trainer._accelerator_connector.cluster_environment
+    if isinstance(environment, SLURMEnvironment):
+        environment.auto_requeue = False
+
+
+def slurm_job() -> str | None:
+    """What ``scontrol`` calls this job: of an array this task, for the number of its last task is that of the whole array."""
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
 
 
 def _requeue() -> bool:
     """Put this SLURM job back into the queue; whether that was done."""
-    job, scontrol = os.environ.get("SLURM_JOB_ID"), shutil.which("scontrol")
+    job, scontrol = slurm_job(), shutil.which("scontrol")
     if job is None or scontrol is None:
         return False
     done = subprocess.run([scontrol, "requeue", job], check=False)  # noqa: S603 (fixed words)
     return done.returncode == 0
 
 
-def ignore_sigterm(_: int) -> None:
-    """For loader processes: a SIGTERM to the whole group is for the trainer, which saves its step and then ends them."""
+def ignore_sigterm(worker_id: int) -> None:
+    """For loader processes: a SIGTERM to the whole group is for the trainer, which saves its step and then ends them.
+
+    One from the trainer itself still ends them: Python sends it at its end to those that are left, and waits for them without limit. Where
+    the system does not tell who sent a signal (not Linux), all are heard.
+
+    Args:
+        worker_id: of torch's loader, which calls this in each of its processes.
+    """
+    if sys.platform != "linux":
+        return
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # left pending, for the thread to take
+    threading.Thread(target=_end_with, args=(os.getppid(),), name=f"signals-{worker_id}", daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)  # as torch's own handler does
 
 
 def explained(error: BaseException, folder: Path) -> str | None:

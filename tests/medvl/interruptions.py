@@ -4,6 +4,7 @@ import json
 import os
 import random
 import signal
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -25,7 +26,8 @@ class Interrupt(Callback):
         if how in ("TERM", "USR1"):
             os.kill(os.getpid(), getattr(signal, f"SIG{how}"))
         elif how == "GROUP":
-            os.killpg(os.getpgid(0), signal.SIGTERM)
+            # from outside, as a scheduler does it: what a loader process hears from its trainer is another thing
+            subprocess.run(["kill", "-TERM", "--", f"-{os.getpgid(0)}"], start_new_session=True, check=True)
         else:
             delay = random.random() * 0.2
             threading.Thread(target=lambda: (time.sleep(delay), os.killpg(os.getpgid(0), signal.SIGKILL)), daemon=True).start()

@@ -1,15 +1,21 @@
 """A dry run: its numbers against counting by hand and against a fit, and that it leaves nothing behind."""
 
 import json
+import tempfile
 import time
 
 import pytest
+import torch
 import yaml
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 
+from medvl.data.cache import SampleCache
 from medvl.data.studies import StudyDataset
 from medvl.training import cli
 from medvl.training.cli import run
+from medvl.types import ImageEncoder
+from modalities.xray.reader import XrayReader
 
 
 @pytest.fixture
@@ -85,11 +91,81 @@ def test_activations_are_measured(tried):
     assert tried("--data.init_args.reader.init_args.size", "512").rest_mb > 12
 
 
-def test_nothing_is_kept_in_the_caches_of_a_recipe(tried, tmp_path):
-    """The fixture compares all files before and after."""
-    tried("--data.init_args.cache", str(tmp_path / "images"), "--model.report.init_args.cache_dir", str(tmp_path / "texts"))
-    store = ["--data.init_args.cache", "medvl.data.cache.SampleCache", "--data.init_args.cache.init_args.folder", str(tmp_path / "images")]
-    tried(*store)
+def test_nothing_is_kept_in_the_caches_of_a_recipe(tried, tmp_path, monkeypatch):
+    """The fixture compares all files before and after; what was written for a while is gone, too."""
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
+    images = tmp_path / "images"
+    tried("--data.init_args.cache", str(images), "--model.report.init_args.cache_dir", str(tmp_path / "texts"))
+    for kind in ("medvl.data.cache.SampleCache", f"{__name__}.Noted"):
+        tried("--data.init_args.cache", kind, "--data.init_args.cache.init_args.folder", str(images))
+
+
+class Noted(SampleCache):
+    """A cache of someone else's, by another name."""
+
+
+def test_nor_in_those_of_towers_inside_of_others(tried, tmp_path):
+    projected = {
+        "class_path": "medvl.nn.projector.ProjectedEncoder",
+        "init_args": {"cache_dir": str(tmp_path / "features"), "embed_dim": 16},
+    }
+    trunk = {"class_path": "modalities.xray.conv.ConvEncoder", "init_args": {"embed_dim": 16, "widths": [8, 8], "blocks": [1, 1]}}
+    projected["init_args"] |= {"backbone": trunk, "tokens": True}
+    inner = {"class_path": f"{__name__}.FirstOf", "init_args": {"towers": [projected]}}
+    (tmp_path / "towers.yaml").write_text(yaml.safe_dump({"model": {"image": inner}}))
+    tried("--config", str(tmp_path / "towers.yaml"))
+
+
+class FirstOf(ImageEncoder):
+    """Towers in a list, of which one is used."""
+
+    def __init__(self, towers: list[ImageEncoder]) -> None:
+        super().__init__()
+        self.towers = torch.nn.ModuleList(towers)
+        self.embed_dim = towers[0].embed_dim
+
+    def forward(self, batch):
+        return self.towers[0](batch)
+
+
+def test_images_that_a_recipe_keeps_on_disk_are_read_once(tried, tmp_path, monkeypatch):
+    """The batches that are timed are those before once more, as a fit has them kept."""
+    reads = []
+    read = XrayReader.read
+    monkeypatch.setattr(XrayReader, "read", lambda self, path: (reads.append(path), read(self, path))[1])
+    tried("--data.init_args.cache", str(tmp_path / "images"))
+    assert len(reads) == len(set(reads)) > 0
+
+
+def test_what_no_step_was_taken_with_is_said(tried, tmp_path, capsys):
+    callbacks = [
+        {"class_path": "medvl.training.stages.Stages", "init_args": {"stages": [{"epoch": 0, "freeze": ["image"]}, {"epoch": 1}]}},
+        {"class_path": "medvl.training.averaging.Ema"},
+        {"class_path": f"{__name__}.Untold"},
+    ]
+    (tmp_path / "callbacks.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": callbacks}}))
+    cost = tried("--config", str(tmp_path / "callbacks.yaml"))
+    assert cost.not_counted == ("1 stage after the first, which may take more", "callbacks that were not run: Untold")
+    said = capsys.readouterr().out
+    assert "1 stage after the first, which may take more; callbacks that were not run: Untold" in " ".join(said.replace("│", " ").split())
+    assert tried().not_counted == ()
+
+
+class Untold(Callback):
+    """Would end a run that it is part of."""
+
+    def on_train_start(self, trainer, pl_module):
+        raise AssertionError
+
+
+def test_weights_that_are_averaged_are_held_once_more(tried, tmp_path):
+    """Against the same without, of a report tower of many weights."""
+    wide = ["--model.report.init_args.hidden_dim", "20000"]
+    (tmp_path / "ema.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [{"class_path": "medvl.training.averaging.Ema"}]}}))
+    without, averaged = tried(*wide), tried(*wide, "--config", str(tmp_path / "ema.yaml"))
+    assert averaged.rest_mb - without.rest_mb > 0.5 * without.weights_mb
 
 
 def test_a_stage_that_freezes_is_measured(tried, tmp_path):
@@ -153,6 +229,7 @@ def test_what_cannot_be_read_is_left_out(recipe, tmp_path, monkeypatch, capsys):
         (["--model.report.init_args.embed_dim", "8"], "dimensions"),
         (["--model.start", "{image: nowhere}"], "nowhere"),
         (["--out", "manifest.csv/run"], "cannot be made a folder"),
+        (["--data.init_args.cache", " "], "empty text"),
         (["--data.init_args.manifest", "absent.csv"], "absent.csv"),
     ],
 )

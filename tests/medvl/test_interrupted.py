@@ -5,8 +5,10 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -182,18 +184,49 @@ def test_a_group_told_to_stop_saves_though_its_loaders_are_told_too(recipe, whol
 
 
 @pytest.mark.slow
+def test_told_while_it_waits_for_another_process_it_ends_at_once(recipe, tmp_path):
+    """As torchrun starts the first of two, of which the second does not come."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    env |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "RANK": "0", "LOCAL_RANK": "0", "TORCHELASTIC_RUN_ID": "x"}
+    command = [sys.executable, "-m", "medvl", "fit", "--config", str(recipe), "--out", str(tmp_path / "run")]
+    running = subprocess.Popen(
+        [*command, "--trainer.devices", "2", "--trainer.strategy", "ddp"],
+        env=env,
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert running.stderr is not None
+        assert any("images: 64 train" in line for line in running.stderr)  # all files are read
+        time.sleep(3)
+        assert running.poll() is None
+        running.terminate()
+        assert running.wait(5) == -signal.SIGTERM
+    finally:
+        running.kill()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("by", "queued"), [("USR1", True), ("TERM", False)])
 def test_a_job_is_requeued_when_its_time_is_up_and_not_when_it_is_cancelled(recipe, tmp_path, monkeypatch, by, queued):
-    """With a stand-in for scontrol that notes what it is asked."""
+    """With a stand-in for scontrol that notes what it is asked, and Lightning in the belief that it runs under SLURM."""
     commands, asked = tmp_path / "bin", tmp_path / "asked"
     commands.mkdir()
     (commands / "scontrol").write_text(f"#!/bin/sh\necho $@ >> {asked}\n")
     (commands / "scontrol").chmod(0o755)
     monkeypatch.setenv("PATH", f"{commands}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setenv("SLURM_JOB_ID", "17")
+    slurm = {"JOB_ID": "17", "NTASKS": "1", "PROCID": "0", "LOCALID": "0", "NODEID": "0", "JOB_NAME": "fit"}
+    for name, value in slurm.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
     code, said = fit(recipe, tmp_path / "run", 1, 2, by)
     assert code == STOPPED and ("; requeued" in said) == queued, said
     assert (asked.read_text() == "requeue 17\n") if queued else not asked.exists()
+    assert [path.name for path in (tmp_path / "run").glob("*.ckpt")] == ["resume.ckpt"]
 
 
 def test_ends_that_a_person_can_mend_are_explained(tmp_path):
