@@ -93,6 +93,11 @@ class ShardStore(SampleStore):
             raise UnreadableImageError(f"{path}: shard {shard} of {self.folder} {self._cut[shard]}; write them again with `medvl shards`")
         return self.frontal[key]
 
+    def order_of(self) -> str:
+        """A hash of all that the order of a training depends on: which image is in which shard, and how many are shuffled together."""
+        told = json.dumps([self.window, sorted((key, int(self._shards[place])) for key, place in self.places.items())])
+        return hashlib.sha256(told.encode()).hexdigest()
+
     def shard(self, path: Path) -> int:
         """Number of the shard that an image is in."""
         return int(self._shards[self.places[self._key(path)]])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -100,7 +101,10 @@ class StudyBatch:
         missing = missing.to(self.positives.device)
         kept = ~missing[:, None]
         positives = self.positives * kept
-        orphans = (self.positives > 0).any(0) & ~(positives > 0).any(0)
+        orphans = torch.stack(
+            [((self.positives >= w) & (self.positives > 0)).any(0) & ~((positives >= w) & (positives > 0)).any(0) for w in (0, 1)]
+        ).any(0)
+        positives = positives * ~orphans  # also of what is true of others by a share alone
         ignore = ~kept | orphans if self.ignore is None else self.ignore | ~kept | orphans
         labels = self.labels
         if labels is not None:
@@ -268,6 +272,17 @@ class StudyDataset(Dataset[Item]):
         if self._cache is not None:
             self._cache = cache
 
+    def leave_out(self, skipped: Sequence[Skipped]) -> None:
+        """Leave out images, by their rows, that another process could not read."""
+        why = {one.row: one for one in skipped}
+        kept = [i for i, image in enumerate(self.images) if image.row not in why]
+        self.skipped += [why[image.row] for image in self.images if image.row in why]
+        self._frontal = {new: self._frontal[old] for new, old in enumerate(kept) if old in self._frontal}
+        if self._cache is not None:
+            self._cache = {new: self._cache[old] for new, old in enumerate(kept) if old in self._cache}
+        self.images, self.sourced = [self.images[i] for i in kept], [self.sourced[i] for i in kept]
+        self.items = self._items()
+
     def keep(self, items: Iterable[int]) -> None:
         """Serve these items alone, before any image was read."""
         kept = sorted({i for item in items for i in self.items[item]})
@@ -369,7 +384,7 @@ class Collate:
         second_view: bool = False,
         labels: Sequence[str] = (),
     ) -> None:
-        check_flip(flip, pairs)
+        check_flip(flip, pairs, links, labels)
         if second_view and augment is None:
             raise ValueError("a second view of an image differs from the first by chance alone: give `augment`")
         self.links, self.second_view, self.labels = links, second_view, tuple(labels)
@@ -468,16 +483,18 @@ def linked(pairs: TextPairs, items: Sequence[Item], links: Links) -> TextPairs:
     other = (patients[:, None] == patients) & (kinds[:, None] != kinds)
     positives = pairs.positives
     reached = (other.to(torch.float32) @ (positives > 0).to(torch.float32) > 0) & ~(positives > 0)
-    if pairs.false_texts is not None:
+    stated = torch.zeros_like(reached)
+    if pairs.false_texts is not None:  # made false of one study, and stated of the other: nobody knows
+        stated = reached & pairs.false_texts
         reached &= ~pairs.false_texts
     if pairs.null_texts is not None:
         reached &= ~pairs.null_texts
-    ignore = torch.zeros_like(reached) if pairs.ignore is None else pairs.ignore
+    ignore = stated if pairs.ignore is None else pairs.ignore | stated
     if links == "ignore":
         return replace(pairs, ignore=ignore | reached)
-    return replace(
-        pairs, positives=torch.where(reached, 1, positives).to(positives.dtype), ignore=None if pairs.ignore is None else ignore & ~reached
-    )
+    kept = ignore & ~reached
+    positives = torch.where(reached, 1, positives).to(positives.dtype)
+    return replace(pairs, positives=positives, ignore=kept if pairs.ignore is not None or kept.any() else None)
 
 
 def drawn(texts: Sequence[SourcedText], count: int, rng: np.random.Generator) -> tuple[SourcedText, ...]:
@@ -510,12 +527,18 @@ def mirrored(images: ImageBatch, which: Tensor) -> ImageBatch:
     return replace(images, pixels=pixels, valid=torch.where(which.view(-1, 1, 1), images.valid.flip(-1), images.valid))
 
 
-def check_flip(flip: float, pairs: PairBuilder | None) -> None:
+def check_flip(flip: float, pairs: PairBuilder | None, links: Links = "none", labels: Sequence[str] = ()) -> None:
     """Refuse a chance that is none, and flips that nobody could swap the sides of.
 
     Raises:
-        ValueError: either.
+        ValueError: either; texts of one study that are true of another, which may be flipped when it is not; labels with a side.
     """
+    if flip and links == "positive":
+        raise ValueError(
+            f"flip is {flip} with links: positive: a text of a flipped study would be true of one that is not; leave one of them out"
+        )
+    if flip and (sided := [name for name in labels if {"left", "right"} & set(re.split(r"[^a-z]+", name.lower()))]):
+        raise ValueError(f"flip is {flip}, and nobody swaps the sides of the labels {', '.join(sided)}; leave one of them out")
     if not 0 <= flip <= 1:
         raise ValueError(f"flip is {flip}, expected a chance from 0 to 1")
     if flip and pairs is None:

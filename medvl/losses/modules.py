@@ -95,11 +95,23 @@ class MultiPositiveInfoNCE(Objective):
         super().__init__(weights)
         if not 0 <= image_share <= 1:
             raise ValueError(f"image_share is {image_share}, expected 0 to 1")
+        if direction in ("image", "text") and image_share != 0.5:
+            raise ValueError(f"image_share is {image_share}, and direction {direction} has no other to share with")
         if isinstance(denominator, dict) and set(denominator) != {"image", "text"}:
             raise ValueError(f"denominators are given for {sorted(denominator)}, expected image and text")
         self.denominators = denominator if isinstance(denominator, dict) else {"image": denominator, "text": denominator}
         self.inside, self.direction, self.soft, self.image_share = inside, direction, soft, image_share
         self.chunk_size, self.matmul = chunk_size, matmul
+
+    def forward(self, parts: Mapping[str, Tensor | Product], *args: Any, **options: Any) -> dict[str, Tensor]:
+        """As :class:`Objective`.
+
+        Raises:
+            ValueError: a direction of a part that the similarity has not, or as there.
+        """
+        if isinstance(self.direction, dict) and (unknown := sorted(set(self.direction) - set(parts))):
+            raise ValueError(f"directions name {unknown}, the similarity has parts {sorted(parts)}")
+        return super().forward(parts, *args, **options)
 
     def of(self, logits: Tensor | Product, pairs: Pairs, name: str) -> Tensor:
         """The loss of the part of that name."""

@@ -53,14 +53,14 @@ def info_nce(
         logits: (B, M), or a product; computed in float32 at least.
         inside: the sum over positives inside the log.
         denominator: over ``all`` pairs of the line; over its ``negatives`` alone; or, for ``each`` positive, over it and the negatives, so
-            that the positives of an image do not compete.
+            that the positives of an image do not compete. A line without a negative has no term where it is over these alone.
         direction: ``image`` (each image among the texts), ``text``, or the mean of both.
         soft: in which directions weights below 1 count; in the other one, pairs with a weight of 1 and more are positives, and the rest
             are negatives.
         chunk_size, matmul: as :func:`medvl.losses.statistics.statistics`.
     Raises:
-        ValueError: an unknown word; ``inside`` with ``each``; a line of positives alone, where the denominator is over negatives; a line
-            that has soft positives alone, in the direction that takes none; one-sided ``soft`` with another denominator than ``all``.
+        ValueError: an unknown word; ``inside`` with ``each``; a line that has soft positives alone, in the direction that takes none;
+            one-sided ``soft`` with another denominator than ``all``.
     Source: "Supervised Contrastive Learning", arXiv:2004.11362, eq. 2 (outside) and 3 (inside, there with a mean), in both directions;
         inside: "End-to-End Learning of Visual Representations from Uncurated Instructional Videos", arXiv:1912.06430, eq. 1;
         negatives: "Decoupled Contrastive Learning", arXiv:2110.06848, eq. 5; each: the images of "RadZero", arXiv:2504.07416, which has
@@ -86,11 +86,12 @@ def info_nce(
     across, losses = pairs.here is not None, []
     if direction != "text":
         found, stated = _losses(positive[:, 0], row, at, by_image.to(at.dtype), inside, denominator, "image", across=False)
-        losses.append(sum_over_ranks(found.sum(), across) / len(pairs.rows.unique()))
+        total, count = sum_over_ranks(torch.stack([found.sum(), stated.sum().to(found.dtype)]), across)
+        losses.append(total / count.clamp_min(1))
     if direction != "image":
         column = log_sum_exp_over_ranks(column, across)
         found, stated = _losses(positive[:, 1], column, at, by_text.to(at.dtype), inside, denominator, "text", across)
-        losses.append(found.sum() / stated.sum())
+        losses.append(found.sum() / stated.sum().clamp_min(1))
     return torch.stack(losses).mean()
 
 
@@ -111,8 +112,8 @@ def _losses(
     stated = count > 0
     if (stated & (sums == 0)).any():
         raise ValueError(f"{name}s: one has soft positives alone, in a direction that takes none; give each a pair of weight 1")
-    if denominator == "negatives" and (stated & is_empty(lse)).any():
-        raise ValueError(f"a line of the {name}s has no negative, so the denominator over negatives is empty; use all or each")
+    if denominator == "negatives":  # a line of positives alone, as of a last batch of one item, has nothing to be told from
+        stated = stated & ~is_empty(lse)
     if inside:
         matched = log_sum_exp_over_ranks(_log_sums(at + weights.log(), line, len(lse)), across)
     else:

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
 
 from medvl.data.studies import Skipped
 from medvl.model import commit, write_atomically
@@ -24,7 +25,7 @@ from medvl.training.averaging import Ema
 from medvl.training.data import REJECTED, StudyDataModule
 from medvl.training.module import AlignmentModule
 from medvl.training.sharding import whole
-from medvl.training.signals import RESUME
+from medvl.training.signals import RESUME, ends_step, validates_next
 
 log = logging.getLogger(__name__)
 
@@ -62,13 +63,21 @@ class ResumePoint(Callback):
         self.path, self.every_n_steps = folder / RESUME, every_n_steps
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Save where the step count says so; not on an epoch's last batch, whose validation a resumed run would skip."""
-        if trainer.global_step % self.every_n_steps == 0 and not trainer.is_last_batch:
+        """Save where the step count says so; not before a validation that is due, which a resumed run would skip, and not within a step."""
+        if self._is_due(trainer) and ends_step(trainer, batch_idx) and not trainer.is_last_batch and not validates_next(trainer, batch_idx):
+            trainer.save_checkpoint(self.path)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Save after a validation inside of an epoch, if the step before it was to be saved."""
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and not trainer.is_last_batch and self._is_due(trainer):
             trainer.save_checkpoint(self.path)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save at the end of the epoch."""
         trainer.save_checkpoint(self.path)
+
+    def _is_due(self, trainer: L.Trainer) -> bool:
+        return trainer.global_step > 0 and trainer.global_step % self.every_n_steps == 0
 
 
 class ListUnread(Callback):
@@ -82,6 +91,11 @@ class ListUnread(Callback):
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """List again what the processes agreed to leave out."""
+        if trainer.world_size > 1 and trainer.is_global_zero:
+            trainer.datamodule.write_skipped(self.folder)  # type: ignore[attr-defined]
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """List those of all processes."""

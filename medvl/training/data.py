@@ -16,6 +16,7 @@ from typing import Any
 
 import lightning as L
 import torch
+import torch.distributed as dist
 from torch.utils.data import DataLoader
 
 from medvl.data.augment import Augment
@@ -41,6 +42,8 @@ from medvl.training.signals import ignore_sigterm
 from medvl.types import ImageReader, PairBuilder, TextSource
 
 REJECTED = "rejected.csv"
+ORIGINAL = {"manifest", "images", "batch_size", "seed"}
+"""What every checkpoint says; of anything else those that were written before it was said are taken at their word."""
 
 
 class StudyLoader(DataLoader[Item]):
@@ -125,9 +128,15 @@ class StudyDataModule(L.LightningDataModule):
         super().__init__()
         if isinstance(modality, dict) and (min(modality.values(), default=0) < 1 or sum(modality.values()) != batch_size):
             raise ValueError(f"modality {modality}: expected 1 and more of each, together batch_size, {batch_size}")
-        check_flip(flip, pairs)
+        check_flip(flip, pairs, links, labels or ())
         if isinstance(modality, dict) and (cap is not None or one_per_patient):
             raise ValueError("batches of several modalities are neither capped nor kept to one item of a patient")
+        if isinstance(modality, dict) and not drop_last:
+            raise ValueError(
+                "batches of several modalities have so many items of each, so there is no last, smaller one: leave out drop_last"
+            )
+        if isinstance(cache, ShardStore) and (isinstance(modality, dict) or cap is not None or one_per_patient):
+            raise ValueError("shards are served shard by shard: with several modalities, cap or one_per_patient take another cache")
         self.cap, self.one_per_patient = cap, one_per_patient
         self.second_view, self.labels = second_view, labels or []
         self.manifest_path, self.reader, self.texts = Path(manifest), reader, texts
@@ -141,8 +150,9 @@ class StudyDataModule(L.LightningDataModule):
         self.unread: dict[str, Skipped] = {}  # path -> an image that could not be read in the middle of the run
 
     def setup(self, stage: str | None = None) -> None:
-        """Read the manifest; rows that cannot be used are listed, never silently dropped."""
+        """Read the manifest; rows that cannot be used are listed, never silently dropped. Of several processes all then serve the same."""
         if self.sets:
+            self._agree()
             return
         self.manifest = read_manifest(
             self.manifest_path, columns=self.columns, splits=self.splits, allow_outside=self.allow_outside, strict=False
@@ -160,6 +170,16 @@ class StudyDataModule(L.LightningDataModule):
             self.sets[split] = StudyDataset(chosen, reader, self.texts, drawn, self.seed, in_memory, self.views, self.pairs)
         if self.pairs is not None:
             self.pairs.prepare([study for data in self.sets.values() for study in data.studies()])
+
+    def _agree(self) -> None:
+        """Leave out what any process could not read: else they would train on different batches, each without a sign of it."""
+        if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+            return
+        mine = {split: list(data.skipped) for split, data in self.sets.items()}
+        found: list[dict[str, list[Skipped]]] = [mine] * dist.get_world_size()
+        dist.all_gather_object(found, mine)
+        for split, data in self.sets.items():
+            data.leave_out([one for of_rank in found for one in of_rank[split]])
 
     def read_images(self, splits: tuple[str, ...], progress: Callable[[], None] = lambda: None) -> None:
         """Read every image of the splits once, so that unreadable files are known, and listed, before training starts."""
@@ -212,7 +232,8 @@ class StudyDataModule(L.LightningDataModule):
             "drop_last": True,
             **state_dict,
         }  # all that there was before checkpoints said
-        differing = sorted(name for name, value in self._identity().items() if state_dict.get(name) != value)
+        known = set(state_dict) | ORIGINAL
+        differing = sorted(name for name, value in self._identity().items() if name in known and state_dict.get(name) != value)
         if differing:
             raise ValueError(
                 f"{self.manifest_path}: the checkpoint was written with another {', '.join(differing)}; give the same, or start anew "
@@ -225,7 +246,20 @@ class StudyDataModule(L.LightningDataModule):
         paired = {"flip": self.flip, "pairs": None if self.pairs is None else self.pairs.spec()}
         mixed = {"modality": self.modality, "links": self.links, "cap": self.cap, "one_per_patient": self.one_per_patient}
         drawn = {**mixed, "sentences_per_image": self.sentences_per_image, "views": self.views, "drop_last": self.drop_last, **paired}
-        return {**counts, "batch_size": self.batch_size, "seed": self.seed, **drawn}
+        return {**counts, "batch_size": self.batch_size, "seed": self.seed, **drawn, **self._served()}
+
+    def _served(self) -> dict[str, Any]:
+        """What a step number means: how the run's processes and steps share out the batches, and the order of shards."""
+        served: dict[str, Any] = {}
+        if self.trainer is not None:
+            served = {
+                "trainer.devices x num_nodes": self.trainer.world_size,
+                "trainer.accumulate_grad_batches": self.trainer.accumulate_grad_batches,
+                "trainer.limit_train_batches": self.trainer.limit_train_batches,
+            }
+        if isinstance(self.cache, ShardStore):
+            served["shards"] = self.cache.order_of()
+        return served
 
     def batches_per_epoch(self, world_size: int = 1) -> int:
         """Training batches of an epoch on each process.

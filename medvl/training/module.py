@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from medvl.data.studies import StudyBatch
-from medvl.losses import Objective, Pairs, Term, TermContext, pairs_of
+from medvl.losses import FeatureMimic, Objective, Pairs, Term, TermContext, pairs_of
 from medvl.losses.ranks import largest_over_ranks, texts_of_ranks
 from medvl.model import DualEncoder, load, load_part
 from medvl.training.data import StudyDataModule
@@ -64,7 +64,8 @@ class AlignmentModule(L.LightningModule):
         teacher: folder of a finished run whose features a :class:`medvl.losses.FeatureMimic` follows; it must take the same images.
         layer_decay: factor on the learning rate from a layer of a tower to the one below (:func:`medvl.training.stages.layer_rates`).
     Raises:
-        ValueError: towers of different width, a name that is no part, a ``micro_batch`` below 1, or a term named ``loss``.
+        ValueError: towers of different width, a name that is no part, a ``micro_batch`` below 1, a term named ``loss``, or a teacher that
+            no term follows.
     """
 
     def __init__(
@@ -102,7 +103,10 @@ class AlignmentModule(L.LightningModule):
         if "loss" in (terms or {}):
             raise ValueError("a term cannot be named 'loss'")
         self.terms = nn.ModuleDict(terms or {})
+        if teacher is not None and not any(isinstance(term, FeatureMimic) for term in (terms or {}).values()):
+            raise ValueError("a teacher is followed by a medvl.losses.FeatureMimic among the terms, and there is none")
         self.teacher, self.layer_decay = teacher, layer_decay
+        self._batch = 0
         self.observed: Observed | None = None
         self.unread_somewhere = False  # whether any process could not read an image of the last batch
         self._taught: list[DualEncoder] = []  # in a list, so that its weights are none of ours
@@ -160,12 +164,13 @@ class AlignmentModule(L.LightningModule):
         return DualEncoder(self.image, self.report, self.similarity, reader)
 
     def on_train_batch_start(self, batch: StudyBatch, batch_idx: int) -> None:
-        """Make what is drawn in this step a function of (seed, step, rank)."""
+        """Make what is drawn for this batch a function of (seed, step, batch, rank)."""
+        self._batch = batch_idx
         torch.manual_seed(self._number(self.global_rank))
 
     def _number(self, *parts: int) -> int:
-        """A number that depends on the seed, the step and what is given."""
-        key = ":".join(map(str, (self.seed, self.global_step, *parts)))
+        """A number that depends on the seed, the step, the batch (a step may take several) and what is given."""
+        key = ":".join(map(str, (self.seed, self.global_step, self._batch, *parts)))
         return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=7).digest(), "little")
 
     def training_step(self, batch: StudyBatch, batch_idx: int) -> Tensor:
@@ -197,6 +202,9 @@ class AlignmentModule(L.LightningModule):
         losses = self.loss(self.similarity.parts(images, texts), pairs)
         if stage == "train" and len(self.terms):
             losses = self._with_terms(losses, batch, images, texts)
+        if stage == "train" and batch.share is not None:  # DDP waits for a gradient of every weight, also of what this loss has no use for
+            made = (images.pooled, images.tokens, texts.pooled, texts.tokens)
+            losses = {**losses, "loss": losses["loss"] + sum(0 * one.nan_to_num().sum() for one in made if one is not None)}
         self.observed = Observed(images.pooled.detach(), texts.pooled.detach(), pairs, batch)
         count = batch.positives.shape[0]
         self.log_dict({f"{stage}/{name}": value.detach() for name, value in losses.items()}, batch_size=count, sync_dist=stage != "train")
@@ -218,12 +226,16 @@ class AlignmentModule(L.LightningModule):
         if len(images.pooled) > count:  # without the null image
             images = ImageFeatures(images.pooled[:count])
         shape, here = (len(batch.positives), len(texts.pooled)), _here(batch, count)
+        positives, ignore = batch.positives, batch.ignore
+        if self.null_image is not None:  # what is the null image's is no study's here either
+            positives, ignore = (one[:-1] for one in with_null_row(batch))
+            ignore = ignore | (torch.zeros_like(ignore[0]) if batch.null_texts is None else batch.null_texts)
         context = TermContext(
             images,
             texts,
-            pairs_of(batch.positives, shape, batch.ignore, batch.false_texts, here),
+            pairs_of(positives, shape, ignore, batch.false_texts, here),
             None if batch.share is None else batch.share.items,
-            None if batch.again is None else encode_images(self.image, batch.again, self.micro_batch),
+            None if batch.again is None else encode_images(self.image, batch.again, self.micro_batch, self._passes(batch)),
             batch.labels,
             *self._of_teacher(batch),
             torch.Generator().manual_seed(self._number()),  # alike in all processes
@@ -239,6 +251,9 @@ class AlignmentModule(L.LightningModule):
             return None, None
         if not self._taught:
             self._taught.append(load(self.teacher, device=self.device))
+            data = self.trainer.datamodule  # type: ignore[attr-defined]
+            if (theirs := self._taught[0].reader.spec()) != (ours := data.reader.spec()):
+                raise ValueError(f"the teacher in {self.teacher} reads images by {theirs}, this run by {ours}: both must read them alike")
         teacher = self._taught[0]
         return encode_images(teacher.image, batch.images, self.micro_batch).pooled, teacher.report(batch.texts).pooled
 
@@ -247,14 +262,20 @@ class AlignmentModule(L.LightningModule):
 
         The towers run before anything is exchanged, so that on the way back what is exchanged comes first, in the same order everywhere.
         """
-        images = encode_images(self.image, batch.images, self.micro_batch)
-        parts = 1 if self.micro_batch is None else -(-len(images.pooled) // self.micro_batch)
-        texts, share = batch.texts.texts, batch.share
+        texts, share, passes = batch.texts.texts, batch.share, self._passes(batch)
+        images = encode_images(self.image, batch.images, self.micro_batch, passes)
+        parts = 1 if self.micro_batch is None else passes or -(-len(images.pooled) // self.micro_batch)
         if share is None:
             return images, encode_texts(self.report, texts, parts, self.device)
         first, stop = share.texts_here
         found = encode_texts(self.report, texts[first:stop] or texts[:1], parts, self.device)
         return images, texts_of_ranks(found.rows(0, stop - first), share.texts)
+
+    def _passes(self, batch: StudyBatch) -> int:
+        """How often each process runs a tower, if a batch is shared and encoded in parts; else 0, as often as it needs."""
+        if self.micro_batch is None or batch.share is None or batch.images.others is not None:
+            return 0
+        return -(-max(batch.share.items) // self.micro_batch)
 
     def _with_null(self, images: ImageFeatures, batch: StudyBatch) -> ImageFeatures:
         """With the null image below the last of the batch, which the last process has."""
@@ -283,13 +304,17 @@ class AlignmentModule(L.LightningModule):
         Lightning's own estimate would make the training loader here, before the step that a resumed run is at has been restored.
         """
         trainer = self.trainer
-        if trainer.max_steps > 0:
-            return trainer.max_steps
+        steps, epochs = trainer.max_steps, trainer.max_epochs
+        if epochs is None or epochs < 0:
+            if steps <= 0:
+                raise ValueError("neither trainer.max_epochs nor trainer.max_steps is set: the learning rate falls with them to its end")
+            return steps
         data = trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(data, StudyDataModule)
         batches, limit = data.batches_per_epoch(trainer.world_size), trainer.limit_train_batches
         batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
-        return max(1, -(-batches // trainer.accumulate_grad_batches) * (trainer.max_epochs or 1))
+        served = max(1, -(-batches // trainer.accumulate_grad_batches) * epochs)
+        return min(served, steps) if steps > 0 else served
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW with warm-up and cosine, stepped per batch."""

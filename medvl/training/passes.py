@@ -27,23 +27,30 @@ Batch = TypeVar("Batch")
 Features = TypeVar("Features")
 
 
-def encode_images(tower: ImageEncoder, batch: ImageBatch, size: int | None) -> ImageFeatures:
-    """Features of a batch, ``size`` studies at a time; None: all at once. Of two kinds each is encoded by itself."""
+def encode_images(tower: ImageEncoder, batch: ImageBatch, size: int | None, passes: int = 0) -> ImageFeatures:
+    """Features of a batch, ``size`` studies at a time; None: all at once. Of two kinds each is encoded by itself.
+
+    Args:
+        passes: how often the tower runs at least, where all processes must run it equally often (FSDP); what is too much counts 0.
+    """
     if batch.others is not None:
         return beside(encode_images(tower, replace(batch, others=None), size), encode_images(tower, batch.others, size))
     count = batch.count
-    if size is None or size >= count:
+    if size is None or (size >= count and passes <= 1):
         return tower(batch)
 
     def encode(pixels: Tensor, part: ImageBatch) -> ImageFeatures:  # the tensor tells which device's random state to keep
         return tower(replace(part, pixels=pixels))
 
     parts = [batch.studies(start, min(start + size, count)) for start in range(0, count, size)]
-    return join([_twice(tower, encode, part.pixels, part) for part in parts])
+    found = [_twice(tower, encode, part.pixels, part) for part in parts]
+    idle = [0 * _twice(tower, encode, parts[0].pixels, parts[0]).pooled.sum() for _ in range(passes - len(parts))]
+    joined = join(found)
+    return joined.replace(pooled=joined.pooled + sum(idle)) if idle else joined
 
 
 def encode_texts(tower: ReportEncoder, texts: tuple[str, ...], parts: int, device: torch.device) -> TextFeatures:
-    """Features of texts, in ``parts`` parts of about equal size."""
+    """Features of texts, in ``parts`` parts of about equal size; where there are fewer texts, the tower still runs so often."""
     if parts <= 1:
         return tower(TextBatch(texts))
 
@@ -52,7 +59,10 @@ def encode_texts(tower: ReportEncoder, texts: tuple[str, ...], parts: int, devic
 
     size = -(-len(texts) // parts)
     batches = [TextBatch(texts[start : start + size]) for start in range(0, len(texts), size)]
-    return join_texts([_twice(tower, encode, torch.empty(0, device=device), batch) for batch in batches])
+    found = [_twice(tower, encode, torch.empty(0, device=device), batch) for batch in batches]
+    idle = [0 * _twice(tower, encode, torch.empty(0, device=device), batches[0]).pooled.sum() for _ in range(parts - len(batches))]
+    joined = join_texts(found)
+    return replace(joined, pooled=joined.pooled + sum(idle)) if idle else joined
 
 
 def _twice(tower: nn.Module, encode: Callable[[Tensor, Batch], Features], tensor: Tensor, batch: Batch) -> Features:

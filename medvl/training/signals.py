@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 import os
 import shutil
 import signal
@@ -79,7 +80,7 @@ class SaveOnSignal(Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Stop here if told, but for the last batch of an epoch, and batches whose step is to come."""
-        if not trainer.is_last_batch and (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+        if not trainer.is_last_batch and ends_step(trainer, batch_idx) and not validates_next(trainer, batch_idx):
             self._stop_if_told(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -121,6 +122,21 @@ class SaveOnSignal(Callback):
                 after = "requeued" if _requeue() else f"the job could not be requeued, {after}"
             log.warning("told to stop: step %d is saved in %s; %s", trainer.global_step, self.path, after)
         raise SystemExit(STOPPED)
+
+
+def ends_step(trainer: L.Trainer, batch_idx: int) -> bool:
+    """Whether a batch is the last of those that a step is made of."""
+    return (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
+
+
+def validates_next(trainer: L.Trainer, batch_idx: int) -> bool:
+    """Whether a validation inside of the epoch follows a batch."""
+    every, epochs = trainer.val_check_batch, trainer.check_val_every_n_epoch
+    if not trainer.enable_validation or every is None or not math.isfinite(every):
+        return False
+    if epochs is None:
+        return (trainer.fit_loop.total_batch_idx + 1) % int(every) == 0
+    return (trainer.current_epoch + 1) % epochs == 0 and (batch_idx + 1) % int(every) == 0
 
 
 def no_other_requeue(trainer: L.Trainer) -> None:

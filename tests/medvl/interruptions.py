@@ -8,6 +8,7 @@ import subprocess
 import threading
 import time
 from pathlib import Path
+from typing import ClassVar
 
 from lightning.pytorch.callbacks import Callback
 
@@ -41,3 +42,20 @@ class Lose(Callback):
         for image in trainer.datamodule.images("train"):
             if lost == "all" or str(image.row) in lost.split(","):
                 image.path.unlink(missing_ok=True)
+
+
+class Stop(Callback):
+    """In this process: ends a fit before batch ``batch`` of an epoch, or in the validation after step ``validation``; notes validations."""
+
+    batch: ClassVar[int | None] = None
+    validation: ClassVar[int | None] = None
+    validated: ClassVar[list[int]] = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == Stop.batch:
+            raise KeyboardInterrupt
+
+    def on_validation_start(self, trainer, pl_module):
+        if trainer.global_step == Stop.validation:
+            raise KeyboardInterrupt
+        Stop.validated.append(trainer.global_step)

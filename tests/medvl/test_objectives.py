@@ -295,8 +295,10 @@ def test_weights_count_by_their_ratio_alone_in_info_nce_and_are_probabilities_in
 
 def test_what_has_no_value_is_refused():
     image, text, scale = torch.eye(2), torch.eye(2), torch.tensor(1.0)
-    with pytest.raises(ValueError, match="no negative"):
-        info_nce(Product(image, text, scale), pairs_of(torch.ones(2, 2), (2, 2)), denominator="negatives")
+    with pytest.raises(ValueError, match=r"directions name \['images'\]"):
+        MultiPositiveInfoNCE(direction={"images": "image"})({"image": torch.eye(2), "text": torch.eye(2)}, torch.eye(2).bool())
+    with pytest.raises(ValueError, match="has no other to share with"):
+        MultiPositiveInfoNCE(direction="image", image_share=0.75)
     soft = torch.tensor([[1.0, 0.5], [0.5, 0.0]])
     with pytest.raises(ValueError, match="soft positives alone"):
         info_nce(Product(image, text, scale), pairs_of(soft, (2, 2)), soft="image")
@@ -312,6 +314,26 @@ def test_what_has_no_value_is_refused():
         pairs_of(torch.tensor([[0, 2]]), (2, 2))
     with pytest.raises(ValueError, match=r"integer pairs of shape \(K, 2\)"):
         pairs_of(torch.zeros(3, 3, dtype=torch.int64), (2, 2))
+
+
+@pytest.mark.parametrize("inside", [False, True])
+@pytest.mark.parametrize("chunk_size", [0, 2])
+def test_a_line_without_a_negative_has_no_term_where_the_denominator_is_of_negatives(inside, chunk_size):
+    """Against the mean over the lines that have one; a batch of one item costs nothing and stops nothing."""
+    rng = np.random.default_rng(0)
+    image, text = rng.standard_normal((3, 4)), rng.standard_normal((4, 4))
+    weights = np.array([[1.0, 1, 1, 1], [0, 1, 0, 0], [0, 0, 1, 0]])
+    leaves, scores = leaves_of(image, text, 1.0), torch.from_numpy(image @ text.T).requires_grad_()
+    value = info_nce(
+        Product(*leaves), given_pairs(weights, set(), (), "dense"), inside=inside, denominator="negatives", chunk_size=chunk_size
+    )
+    by_image = [line_loss(scores[i], weights[i], [], inside, "negatives") for i in (1, 2)]
+    by_text = [line_loss(scores[:, j], weights[:, j], [], inside, "negatives") for j in range(4)]
+    check(value, leaves, (sum(by_image) / 2 + sum(by_text) / 4) / 2, scores, image, text, 1.0)
+    one = leaves_of(image[:1], text[:2], 1.0)
+    alone = info_nce(Product(*one), pairs_of(torch.ones(1, 2), (1, 2)), inside=inside, denominator="negatives", chunk_size=chunk_size)
+    alone.backward()
+    assert alone.item() == 0 and not any(leaf.grad.any() for leaf in one)
 
 
 def test_a_batch_of_which_nothing_is_left_gives_no_gradient_to_vectors():

@@ -72,6 +72,24 @@ def test_texts_of_unequal_length(parts):
     close(gradients(tower, whole), gradients(tower, found))
 
 
+@pytest.mark.parametrize("passes", [0, 2, 3, 5])
+def test_a_tower_runs_as_often_as_it_is_told_and_what_is_too_much_counts_nothing(passes):
+    """As processes must whose weights are divided: forward and backward alike, whatever their shares."""
+    tower, batch = Tower().double(), ImageBatch(torch.randn(5, 1, 6, 5, dtype=torch.float64))
+    whole = gradients(tower, encode_images(tower, batch, None))
+    tower.seen.clear()
+    found = encode_images(tower, batch, 3, passes)
+    assert len(tower.seen) == max(2, passes)
+    close(whole, gradients(tower, found))
+    assert len(tower.seen) == 2 * max(2, passes)
+    words, texts, calls = Words().double(), ("abc", "d", "efghi"), []
+    words.register_forward_pre_hook(lambda *_: calls.append(1))
+    whole = gradients(words, encode_texts(words, texts, 1, torch.device("cpu")))
+    calls.clear()
+    close(whole, gradients(words, encode_texts(words, texts, 5, torch.device("cpu"))))
+    assert len(calls) == 10  # of 5 parts 3 have a text
+
+
 def test_each_part_is_encoded_twice_and_draws_the_same():
     """With dropout, the gradients of the second pass are those of what the first drew; against a graph kept whole."""
     tower, batch = Tower(dropout=0.5).double(), ImageBatch(torch.randn(6, 1, 5, 5, dtype=torch.float64))

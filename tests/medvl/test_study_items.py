@@ -19,7 +19,7 @@ from PIL import Image
 
 from medvl.data.augment import Augment
 from medvl.data.manifest import read_manifest
-from medvl.data.studies import Collate, Draw, Share, StudyDataset, drawn, mirrored
+from medvl.data.studies import Collate, Draw, Share, Skipped, StudyDataset, drawn, mirrored
 from medvl.losses import MultiPositiveInfoNCE, pairs_of
 from medvl.model import packed
 from medvl.nn.similarity import PooledSimilarity
@@ -352,6 +352,31 @@ def test_storage_that_is_gone_is_no_lost_image(table: Path, tmp_path: Path) -> N
         file.unlink()
     with pytest.raises(UnreadableImageError, match=r"row 2: .*nor can any of the 2 items after it be read.*storage"):
         data[0]
+
+
+def test_a_text_that_lost_its_own_study_is_dropped_though_it_is_a_share_of_another(table: Path) -> None:
+    """A direction that takes no soft positives would otherwise have a text without any."""
+    data = data_set(table)
+    data.drop_unreadable()
+    batch = replace(
+        Collate(data.reader)([data[i] for i in range(3)]), positives=torch.tensor([[1.0, 0.0, 0.0], [0.5, 1.0, 0.0], [0, 0, 1.0]])
+    )
+    left = batch.without(torch.tensor([True, False, False]))
+    assert left.positives.tolist() == [[0, 0, 0], [0, 1, 0], [0, 0, 1]]
+    assert left.ignore is not None and left.ignore.tolist() == [[True] * 3, [True, False, False], [True, False, False]]
+    pairs_of(left.positives, (3, 3), left.ignore)
+
+
+def test_what_another_process_could_not_read_is_left_out_here_too(table: Path) -> None:
+    data = data_set(table, views="image", cache=True)
+    data.drop_unreadable()
+    before, gone = len(data), data.images[1]
+    pixels = [data.sample(i).pixels for i in range(before) if i != 1]
+    data.leave_out([Skipped(gone.row, gone.study_id, str(gone.path), "elsewhere"), data.skipped[0]])
+    assert len(data) == before - 1 and gone.row not in [image.row for image in data.images]
+    assert sum(one.reason == "elsewhere" for one in data.skipped) == 1
+    assert all(torch.equal(one, data.sample(i).pixels) for i, one in enumerate(pixels))
+    assert [data[i].row for i in range(len(data))] == [image.row for image in data.images]
 
 
 def test_labels_of_a_lost_item_are_not_known(table: Path) -> None:

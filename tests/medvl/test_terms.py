@@ -17,6 +17,7 @@ from medvl.losses import (
     FeatureMimic,
     ImageImageContrast,
     MultiLabelCodes,
+    MultiPositiveInfoNCE,
     SentencePrototypes,
     Term,
     TermContext,
@@ -25,7 +26,8 @@ from medvl.losses import (
     pairs_of,
 )
 from medvl.losses.terms import drawn, masked_codes, uniformity
-from medvl.types import ImageFeatures, TextFeatures
+from medvl.nn.similarity import PooledSimilarity
+from medvl.types import ImageBatch, ImageEncoder, ImageFeatures, ReportEncoder, TextBatch, TextFeatures
 
 D = 5
 
@@ -408,3 +410,38 @@ def test_a_term_of_unknown_labels_alone_is_nothing():
     value = MultiLabelCodes(D, 2).double()(made)
     value.backward()
     assert value == 0 and F.normalize(inputs[0].grad, dim=1).abs().sum() == 0
+
+
+def test_what_the_null_image_has_is_no_positive_of_a_study_in_a_term():
+    """With the objective it is aligned with the null image; a term must not pull it back."""
+    from medvl.data.studies import StudyBatch
+    from medvl.training.module import AlignmentModule
+
+    seen = []
+
+    class Looks(Term):
+        def forward(self, context):
+            seen.append(context.pairs)
+            return context.images.pooled.sum() * 0
+
+    class Images(ImageEncoder):
+        embed_dim = 4
+
+        def forward(self, batch):
+            return ImageFeatures(batch.pixels.flatten(1))
+
+    class Texts(ReportEncoder):
+        embed_dim = 4
+
+        def forward(self, batch):
+            return TextFeatures(torch.eye(4)[: len(batch.texts)])
+
+    module = AlignmentModule(Images(), Texts(), PooledSimilarity(), MultiPositiveInfoNCE(), null_target=True, terms={"looks": Looks()})
+    module.log = module.log_dict = lambda *args, **kwargs: None
+    positives = torch.tensor([[True, False, True], [False, True, False], [False, False, True]])
+    null = torch.tensor([False, False, True])
+    batch = StudyBatch(ImageBatch(torch.rand(3, 1, 2, 2)), TextBatch(("a", "b", "c")), positives, (1, 2, 3), null_texts=null)
+    module.training_step(batch, 0)
+    (pairs,) = seen
+    assert pairs.positive.tolist() == [[0, 0], [1, 1]]
+    assert pairs.used_columns.tolist() == [True, True, False] and pairs.used_rows.tolist() == [True, True, False]

@@ -325,6 +325,81 @@ def test_epochs_that_end_within_a_window_or_early_are_all_served_and_resumed(rec
     assert_same_weights(killed, whole)
 
 
+@pytest.fixture
+def stop(monkeypatch):
+    """A callback for fits of this process, by name and by itself."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    import interruptions
+
+    monkeypatch.setattr(interruptions.Stop, "validated", [])
+    for name in ("batch", "validation"):
+        monkeypatch.setattr(interruptions.Stop, name, None)
+    return interruptions.Stop
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 4, 5, 7])
+def test_a_run_of_accumulated_batches_resumes_from_a_whole_step(recipe, tmp_path, monkeypatch, stop, batch):
+    """Killed before any batch, with a checkpoint asked for at every step: no batch is left out, and none is drawn like another."""
+    from medvl.training.cli import run
+    from medvl.training.module import AlignmentModule
+
+    args = ["--config", str(recipe), "--data.init_args.batch_size=2", "--trainer.accumulate_grad_batches=3", "--trainer.max_epochs=1"]
+    args += ["--trainer.callbacks+=interruptions.Stop"]
+    drawn, original = [], AlignmentModule.on_train_batch_start
+    monkeypatch.setattr(AlignmentModule, "on_train_batch_start", lambda self, *a: original(self, *a) or drawn.append(torch.initial_seed()))
+    assert run("fit", [*args, "--out", str(tmp_path / "whole")]) == 0
+    assert len(set(drawn)) == len(drawn) == 12
+    stop.batch = batch
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        run("fit", [*args, "--out", str(tmp_path / "cut")])
+    assert (tmp_path / "cut" / "resume.ckpt").is_file() == (batch >= 3)
+    stop.batch = None
+    assert run("fit", [*args, "--out", str(tmp_path / "cut"), "--resume=true"]) == 0
+    assert_same_weights(tmp_path / "whole", tmp_path / "cut")
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_validation_inside_of_an_epoch_is_neither_lost_nor_made_twice(recipe, tmp_path, stop, every):
+    """Stopped while the second one runs: what validation chose is what an undisturbed run keeps."""
+    from medvl.training.cli import run
+
+    args = ["--config", str(recipe), "--keep_best=true", f"--checkpoint_every={every}", "--trainer.max_epochs=2"]
+    args += ["--data.init_args.batch_size=4", "--trainer.val_check_interval=2", "--trainer.callbacks+=interruptions.Stop"]
+    assert run("fit", [*args, "--out", str(tmp_path / "whole")]) == 0
+    assert stop.validated == [2, 4, 6, 8, 10, 12]
+    stop.validated.clear()
+    stop.validation = 4
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        run("fit", [*args, "--out", str(tmp_path / "cut")])
+    stop.validation = None
+    assert run("fit", [*args, "--out", str(tmp_path / "cut"), "--resume=true"]) == 0
+    assert stop.validated == [2, 4, 6, 8, 10, 12]
+    assert_same_weights(tmp_path / "whole", tmp_path / "cut")
+    one, other = (json.loads((tmp_path / name / "config.json").read_text())["provenance"] for name in ("whole", "cut"))
+    assert (one["step"], one["value"]) == (other["step"], other["value"])
+
+
+def test_a_checkpoint_of_other_steps_is_refused(recipe, tmp_path):
+    """A step number means other batches then."""
+    from medvl.training.cli import run
+
+    args = ["--config", str(recipe), "--out", str(tmp_path / "run"), "--trainer.max_epochs=1"]
+    assert run("fit", args) == 0
+    for more, said in (
+        ("--trainer.accumulate_grad_batches=2", "accumulate_grad_batches"),
+        ("--trainer.limit_train_batches=2", "limit_train"),
+    ):
+        with pytest.raises(ValueError, match=f"written with another trainer.{said}"):
+            run("fit", [*args, "--resume=true", "--trainer.max_epochs=2", more])
+
+
+def test_a_rate_that_falls_to_an_end_wants_one(recipe, tmp_path):
+    from medvl.training.cli import run
+
+    with pytest.raises(ValueError, match=r"neither trainer\.max_epochs nor trainer\.max_steps"):
+        run("fit", ["--config", str(recipe), "--out", str(tmp_path), "--trainer.max_epochs=-1", "--trainer.max_time=00:00:00:20"])
+
+
 def test_a_requeued_job_goes_on_without_being_told(recipe, finished, tmp_path, monkeypatch):
     from medvl.training.cli import run
 

@@ -18,6 +18,7 @@ from modalities.ct import CtReader, MeanPooling, SlicePooledEncoder
 from modalities.joint import JointEncoder, JointReader
 from modalities.xray import ConvEncoder
 from modalities.xray.reader import XrayReader
+from reports.pairs import ReportPairs
 from reports.text_source import ReportSentences
 from tasks.demo import recipe_path
 from tasks.phantoms import write_cohort
@@ -118,13 +119,23 @@ def test_links_between_studies_of_a_patient(links):
         assert np.array_equal(found.positives.numpy(), np.where(expected, 1, positives)) and found.ignore is None
 
 
-def test_false_texts_are_linked_to_nobody():
+def test_a_false_text_that_the_other_study_states_leaves_the_loss_of_this_one():
+    """Of this one it was made to be false, by what its own report says; that it is true of the other makes it unknown."""
     items = [Item((), (), 0, 0, patient=1), Item((), (), 1, 0, patient=1, modality="ct")]
     pairs = TextPairs((SourcedText("a"), SourcedText("b")), torch.eye(2, dtype=torch.bool), false_texts=torch.tensor([False, True]))
     assert linked(replace(pairs, positives=torch.tensor([[True, False], [False, True]])), items, "ignore").ignore.tolist() == [
-        [False, False],
+        [False, True],
         [True, False],
     ]
+
+
+def test_flips_do_not_go_with_links_that_are_positive_nor_with_sided_labels():
+    pairs = ReportPairs()
+    with pytest.raises(ValueError, match="links: positive"):
+        Collate(READER, pairs=pairs, flip=0.5, links="positive")
+    with pytest.raises(ValueError, match="sides of the labels left_pleural_effusion"):
+        Collate(READER, pairs=pairs, flip=0.5, labels=["edema", "left_pleural_effusion"])
+    Collate(READER, pairs=pairs, flip=0.5, labels=["cleft"])
 
 
 def test_a_fit_trains_both_towers_and_the_model_reads_both(table, tmp_path):
