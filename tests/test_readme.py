@@ -55,6 +55,10 @@ def test_every_example_runs(tmp_path):
     studies = [json.loads(line) for line in outputs[1].splitlines() if line.startswith("{")]
     assert len(studies) == 300
     assert all(study["ok"] and len(study["findings"]) == 10 for study in studies)
+    with (tmp_path / "scores.csv").open() as table:
+        lines = list(csv.DictReader(table))
+    assert len(lines) == 300 and {line["ok"] for line in lines} == {"1"} and all(float(line["edema"]) for line in lines)
+    assert len(list((tmp_path / "runs" / "first" / "decisions").iterdir())) == 1 and "pleural_effusion" in outputs[1]
     assert outputs[2].count("cardiomegaly") == 3
     scores = np.load(tmp_path / "maps" / "left_pleural_effusion.npy")
     assert scores.ndim == 2

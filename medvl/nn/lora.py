@@ -63,6 +63,10 @@ class Lora(Configurable):
             from peft import LoraConfig, inject_adapter_in_model
         except ImportError as error:
             raise ImportError("LoRA needs peft, which is not installed: pip install 'medvl[lora]'") from error
+        names = {name for name, _ in model.named_modules()} | {name for name, _ in model.named_parameters()}
+        ends = {name.removesuffix(".weight").removesuffix("_weight") for name in names} | names
+        if missing := [one for one in self.targets or () if not any(name == one or name.endswith(f".{one}") for name in ends)]:
+            raise ValueError(f"lora: targets {', '.join(missing)} name no layer of {type(model).__name__}")
         model.requires_grad_(False)
         attention = {name for name, one in model.named_modules() if isinstance(one, nn.MultiheadAttention)}
         weights = [name for name in _attention_weights(attention) if self._wants(name.removesuffix("weight").rstrip("._"))]

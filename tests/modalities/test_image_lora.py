@@ -160,7 +160,7 @@ def test_options_are_those_of_report_towers_and_what_would_do_nothing_is_refused
         TimmEncoder("vit_tiny_patch16_224", 4, image_size=32, freeze=True, lora=Lora())
     with pytest.raises(ValueError, match=r"without calling them \(first: blocks.0.attn.qkv\)"):
         TimmEncoder("beit_base_patch16_224", 4, image_size=32, lora=Lora(rank=2))
-    with pytest.raises(ValueError, match="Target modules"):
+    with pytest.raises(ValueError, match="targets q_proj name no layer"):
         TimmEncoder("vit_tiny_patch16_224", 4, image_size=32, lora=Lora(targets=["q_proj"]))
 
 
