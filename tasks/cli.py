@@ -27,6 +27,7 @@ from tasks.commands.ground import ground
 from tasks.commands.inspect import inspect
 from tasks.commands.match import match
 from tasks.commands.phantom import phantom
+from tasks.commands.probe import probe
 from tasks.commands.reports import reports
 from tasks.commands.search import search
 from tasks.commands.shards import shards
@@ -120,7 +121,7 @@ def cli(debug: bool) -> None:
 
 for _command in (
     *(demo, phantom, inspect, reports, shards, match, fit, validate, test, average),
-    *(diagnose, calibrate, ground, search, evaluate, compare, card),
+    *(diagnose, calibrate, ground, search, evaluate, probe, compare, card),
 ):
     cli.add_command(_command)
 

@@ -39,6 +39,7 @@ COMMANDS = [
     "ground",
     "search",
     "evaluate",
+    "probe",
     "compare",
     "card",
 ]

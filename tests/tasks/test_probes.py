@@ -1,0 +1,150 @@
+"""Probes: figures against scikit-learn of plain scores, corruptions that do what they say, and the command with a bad file."""
+
+import csv
+import json
+import shutil
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from sklearn.metrics import roc_auc_score
+
+import medvl
+from medvl.data.manifest import read_manifest
+from reports.prompts import load_prompts
+from tasks.cli import cli
+from tasks.probes import CORRUPTIONS, SEVERITIES, flipped, laterality, negation, read, sides_of, usable, wording
+from tasks.zero_shot import encode_prompts
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny):
+    model = medvl.load(tiny.model, device="cpu")
+    rows = [row for row in read_manifest(tiny.manifest, strict=False).rows if row.modality == "xray"]
+    return model, read(model, rows), load_prompts()
+
+
+def test_negation_is_the_area_under_each_side_alone(loaded):
+    model, data, prompts = loaded
+    names = usable(data, prompts)
+    found = {(one.name, one.setting): one.figure for one in negation(model, data, encode_prompts(model, prompts, names), repeats=20)}
+    features = model.encode_image([row.path for row in data.rows])
+    for name in names:
+        known = [i for i, row in enumerate(data.rows) if row.labels.get(name) in (0, 1)]
+        truth = np.array([data.rows[i].labels[name] for i in known])
+        plus, minus = (
+            model.similarity(features, model.encode_text(side)).detach().double().mean(1).numpy()[known]
+            for side in (prompts.findings[name].positive, prompts.findings[name].negative)
+        )
+        for setting, label, score in (
+            ("prompts for", truth, plus),
+            ("prompts against, of absence", 1 - truth, minus),
+            ("contrast", truth, plus - minus),
+        ):
+            assert found[name, setting].value == pytest.approx(roc_auc_score(label, score.round(6)), abs=0.02)
+            assert found[name, setting].n == len(known)
+    means = {setting: np.mean([found[name, setting].value for name in names]) for setting in ("prompts for", "contrast")}
+    for setting, mean in means.items():
+        assert found["mean", setting].value == pytest.approx(mean)
+
+
+def test_wording_has_a_figure_for_each_prompt(loaded):
+    model, data, prompts = loaded
+    names = usable(data, prompts)[:1]
+    found = list(wording(model, data, prompts, names, repeats=0))
+    assert [one.setting for one in found] == [f"prompt {k + 1} of {len(found)}" for k in range(len(prompts.findings[names[0]].positive))]
+
+
+def test_sides_are_those_that_reports_name_alone(loaded):
+    from dataclasses import replace
+
+    row = loaded[1].rows[0]
+    said = {
+        "Small left pleural effusion. No right pleural effusion.": {"pleural_effusion": "left"},
+        "Bilateral pleural effusions.": {"pleural_effusion": "bilateral"},
+        "Left pleural effusion. Right pleural effusion.": {},
+        "Pleural effusion.": {},
+        "No left pleural effusion.": {},
+    }
+    for text, sides in said.items():
+        (found,) = sides_of([replace(row, report=text, findings=None, impression=None)])
+        assert {name: side for name, side in found.items() if name == "pleural_effusion"} == sides, text
+
+
+def test_a_model_that_looks_at_sides_follows_a_flip(loaded):
+    """Scores that are made of the two halves of the picture themselves."""
+    from dataclasses import replace
+    from types import SimpleNamespace
+
+    import torch
+
+    _, data, prompts = loaded
+    rows = [
+        replace(data.rows[i], report=f"{side} pleural effusion.", findings=None, impression=None)
+        for i, side in enumerate(["Left", "Right"] * 3)
+    ]
+    samples = []
+    for i, row in enumerate(rows):
+        pixels = torch.zeros(1, 64, 64)
+        pixels[..., 40:60] = 1.0  # the patient's left lies at the right of the picture
+        sample = replace(data.samples[i], pixels=pixels if row.report.startswith("Left") else pixels.flip(-1))
+        samples.append(sample)
+    halves = SimpleNamespace(
+        encode_text=lambda texts: ["left" in text for text in texts],
+        encode_samples=lambda part: torch.stack([one.pixels[0] for one in part]),
+        similarity=lambda images, left: torch.stack(
+            [images[..., 32:].mean((1, 2)) if one else images[..., :32].mean((1, 2)) for one in left], 1
+        ),
+    )
+    found = {
+        one.setting: one.figure
+        for one in laterality(halves, replace(data, rows=tuple(rows), samples=tuple(samples)), prompts, ["pleural_effusion"], 0)
+    }
+    assert found["AUROC of left against right"].value == 1 and found["follows a flip"].value == 1 and found["follows a flip"].n == 6
+
+
+def test_corruptions_grow_and_keep_to_the_range():
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:96, :80]
+    image = (0.5 + 0.3 * np.sin(x / 5) * np.cos(y / 7) + 0.1 * rng.random((96, 80))).astype(np.float32).clip(0, 1)
+    for name, corrupt in CORRUPTIONS.items():
+        changes = []
+        for severity in SEVERITIES:
+            made = corrupt(image, severity, np.random.default_rng(1))
+            assert made.dtype == np.float32 and made.min() >= 0 and made.max() <= 1, name
+            assert np.array_equal(made, corrupt(image, severity, np.random.default_rng(1))), name
+            if name == "crop":
+                changes.append(1 - made.size / image.size)
+            else:
+                assert made.shape == image.shape
+                changes.append(float(np.abs(made - image).mean()))
+        assert changes[0] > 0 and changes == sorted(changes), (name, changes)
+    blurred = CORRUPTIONS["contrast"](image, 5, rng)
+    assert blurred.std() == pytest.approx(0.2 * image.std(), rel=1e-3)
+
+
+def test_a_flip_is_left_to_right(loaded):
+    sample = loaded[1].samples[0]
+    turned = flipped(sample)
+    assert np.array_equal(turned.pixels.numpy()[..., ::-1], sample.pixels.numpy())
+    assert np.array_equal(turned.valid.numpy()[..., ::-1], sample.valid.numpy())
+
+
+def test_the_command_writes_tables_and_a_page_and_a_bad_file_costs_itself(tiny, tmp_path):
+    folder = shutil.copytree(tiny.folder, tmp_path / "studies")
+    (folder / "images" / "s03.png").write_bytes(b"\x89PNG\r\n\x1a\nnot really")
+    args = ["probe", "--model", str(tiny.model), "--manifest", str(folder / "manifest.csv"), "--split", "all", "--repeats", "10"]
+    done = CliRunner().invoke(cli, [*args, "--out", str(tmp_path / "out")])
+    assert done.exit_code == 1, done.output
+    with (tmp_path / "out" / "rejected.csv").open() as file:
+        assert "s03.png" in next(csv.DictReader(file))["path"]
+    told = json.loads((tmp_path / "out" / "probes.json").read_text())
+    assert told["images"] == 25 and told["notice"] == "research use, not for diagnosis"
+    corrupted = [one for one in told["probes"] if one["probe"] == "corruption"]
+    assert len(corrupted) == 1 + len(CORRUPTIONS) * len(SEVERITIES) and all(one["n"] == 25 for one in corrupted)
+    page = (tmp_path / "out" / "probes.html").read_text()
+    assert "esearch use" in page and page.count("<svg") == len(CORRUPTIONS) and "http" not in page
+    wrong = CliRunner().invoke(
+        cli, [*args[:3], "--manifest", str(folder / "manifest.csv"), "--modality", "ct", "--out", str(tmp_path / "ct")]
+    )
+    assert wrong.exit_code == 2
