@@ -12,6 +12,9 @@ from typing import ClassVar
 
 from lightning.pytorch.callbacks import Callback
 
+from medvl.types import UnreadableImageError
+from modalities.xray.reader import XrayReader
+
 
 class Interrupt(Callback):
     """Appends ``[step, rank, manifest rows]`` to the file of BATCH_LOG; at step INTERRUPT_AT kills all processes of the run (KILL), after a
@@ -59,3 +62,12 @@ class Stop(Callback):
         if trainer.global_step == Stop.validation:
             raise KeyboardInterrupt
         Stop.validated.append(trainer.global_step)
+
+
+class Shaky(XrayReader):
+    """Cannot read the film 3 in the second process of a run."""
+
+    def read(self, path):
+        if path.stem == "3" and os.environ.get("LOCAL_RANK") == "1":
+            raise UnreadableImageError(f"{path}: the storage was away for a moment")
+        return super().read(path)

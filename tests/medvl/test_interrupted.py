@@ -158,6 +158,19 @@ def test_killed_at_random_steps_and_resumed(recipe, shards, whole, tmp_path, ran
 
 
 @pytest.mark.slow
+def test_what_one_process_cannot_read_all_leave_out(recipe, tmp_path):
+    """Else they would shuffle different sets, and train on pairs of other studies' images."""
+    out = tmp_path / "run"
+    reader = ["--data.init_args.reader", "interruptions.Shaky", "--data.init_args.reader.init_args.size", "32"]
+    code, said = fit(recipe, out, 2, options=[*reader, "--trainer.max_epochs", "1", "--data.init_args.cache", "false"])
+    assert code == 1, said
+    found = batches(out)
+    assert all(found[step, 0] == found[step, 1] for step, _ in found) and len(found) == 14
+    assert 5 not in {row for rows in found.values() for row in rows}  # the row of film 3
+    assert "3.png" in (out / "rejected.csv").read_text()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "at"), [(1, 4), (1, 7), (2, 4)])
 def test_told_to_stop_it_saves_and_goes_on(recipe, whole, tmp_path, ranks, at):
     """In the middle of an epoch, and in its last step; with two processes one is told and both stop."""

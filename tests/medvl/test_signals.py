@@ -234,7 +234,9 @@ def test_processes_share_what_they_were_told_once_a_step_and_one_alone_never(mon
     monkeypatch.setattr(signals, "largest_over_ranks", lambda flags: (shared.append(flags.tolist()), flags)[1])
     strategy = SimpleNamespace(root_device=torch.device("cpu"))
     for world, times in ((1, 0), (2, 3)):
-        trainer = SimpleNamespace(world_size=world, is_last_batch=False, accumulate_grad_batches=2, strategy=strategy)
+        of_loop = {"is_last_batch": False, "accumulate_grad_batches": 2, "enable_validation": False}
+        of_loop |= {"val_check_batch": float("inf"), "check_val_every_n_epoch": 1}
+        trainer = SimpleNamespace(world_size=world, strategy=strategy, **of_loop)
         for i in range(6):
             SaveOnSignal(tmp_path / "resume.ckpt").on_train_batch_end(trainer, None, None, None, i)
         assert shared == [[0, 0]] * times
