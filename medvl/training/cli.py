@@ -318,8 +318,7 @@ def run(subcommand: str, args: list[str], finished: Callable[[Path], object] | N
     out = Path(cli.config[subcommand].out)
     if finished is not None and cli.trainer.is_global_zero and (out / CONFIG).is_file() and not cli.config[subcommand].get("dry_run"):
         finished(out)
-    left_out = cli.rejected or (subcommand == "fit" and not cli.config[subcommand].get("dry_run") and cli.datamodule.skipped())
-    return 1 if left_out else 0
+    return 1 if cli.rejected or cli.datamodule.unread or cli.datamodule.elsewhere else 0
 
 
 def _cli(subcommand: str, args: list[str]) -> AlignmentCLI:

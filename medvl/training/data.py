@@ -148,6 +148,7 @@ class StudyDataModule(L.LightningDataModule):
         self.sets: dict[str, StudyDataset] = {}
         self.manifest: Manifest | None = None
         self.unread: dict[str, Skipped] = {}  # path -> an image that could not be read in the middle of the run
+        self.elsewhere = 0  # images that another process could not read
 
     def setup(self, stage: str | None = None) -> None:
         """Read the manifest; rows that cannot be used are listed, never silently dropped. Of several processes all then serve the same."""
@@ -179,7 +180,9 @@ class StudyDataModule(L.LightningDataModule):
         found: list[dict[str, list[Skipped]]] = [mine] * dist.get_world_size()
         dist.all_gather_object(found, mine)
         for split, data in self.sets.items():
+            before = len(data.images)
             data.leave_out([one for of_rank in found for one in of_rank[split]])
+            self.elsewhere += before - len(data.images)
 
     def read_images(self, splits: tuple[str, ...], progress: Callable[[], None] = lambda: None) -> None:
         """Read every image of the splits once, so that unreadable files are known, and listed, before training starts."""
