@@ -316,16 +316,28 @@ def _classification(
     seed: int,
     decisions: Decisions | None,
 ) -> dict[str, Any]:
-    """Ranking, and where there are decisions that cover all findings, calibration and calls at the thresholds that validation chose."""
+    """Ranking of the scores, and where there are decisions that cover all findings, calibration and calls at the thresholds of validation.
+
+    A calibration fitted to a finding that validation had ranked the wrong way round turns it round: AUROC and AUPRC are of the scores.
+    """
     options: dict[str, Any] = {"repeats": repeats, "seed": seed}
-    if decisions is not None and decisions.covers(names):
-        given = [decisions.probabilities(dict(zip(names, row, strict=True))) for row in scores.tolist()]
-        options["probabilities"] = np.array([[one[name] for name in names] for one in given])
-        cuts = {name: decisions.findings[name].threshold.value for name in names}
-        ranked = classification_table(labels, options["probabilities"], names, patients, thresholds=cuts, **options)
-        fitted = dict(decisions.fitted_on)
-        return {**ranked.to_dict(), "thresholds": cuts, "decisions": {"sha256": sha256_of(decisions.to_dict()), "fitted_on": fitted}}
-    return classification_table(labels, scores, names, patients, **options).to_dict()
+    if decisions is None or not decisions.covers(names):
+        return classification_table(labels, scores, names, patients, **options).to_dict()
+    shares = bool(((scores >= 0) & (scores <= 1)).all())
+    before = classification_table(labels, scores, names, patients, probabilities=scores if shares else None, **options).to_dict()
+    given = [decisions.probabilities(dict(zip(names, row, strict=True))) for row in scores.tolist()]
+    probabilities = np.array([[one[name] for name in names] for one in given])
+    cuts = {name: decisions.findings[name].threshold.value for name in names}
+    found = classification_table(labels, probabilities, names, patients, thresholds=cuts, probabilities=probabilities, **options).to_dict()
+    for own, of_scores in ((found["macro"], before["macro"]), *((found["findings"][name], before["findings"][name]) for name in names)):
+        own |= {metric: of_scores[metric] for metric in ("auroc", "auprc")}
+    uncalibrated = {metric: value for metric, value in before["macro"].items() if metric not in ("auroc", "auprc")}
+    return {
+        **found,
+        "before_calibration": uncalibrated,
+        "thresholds": cuts,
+        "decisions": {"sha256": sha256_of(decisions.to_dict()), "fitted_on": dict(decisions.fitted_on)},
+    }
 
 
 def _grounding(predictions: Predictions, patients: list[str], repeats: int, seed: int) -> dict[str, Any]:

@@ -132,11 +132,21 @@ def test_probabilities_and_calls_of_validation_are_measured(tiny, table, tmp_pat
         truth = np.array([rows[i].labels[finding] for i in known])
         probability = decisions.findings[finding].calibrator.apply(logit([scores[i][finding] for i in known]))
         own = found["classification"]["findings"][finding]
+        raw = [round(scores[i][finding], 9) for i in known]
+        if len(set(truth.tolist())) == 2:
+            assert own["auroc"]["value"] == pytest.approx(roc_auc_score(truth, raw), abs=1e-6)
         assert own["brier"]["value"] == pytest.approx(brier_score_loss(truth, probability), abs=1e-5)
         if truth.any():
             called = probability >= decisions.findings[finding].threshold.value
             assert own["f1"]["value"] == pytest.approx(f1_score(truth, called), abs=1e-6)
     assert found["classification"]["decisions"]["fitted_on"]["split"] == "val"
+    both = [name for name, one in found["classification"]["findings"].items() if one["auroc"]["value"] is not None]
+    before = [
+        brier_score_loss([rows[i].labels[name] for i in known], [scores[i][name] for i in known])
+        for name in both
+        if (known := [i for i, row in enumerate(rows) if row.labels.get(name) in (0, 1)])
+    ]
+    assert found["classification"]["before_calibration"]["brier"]["value"] == pytest.approx(np.mean(before), abs=1e-5)
 
 
 def test_what_a_protocol_fixes_is_not_given_again(tiny, table, tmp_path):
