@@ -15,7 +15,6 @@ from tasks.commands.common import (
     echo_notice,
     load_manifest,
     load_model,
-    load_prompt_set,
     manifest_options,
     model_options,
     new_table,
@@ -23,7 +22,7 @@ from tasks.commands.common import (
     prompts_option,
     report_rejected,
 )
-from tasks.commands.diagnose import OURS, score_protocol, scoring_of
+from tasks.commands.scores import OURS, labels_option, preset_option, prompts_of, score_protocol, scoring_of
 
 if TYPE_CHECKING:
     from tasks.decisions import Decisions
@@ -34,8 +33,8 @@ if TYPE_CHECKING:
 @model_options
 @prompts_option
 @click.option("--finding", "findings", multiple=True, metavar="NAME", help="Only this finding (repeatable).")
-@click.option("--labels", metavar="SET", help="Of the labels of this set, as `medvl diagnose --labels` scores them.")
-@click.option("--preset", metavar="NAME", help="Of the scores of this rule, as `medvl diagnose --preset` makes them.")
+@labels_option
+@preset_option
 @click.option(
     "--split", type=click.Choice(["val", "train"]), default="val", show_default=True, help="Which studies; never those of a figure."
 )
@@ -93,9 +92,7 @@ def calibrate(
     if threshold.startswith("at_") != (wanted is not None):
         raise click.UsageError("--wanted goes with --threshold at_sensitivity and at_specificity, which need it")
     check_out_file(out, "--out")
-    prompt_set = load_prompt_set(Path(labels) if labels is not None and prompts is None else prompts)
-    if labels is not None and labels not in prompt_set.label_sets:
-        raise click.UsageError(f"--labels {labels}: no such label set; the prompts have {', '.join(prompt_set.label_sets) or 'none'}")
+    prompt_set = prompts_of(prompts, labels)
     table = load_manifest(manifest, columns, allow_outside)
     rows = table.select(split=split, modality=modality).rows
     known = {name for row in rows for name, value in row.labels.items() if value in (0, 1)}

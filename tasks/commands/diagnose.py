@@ -21,30 +21,25 @@ from tasks.commands.common import (
     json_text,
     load_manifest,
     load_model,
-    load_prompt_set,
     model_options,
     new_table,
     progress,
     prompts_option,
     report_rejected,
     usage_errors,
-    weights_sha256,
     write_csv,
 )
+from tasks.commands.scores import decisions_of, decisions_option, preset_option, prompts_of, score_protocol, scoring_of
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from medvl.model import DualEncoder
     from medvl.types import ImageReader
-    from reports.prompts import PromptSet
     from tasks.decisions import Decisions
     from tasks.diagnosis_table import DiagnosisTable
     from tasks.protocols import ScoreProtocol
-    from tasks.scoring import Scorer
-    from tasks.zero_shot import Diagnosis, PromptBank, SliceScores
+    from tasks.zero_shot import Diagnosis, SliceScores
 
-OURS = "medvl"  # the rule where no preset is named
 BAR = 24  # characters of a full bar
 TABLES = (".csv", ".parquet", ".pq")
 
@@ -57,15 +52,13 @@ TABLES = (".csv", ".parquet", ".pq")
 @click.option(
     "--labels", metavar="SET", help="Score the labels of this set, under the names that it publishes: chexpert_14, ct_rate_18, ..."
 )
-@click.option("--preset", metavar="NAME", help="Score by the rule of a published system: chexzero, xplainer, radzero, ...")
+@preset_option
 @cache_option
 @json_option
 @click.option("--out", type=click.Path(path_type=Path), metavar="OUT", help="Write a line a study to OUT.csv or OUT.jsonl, as it is known.")
 @click.option("--anew", is_flag=True, help="Begin --out anew, not where it was stopped.")
 @click.option("--sr", "sr_folder", type=click.Path(path_type=Path), metavar="DIR", help="Write a DICOM SR of each study (extra 'sr').")
-@click.option(
-    "--decisions", "decisions_path", type=click.Path(path_type=Path), metavar="FILE", help="Of `medvl calibrate`, if not beside the model."
-)
+@decisions_option
 @click.option("--csv", "csv_path", type=click.Path(path_type=Path), metavar="OUT", help="Write the scores as a table at the end.")
 @click.option("--rejected", "rejected_path", type=click.Path(path_type=Path), metavar="OUT", help="List unreadable files in a CSV.")
 @click.option("--batch-size", type=click.IntRange(min=1), default=16, show_default=True, help="Images encoded at once.")
@@ -106,9 +99,7 @@ def diagnose(
       medvl diagnose folder/ --model demo/model --labels chexpert_14 --preset xplainer --out scores.csv
       medvl diagnose volume.nii.gz series_folder/ --model demo_ct/model
     """
-    prompt_set = load_prompt_set(Path(labels) if labels is not None and prompts is None else prompts)
-    if labels is not None and labels not in prompt_set.label_sets:
-        raise click.UsageError(f"--labels {labels}: no such label set; the prompts have {', '.join(prompt_set.label_sets) or 'none'}")
+    prompt_set = prompts_of(prompts, labels)
     if unknown := [name for name in findings if name not in prompt_set.findings]:
         raise click.UsageError(f"--finding {', '.join(unknown)}: no prompts for it; known: {', '.join(prompt_set.findings)}")
     check_out_file(csv_path, "--csv")
@@ -196,46 +187,6 @@ def _studies(reader: ImageReader, files: Sequence[Path]) -> _Found:
             of.setdefault(row.study_id, []).append(row.path)
         studies += of.items()
     return _Found(studies, rejected)
-
-
-def scoring_of(
-    encoder: DualEncoder, preset: str | None, prompts: PromptSet, findings: list[str] | None, labels: str | None
-) -> PromptBank | Scorer:
-    """Ours, with the scores of slices, or the rule of a preset."""
-    from tasks.scoring import Scorer
-    from tasks.scoring import preset as rule_of
-    from tasks.zero_shot import encode_prompts
-
-    if preset is None:
-        return encode_prompts(encoder, prompts, findings)
-    with usage_errors(KeyError, ValueError):
-        return Scorer.of(encoder, rule_of(preset), prompts, findings, labels)
-
-
-def score_protocol(
-    model: Path, encoder: DualEncoder, preset: str | None, prompts: PromptSet, scoring: PromptBank | Scorer, labels: str | None
-) -> ScoreProtocol:
-    """What the scores hang on."""
-    from tasks.protocols import ScoreProtocol
-    from tasks.scoring import preset as rule_of
-
-    return ScoreProtocol.of(weights_sha256(model), encoder.reader, prompts, rule_of(preset or OURS), scoring.findings, labels)
-
-
-def decisions_of(path: Path | None, model: Path, protocol: ScoreProtocol, findings: tuple[str, ...]) -> Decisions | None:
-    """Those of the file, or beside the model those of these scores, if there are any and of all findings."""
-    from tasks.decisions import DecisionsError, load_decisions, place_of
-
-    given = path or place_of(model, protocol.sha256)
-    if path is None and not given.is_file():
-        return None
-    with usage_errors(DecisionsError):
-        found = load_decisions(given, protocol.sha256)
-    if found.covers(findings):
-        return found
-    missing = [name for name in findings if name not in found.findings]
-    click.echo(f"{given} has no calibration of {', '.join(missing)}: scores are not calibrated; choose others with --finding", err=True)
-    return None
 
 
 def _table(out: Path, labels: list[str], protocol: str, calibrated: bool, anew: bool) -> DiagnosisTable:

@@ -19,7 +19,6 @@ from tasks.commands.common import (
     json_text,
     load_manifest,
     load_model,
-    load_prompt_set,
     manifest_options,
     model_facts,
     model_options,
@@ -31,7 +30,7 @@ from tasks.commands.common import (
     text_source,
     usage_errors,
 )
-from tasks.commands.diagnose import OURS, decisions_of, score_protocol, scoring_of
+from tasks.commands.scores import OURS, decisions_of, decisions_option, labels_option, preset_option, prompts_of, score_protocol, scoring_of
 
 
 @click.command()
@@ -41,11 +40,9 @@ from tasks.commands.diagnose import OURS, decisions_of, score_protocol, scoring_
 @click.option(
     "--protocol", "protocol_name", metavar="NAME", help="Prompts, labels, rule, split and texts as it has them: phantom, or a YAML."
 )
-@click.option("--labels", metavar="SET", help="Measure the labels of this set, as `medvl diagnose --labels` scores them.")
-@click.option("--preset", metavar="NAME", help="Score by the rule of a published system, as `medvl diagnose --preset` does.")
-@click.option(
-    "--decisions", "decisions_path", type=click.Path(path_type=Path), metavar="FILE", help="Of `medvl calibrate`, if not beside the model."
-)
+@labels_option
+@preset_option
+@decisions_option
 @manifest_options
 @click.option(
     "--split", type=click.Choice(["train", "val", "test", "all"]), default="test", show_default=True, help="Which rows to measure."
@@ -118,9 +115,7 @@ def evaluate(
         prompts = prompts if fixed.prompts is None else Path(fixed.prompts)
         labels, preset = fixed.labels or labels, fixed.preset or preset
         split, modality, text_policy = fixed.split or split, fixed.modality or modality, fixed.text_policy or text_policy
-    prompt_set = load_prompt_set(Path(labels) if labels is not None and prompts is None else prompts)
-    if labels is not None and labels not in prompt_set.label_sets:
-        raise click.UsageError(f"--labels {labels}: no such label set; the prompts have {', '.join(prompt_set.label_sets) or 'none'}")
+    prompt_set = prompts_of(prompts, labels)
     out, name = (out.parent, out.name) if out.suffix == ".json" else (out, "results.json")
     table = load_manifest(manifest, columns, allow_outside)
     rows = table.select(split=None if split == "all" else split, modality=modality).rows
