@@ -208,7 +208,7 @@ def _write_sr(
     try:
         write_report(folder, sources, {names[name]: score for name, score in result.findings.items()}, provenance)
     except ValueError as error:
-        return [(result.path, f"{result.path}: no SR: {error}")]
+        return [(result.path, f"no SR: {error}")]
     return []
 
 
