@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.trainer.states import TrainerFn
 
 from medvl.data.studies import Skipped
 from medvl.model import commit, write_atomically
@@ -25,7 +24,7 @@ from medvl.training.averaging import Ema
 from medvl.training.data import REJECTED, StudyDataModule
 from medvl.training.module import AlignmentModule
 from medvl.training.sharding import whole
-from medvl.training.signals import RESUME, ends_step, validates_next
+from medvl.training.signals import RESUME, ended_inside, ends_step, validates_next
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +68,7 @@ class ResumePoint(Callback):
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Save after a validation inside of an epoch, if the step before it was to be saved."""
-        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and not trainer.is_last_batch and self._is_due(trainer):
+        if ended_inside(trainer) and self._is_due(trainer):
             trainer.save_checkpoint(self.path)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

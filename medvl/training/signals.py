@@ -25,6 +25,7 @@ import lightning as L
 import torch
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.trainer.states import TrainerFn
 
 from medvl.losses.ranks import largest_over_ranks
 
@@ -83,6 +84,11 @@ class SaveOnSignal(Callback):
         if not trainer.is_last_batch and ends_step(trainer, batch_idx) and not validates_next(trainer, batch_idx):
             self._stop_if_told(trainer)
 
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Stop here if told before or during a validation inside of an epoch."""
+        if ended_inside(trainer):
+            self._stop_if_told(trainer)
+
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Stop here if told during the last batch or the validation."""
         self._stop_if_told(trainer)
@@ -127,6 +133,12 @@ class SaveOnSignal(Callback):
 def ends_step(trainer: L.Trainer, batch_idx: int) -> bool:
     """Whether a batch is the last of those that a step is made of."""
     return (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch
+
+
+def ended_inside(trainer: L.Trainer) -> bool:
+    """Whether a validation that ends is one inside of an epoch, after a whole step."""
+    fits = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
+    return fits and not trainer.is_last_batch and ends_step(trainer, trainer.fit_loop.batch_idx)
 
 
 def validates_next(trainer: L.Trainer, batch_idx: int) -> bool:

@@ -379,6 +379,23 @@ def test_a_validation_inside_of_an_epoch_is_neither_lost_nor_made_twice(recipe, 
     assert (one["step"], one["value"]) == (other["step"], other["value"])
 
 
+def test_a_run_that_validates_after_every_batch_can_be_told_to_stop(recipe, tmp_path, monkeypatch, stop):
+    """It saves after the validation, and goes on to the weights of an undisturbed run."""
+    from medvl.training.cli import run
+
+    args = ["--config", str(recipe), "--trainer.max_epochs=1", "--trainer.val_check_interval=1", "--trainer.callbacks+=interruptions.Stop"]
+    assert run("fit", [*args, "--out", str(tmp_path / "whole")]) == 0
+    monkeypatch.setattr(stop, "on_validation_start", lambda self, trainer, module: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit) as ended:
+        run("fit", [*args, "--out", str(tmp_path / "cut")])
+    assert ended.value.code == 143
+    assert torch.load(tmp_path / "cut" / "resume.ckpt", weights_only=True)["global_step"] == 1
+    monkeypatch.undo()
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    assert run("fit", [*args, "--out", str(tmp_path / "cut"), "--resume=true"]) == 0
+    assert_same_weights(tmp_path / "whole", tmp_path / "cut")
+
+
 def test_a_checkpoint_of_other_steps_is_refused(recipe, tmp_path):
     """A step number means other batches then."""
     from medvl.training.cli import run
