@@ -79,7 +79,9 @@ class LexiconFacts(FactSource):
             near, state = owned[i], _state(naming.value, assertions.of(naming.positions))
             if state is None or _heads(naming, namings[i + 1 :], words.forms):
                 continue
-            size = max((mm for position, mm in sizes if words.starts[region[0]] <= position < words.ends[region[1] - 1]), default=None)
+            first, stop = region
+            own = (words.starts[first], words.ends[stop - 1]) if first < stop else (0, 0)  # of namings that lie in each other
+            size = max((mm for position, mm in sizes if own[0] <= position < own[1]), default=None)
             span = (words.starts[naming.first], words.ends[naming.last])
             change: Change | None = _nearest(near, naming, lambda a: a.change)
             found += [Statement(self._fact(f, state, naming, near, size), *span, change=change) for f in naming.value.findings]

@@ -204,6 +204,7 @@ PIECES = [
 @example("-")
 @example("(-")
 @example("no " * 500)
+@example("0MM0ENLARGE0EFFUSION0HEART")
 def test_any_text_is_read(source, text):
     end = 0
     for sentence in source.sentences(text):
