@@ -392,7 +392,7 @@ def join(parts: Sequence[ImageFeatures]) -> ImageFeatures:
         return None if values[0] is None else torch.cat(values)
 
     names = ("tokens", "token_valid", *(name for kind in SEQUENCES for name in (f"{kind}s", f"{kind}_weights", f"{kind}_valid")))
-    return ImageFeatures(pooled=torch.cat([part.pooled for part in parts]), grid=parts[0].grid, **{name: cat(name) for name in names})
+    return parts[0].replace(pooled=torch.cat([part.pooled for part in parts]), **{name: cat(name) for name in names})
 
 
 def beside(one: ImageFeatures, other: ImageFeatures) -> ImageFeatures:
@@ -441,6 +441,8 @@ def _of_equal_length(parts: Sequence[ImageFeatures]) -> list[ImageFeatures]:
             valid = torch.ones_like(part.tokens[..., 0], dtype=torch.bool) if part.token_valid is None else part.token_valid
             changes |= {"tokens": _enlarged(part.tokens, part.grid, longest), "token_valid": _enlarged(valid, part.grid, longest)}
             changes["grid"] = longest
+            if part.extent is not None:  # in cells of one size
+                changes["extent"] = tuple(n // own * side for n, own, side in zip(part.extent, part.grid[-3:], longest[-3:], strict=True))
         found.append(part.replace(**changes))
     return found
 

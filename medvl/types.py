@@ -129,6 +129,7 @@ class ImageFeatures:
     tokens: Tensor | None = None  # (B, N, D), same space as pooled; None if the tower keeps none
     grid: tuple[int, ...] | None = None  # (H, W) for X-ray, (S, H, W) for CT, both after V for studies of several; prod(grid) == N
     token_valid: Tensor | None = None  # (B, N) bool, False where a token saw only padding or is of a missing view; None: all valid
+    extent: tuple[int, ...] | None = None  # voxels that (S, H, W) of the grid cover, where cells reach beyond the batch; None: the batch's
     slices: Tensor | None = None  # (B, S, D), one vector per CT slice in the space of pooled; of several series (B, V * S, D), one after
     # the other; None for towers without slices
     slice_weights: Tensor | None = None  # (B, S), share of each slice in pooled, rows sum to 1, 0 on padding; None without slices

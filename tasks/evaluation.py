@@ -159,7 +159,7 @@ def predict(
                 highest = of_images.nan_to_num(-1.0).argmax(-1).cpu().numpy()  # (B, V, F)
                 at_images = [highest[study, view] for study, count in enumerate(counts) for view in range(count)]
                 levels += [_slice_hits(one, names, at) for one, at in zip(images, at_images, strict=True)]
-            extent = batch_extent([one.sample for one in images])
+            extent = batch_extent([one.sample for one in images], features)
             for one, grids in zip(images, maps, strict=True):
                 found = [  # a map at a time: ten of a full CT have gigabytes
                     _pointed(one.masks[name], native_maps(grid[None], one.sample.transform, extent)[0])

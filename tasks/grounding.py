@@ -44,8 +44,8 @@ def ground(model: DualEncoder, path: Path, phrases: Sequence[str]) -> list[Simil
     if not phrases or not all(phrase.strip() for phrase in phrases):
         raise ValueError("grounding needs at least one phrase, and no empty one")
     sample = model.read(path)
-    grids = token_maps(model, model.encode_samples([sample]), phrases)[0]
-    maps = native_maps(grids, sample.transform)
+    features = model.encode_samples([sample])
+    maps = native_maps(token_maps(model, features, phrases)[0], sample.transform, features.extent)
     return [SimilarityMap(phrase, scores, peak(scores)) for phrase, scores in zip(phrases, maps, strict=True)]
 
 
@@ -61,8 +61,14 @@ def native_maps(grids: Tensor, transform: GridTransform, extent: Sequence[int] |
     return maps
 
 
-def batch_extent(samples: Sequence[ImageSample]) -> tuple[int, ...]:
-    """Voxels along each axis that the tokens of a batch cover: a batch of volumes is padded to the longest."""
+def batch_extent(samples: Sequence[ImageSample], features: ImageFeatures | None = None) -> tuple[int, ...]:
+    """Voxels along each axis that the tokens of a batch cover: a batch of volumes is padded to the longest.
+
+    Args:
+        features: of the batch, for towers whose cells may reach beyond it.
+    """
+    if features is not None and features.extent is not None:
+        return features.extent
     return tuple(max(sizes) for sizes in zip(*(sample.pixels.shape[1:] for sample in samples), strict=True))
 
 

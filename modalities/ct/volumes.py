@@ -5,7 +5,7 @@ D embedding width. Tokens are row-major in (s, gh, gw); pooled is their mean ove
 
 Padded slices are not shown to a network: studies of equal length go through it together and each as if it were alone, so that neither
 the amount of padding nor what lies on it can matter. A token's cell is ``stride`` voxels; where S is no multiple of it, the last cell
-reaches beyond the volume, so give the reader a number of slices that is.
+reaches beyond the volume, and ``extent`` says how far all of them reach, so that a map lies where the volume does.
 """
 
 from __future__ import annotations
@@ -70,7 +70,8 @@ class VolumeEncoder(ImageEncoder):
             seen = torch.arange(grid[0], device=pixels.device) < torch.tensor(depths, device=pixels.device)[:, None]  # (B, s)
             token_valid = seen[..., None].expand(-1, -1, grid[1] * grid[2]).flatten(1)
         pooled = torch.stack([one.mean((0, 1, 2)) for one in tokens])
-        return ImageFeatures(pooled, tokens=padded.flatten(1, 3), grid=grid, token_valid=token_valid)
+        extent = tuple(cells * voxels for cells, voxels in zip(grid, self.stride, strict=True))
+        return ImageFeatures(pooled, tokens=padded.flatten(1, 3), grid=grid, token_valid=token_valid, extent=extent)
 
 
 class MonaiVitEncoder(VolumeEncoder):

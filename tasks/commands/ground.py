@@ -125,10 +125,11 @@ def find_maps(model: DualEncoder, sample: ImageSample, phrases: list[str], findi
     features = model.encode_samples([sample])
     found: list[tuple[str, NDArray[np.float32], str]] = []
     if phrases:
-        scores = native_maps(token_maps(model, features, phrases)[0], sample.transform)
+        scores = native_maps(token_maps(model, features, phrases)[0], sample.transform, features.extent)
         found += [(phrase, one, "phrase") for phrase, one in zip(phrases, scores, strict=True)]
     if findings:
-        scores = native_maps(finding_maps(model, features, encode_prompts(model, prompts, findings))[0], sample.transform)
+        grids = finding_maps(model, features, encode_prompts(model, prompts, findings))[0]
+        scores = native_maps(grids, sample.transform, features.extent)
         found += [(name, one, "finding") for name, one in zip(findings, scores, strict=True)]
     taken: set[str] = set()
     named = []

@@ -74,8 +74,8 @@ def choose_examples(
 @torch.inference_mode()
 def _finding_map(model: DualEncoder, row: StudyImage, bank: PromptBank, finding: int) -> NDArray[np.float32]:
     sample = as_listed(model.read(row.path), row)
-    grids = finding_maps(model, model.encode_samples([sample]), bank)[0, finding]
-    return native_maps(grids[None], sample.transform)[0]
+    features = model.encode_samples([sample])
+    return native_maps(finding_maps(model, features, bank)[0, finding][None], sample.transform, features.extent)[0]
 
 
 def _example(
