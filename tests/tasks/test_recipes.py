@@ -66,7 +66,7 @@ def test_what_is_compared_differs_in_what_makes_the_system_alone():
         assert image.get("init_args", {}).get("backbone", image) == base["model"]["image"]
 
 
-@pytest.mark.parametrize("name", [*XRAY, *CT])
+@pytest.mark.parametrize("name", [*XRAY, *CT, "ct_series"])
 def test_a_smoke_run(name, table, tmp_path):
     """Three steps: every weight that trains is moved, and the model that is saved reads a file."""
     args = ["--config", str(recipe_path(f"{name}.yaml")), "--data.init_args.manifest", str(table), "--out", str(tmp_path / "run")]
