@@ -4,7 +4,7 @@ A folder of shards holds chunks of LitData (``chunk-*.bin``, ``index.json``), wh
 of an image, and ``samples.json``: which item an image is, by its path relative to the manifest, with what reader it was made, and what
 could not be read. The manifest itself stays a table in memory, so reports, patients and labels need no shard, and a batch is what it
 always is: a function of seed, epoch and position. LitData fetches chunks, keeps so many of them, and gives any item of them; its own
-shuffling and its own state are not used, for the sampler (:class:`medvl.data.studies.ShardBatches`) has the order.
+shuffling and its own state are not used, for the sampler (:class:`medvl.data.sampling.ShardBatches`) has the order.
 
 Nothing is unpickled: items are bytes, and a folder that says otherwise is refused. Pixels are those of patients: protect the folder as the
 images are protected.

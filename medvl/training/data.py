@@ -22,19 +22,15 @@ from torch.utils.data import DataLoader
 from medvl.data.augment import Augment
 from medvl.data.cache import CachedReader, SampleCache, SampleStore
 from medvl.data.manifest import ColumnMap, Manifest, SplitFractions, StudyImage, read_manifest
+from medvl.data.sampling import BalancedBatches, EpochBatches, MixedBatches, ShardBatches, capped
 from medvl.data.shards import ShardStore
 from medvl.data.studies import (
-    BalancedBatches,
     Collate,
-    EpochBatches,
     Item,
     Links,
-    MixedBatches,
-    ShardBatches,
     Skipped,
     StudyDataset,
     ViewsOf,
-    capped,
     check_flip,
 )
 from medvl.model import write_atomically
@@ -92,7 +88,7 @@ class StudyDataModule(L.LightningDataModule):
             chest is that of a situs inversus: heart, aortic arch and stomach lie where next to no patient has them, and no text says so.
         drop_last: leave out the last, smaller batch of an epoch.
         links: what a text of one study is to a study of the same patient in another modality (:func:`medvl.data.studies.linked`).
-        cap: draw each finding of the manifest about so many times an epoch (:func:`medvl.data.studies.capped`); None: all items.
+        cap: draw each finding of the manifest about so many times an epoch (:func:`medvl.data.sampling.capped`); None: all items.
         one_per_patient: no two items of a patient in a batch, whose texts may be true of both, while there are others.
         second_view: give the images of training batches a second time, changed by chance anew, for terms that compare the two.
         labels: findings (columns of the manifest) that come with each batch, for terms that learn them.

@@ -98,10 +98,10 @@ def evaluate(
       medvl evaluate demo/data/manifest.csv --model demo/model --protocol phantom --out results.json
       medvl evaluate --model run --manifest films.csv --columns columns.yaml --split all --out results --json
     """
-    if (manifest is None) == (table_path is None):
+    tables = [path for path in (table_path, manifest) if path is not None]
+    if len(tables) != 1:
         raise click.UsageError("give the MANIFEST once: first, or as --manifest")
-    manifest = manifest or table_path
-    assert manifest is not None
+    manifest = tables[0]
     if protocol_name is not None:
         from tasks.protocols import named_protocol
 

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medvl.metrics import Interval
-from medvl.model import write_atomically
-from medvl.types import RESEARCH_USE
+from tasks.page.figures import write_figures
 
 if TYPE_CHECKING:
     from tasks.comparison import Line
@@ -34,13 +33,10 @@ def write_comparison(path: Path, lines: Sequence[Line], base: str, facts: Mappin
         facts: how it was made.
         synthetic: the studies are phantoms, which the page then says.
     """
-    from jinja2 import Environment, StrictUndefined
-
     from tasks.comparison import METRICS, SHOWN
 
     shown = [m for m in SHOWN if any(m in line.metrics for line in lines)]
     page = {
-        "notice": RESEARCH_USE[:1].upper() + RESEARCH_USE[1:],
         "synthetic": synthetic,
         "base": base,
         "compared": any(line.name == base for line in lines),
@@ -51,10 +47,7 @@ def write_comparison(path: Path, lines: Sequence[Line], base: str, facts: Mappin
         "plots": [plot(TITLES[m], [(line.name, line.metrics[m], line.best) for line in lines if m in line.metrics]) for m in shown],
         "facts": dict(facts),
     }
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(Path(__file__).with_name("comparison.html").read_text(encoding="utf-8"))
-    write_atomically(path, template.render(page=page).encode())
-    return path
+    return write_figures(path, "comparison.html", page)
 
 
 def _row(line: Line, shown: Sequence[str]) -> dict[str, Any]:

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medvl.metrics import Interval
-from medvl.model import write_atomically
-from medvl.types import RESEARCH_USE
+from tasks.page.figures import write_figures
 
 if TYPE_CHECKING:
     from tasks.probes import Probe
@@ -23,24 +22,18 @@ def write_probes(path: Path, probes: Sequence[Probe], facts: Mapping[str, Any]) 
     Args:
         facts: how it was made.
     """
-    from jinja2 import Environment, StrictUndefined
-
     corrupted = [one for one in probes if one.probe == "corruption"]
     plain = next((one for one in corrupted if one.name == "none"), None)
     names = list(dict.fromkeys(one.name for one in corrupted if one.name != "none"))
     curves = [] if plain is None else [_curve(name, plain, [one for one in corrupted if one.name == name]) for name in names]
     page = {
-        "notice": RESEARCH_USE[:1].upper() + RESEARCH_USE[1:],
         "negation": _table([one for one in probes if one.probe == "negation"]),
         "wording": _spread([one for one in probes if one.probe == "wording"]),
         "laterality": _table([one for one in probes if one.probe == "laterality"]),
         "curves": curves,
         "facts": dict(facts),
     }
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(Path(__file__).with_name("probes.html").read_text(encoding="utf-8"))
-    write_atomically(path, template.render(page=page).encode())
-    return path
+    return write_figures(path, "probes.html", page)
 
 
 def _table(probes: Sequence[Probe]) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from medvl.data.cache import packed_sample, unpacked_sample
-from medvl.data.studies import ShardBatches
+from medvl.data.sampling import ShardBatches
 from modalities.xray.reader import XrayReader
 
 MIB, SHARD = 2**20, 8

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from medvl.data.studies import BalancedBatches, apart, capped, generator
+from medvl.data.sampling import BalancedBatches, apart, capped
+from medvl.data.studies import generator
 
 
 def test_chances_follow_the_caps():

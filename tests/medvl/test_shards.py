@@ -18,8 +18,9 @@ pytest.importorskip("litdata", reason="shards need the extra 'streaming'")
 from medvl.data.augment import Augment
 from medvl.data.cache import CachedReader, settings_of
 from medvl.data.manifest import read_manifest
+from medvl.data.sampling import ShardBatches
 from medvl.data.shards import SAMPLES, ShardStore, write_shards
-from medvl.data.studies import ShardBatches, StudyDataset
+from medvl.data.studies import StudyDataset
 from medvl.training.cli import run
 from medvl.training.data import StudyDataModule
 from medvl.types import UnreadableImageError

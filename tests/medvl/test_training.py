@@ -21,7 +21,8 @@ import medvl
 from medvl.data.augment import Augment
 from medvl.data.cache import CachedReader, SampleCache
 from medvl.data.manifest import read_manifest
-from medvl.data.studies import Collate, Draw, EpochBatches, StudyDataset
+from medvl.data.sampling import EpochBatches
+from medvl.data.studies import Collate, Draw, StudyDataset
 from medvl.types import ImageBatch, UnreadableImageError
 from modalities.xray.reader import XrayReader
 from reports.text_source import ReportSentences

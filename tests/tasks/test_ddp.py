@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 
 import medvl
 from medvl.data.manifest import read_manifest
-from medvl.data.studies import Collate, EpochBatches, StudyDataset
+from medvl.data.sampling import EpochBatches
+from medvl.data.studies import Collate, StudyDataset
 from medvl.training.averaging import Ema
 from medvl.training.sharding import ShardedStrategy
 from medvl.types import _own_class

@@ -9,7 +9,8 @@ import torch
 
 import medvl
 from medvl.data.manifest import read_manifest
-from medvl.data.studies import Collate, Item, MixedBatches, StudyDataset, linked
+from medvl.data.sampling import MixedBatches
+from medvl.data.studies import Collate, Item, StudyDataset, linked
 from medvl.training.cli import run
 from medvl.training.data import StudyDataModule
 from medvl.training.passes import encode_images
