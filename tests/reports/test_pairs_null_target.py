@@ -16,12 +16,12 @@ from medvl.types import ImageBatch, ImageFeatures, Similarity, TextBatch, TextFe
 def features(rng: torch.Generator) -> ImageFeatures:
     return ImageFeatures(
         torch.randn(3, 8, generator=rng),
-        torch.randn(3, 4, 8, generator=rng),
-        (2, 2),
-        torch.tensor([[True, True, True, False], [True] * 4, [True, True, False, False]]),
-        torch.randn(3, 5, 8, generator=rng),
-        torch.full((3, 5), 0.2),
-        torch.ones(3, 5, dtype=torch.bool),
+        tokens=torch.randn(3, 4, 8, generator=rng),
+        grid=(2, 2),
+        token_valid=torch.tensor([[True, True, True, False], [True] * 4, [True, True, False, False]]),
+        slices=torch.randn(3, 5, 8, generator=rng),
+        slice_weights=torch.full((3, 5), 0.2),
+        slice_valid=torch.ones(3, 5, dtype=torch.bool),
     )
 
 
