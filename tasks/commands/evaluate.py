@@ -30,6 +30,7 @@ from tasks.commands.common import (
     text_source,
     usage_errors,
 )
+from tasks.commands.leaks import leak_options, leaks_checked
 from tasks.commands.scores import OURS, decisions_of, decisions_option, labels_option, preset_option, prompts_of, score_protocol, scoring_of
 
 
@@ -58,6 +59,7 @@ from tasks.commands.scores import OURS, decisions_of, decisions_option, labels_o
 )
 @click.option("--batch-size", type=click.IntRange(min=1), default=32, show_default=True, help="Images encoded at once.")
 @text_policy_option
+@leak_options
 @cache_option
 @json_option
 @click.pass_context
@@ -82,6 +84,8 @@ def evaluate(
     baseline: bool | None,
     batch_size: int,
     text_policy: str,
+    trained_on: tuple[Path, ...],
+    allowed: tuple[str, ...],
     cache: Path | None,
     as_json: bool,
 ) -> None:
@@ -89,6 +93,8 @@ def evaluate(
 
     Writes results.json, predictions.csv, rejected.csv and, where there are reports, retrieval.csv. Intervals are bootstrapped over
     patients. A patient in two splits is in none: those rows are rejected, as are paths that leave the table's folder.
+    First, patients, studies and images (equal or nearly so) that are also among the training or validation rows of the table, or of those
+    given as --trained-on, are listed in leaks.csv and end it, unless allowed by name; shared report texts are counted.
     Beside the AUROC stands that of logistic regression on a thumbnail, trained on the labels of the table's training images. Where
     `medvl calibrate` has been run for these scores, calibration and the calls at the thresholds of validation are measured too.
     results.json holds the protocol with its hash: the same protocol on the same studies gives the same bytes.
@@ -123,6 +129,9 @@ def evaluate(
         raise click.UsageError(f"--manifest {manifest}: no {modality} row in split {split} among {len(table)} good rows")
     encoder = load_model(model, device, cache)
     check_out_folder(out)
+    facts = model_facts(model)
+    training_table = (facts["provenance"] or {}).get("manifest_sha256")
+    leaks = leaks_checked(encoder, manifest, table, rows, split, trained_on, columns, allowed, training_table, out)
     from tasks.evaluation import REJECTED as REJECTED_CSV
     from tasks.evaluation import predict, results, write
     from tasks.protocols import EvaluationProtocol, sha256_of
@@ -175,7 +184,8 @@ def evaluate(
         "modality": modality,
         "bad_rows": len(table.rejected),
     }
-    measured["model"] = model_facts(model)
+    measured["leak_check"] = leaks
+    measured["model"] = facts
     left_out = sorted({name for row in rows for name in row.labels} - set(prompt_set.findings))
     if left_out:
         click.echo(f"labelled, but without prompts, so not measured: {', '.join(left_out)}", err=True)
