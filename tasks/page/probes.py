@@ -25,7 +25,9 @@ def write_probes(path: Path, probes: Sequence[Probe], facts: Mapping[str, Any]) 
     corrupted = [one for one in probes if one.probe == "corruption"]
     plain = next((one for one in corrupted if one.name == "none"), None)
     names = list(dict.fromkeys(one.name for one in corrupted if one.name != "none"))
-    curves = [] if plain is None else [_curve(name, plain, [one for one in corrupted if one.name == name]) for name in names]
+    drawn = [value for one in corrupted for value in (one.figure.value, one.figure.ci_low) if math.isfinite(value)]
+    lowest = 0.4 if min(drawn, default=0.4) >= 0.4 else 0.0  # of all curves alike
+    curves = [] if plain is None else [_curve(name, plain, [one for one in corrupted if one.name == name], lowest) for name in names]
     page = {
         "negation": _table([one for one in probes if one.probe == "negation"]),
         "wording": _spread([one for one in probes if one.probe == "wording"]),
@@ -58,12 +60,12 @@ def _cell(figure: Interval) -> dict[str, str]:
     return {"value": _number(figure.value), "interval": f"{_number(figure.ci_low)} to {_number(figure.ci_high)}", "n": str(figure.n)}
 
 
-def _curve(name: str, plain: Probe, probes: Sequence[Probe]) -> dict[str, Any]:
-    """AUROC over severity in pixels, from 0.4 to 1, with intervals; 0 is the untouched film."""
+def _curve(name: str, plain: Probe, probes: Sequence[Probe], lowest: float) -> dict[str, Any]:
+    """AUROC over severity in pixels, from ``lowest`` to 1, with intervals; 0 is the untouched film."""
 
     def at(severity: int, value: float) -> tuple[float, float]:
         x = LEFT + severity * (WIDTH - LEFT - 10) / 5
-        y = (HEIGHT - BOTTOM) * (1 - (min(max(value, 0.4), 1.0) - 0.4) / 0.6) + 4
+        y = (HEIGHT - BOTTOM) * (1 - (value - lowest) / (1 - lowest)) + 4
         return round(x, 1), round(y, 1)
 
     points = [(0, plain.figure), *((int(one.setting), one.figure) for one in probes)]
@@ -73,7 +75,7 @@ def _curve(name: str, plain: Probe, probes: Sequence[Probe]) -> dict[str, Any]:
         x, y = at(severity, one.value)
         ends = [at(severity, end)[1] if math.isfinite(end) else y for end in (one.ci_low, one.ci_high)]
         dots.append({"x": x, "y": y, "low": ends[0], "high": ends[1], "title": f"severity {severity}: {_number(one.value)}"})
-    grid = [{"y": at(0, value)[1], "label": f"{value:.1f}"} for value in (0.5, 0.7, 0.9)]
+    grid = [{"y": at(0, value)[1], "label": f"{value:.1f}"} for value in ((0.5, 0.7, 0.9) if lowest else (0.0, 0.5, 1.0))]
     return {"name": name, "dots": dots, "line": " ".join(f"{dot['x']},{dot['y']}" for dot in dots), "grid": grid}
 
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import shutil
 
 import numpy as np
@@ -11,9 +12,11 @@ from sklearn.metrics import roc_auc_score
 
 import medvl
 from medvl.data.manifest import read_manifest
+from medvl.metrics import Interval
 from reports.prompts import load_prompts
 from tasks.cli import cli
-from tasks.probes import CORRUPTIONS, SEVERITIES, flipped, laterality, negation, read, sides_of, usable, wording
+from tasks.page.probes import write_probes
+from tasks.probes import CORRUPTIONS, SEVERITIES, Probe, flipped, laterality, negation, read, sides_of, usable, wording
 from tasks.zero_shot import encode_prompts
 
 
@@ -148,3 +151,13 @@ def test_the_command_writes_tables_and_a_page_and_a_bad_file_costs_itself(tiny, 
         cli, [*args[:3], "--manifest", str(folder / "manifest.csv"), "--modality", "ct", "--out", str(tmp_path / "ct")]
     )
     assert wrong.exit_code == 2
+
+
+@pytest.mark.parametrize(("values", "lowest"), [([0.9, 0.7, 0.5], 0.4), ([0.8, 0.3, 0.1], 0.0)])
+def test_a_curve_has_its_values_at_their_heights_however_low(tmp_path, values, lowest):
+    def of(name, setting, value):
+        return Probe("corruption", name, setting, Interval(value, value, value, 9, 9))
+
+    page = write_probes(tmp_path / "p.html", [of("none", "0", values[0]), *(of("blur", str(i), values[i]) for i in (1, 2))], {})
+    heights = [float(y) for y in re.findall(r'<circle cx="[\d.]+" cy="([\d.]+)"', page.read_text())]
+    np.testing.assert_allclose(heights, [126 * (1 - (value - lowest) / (1 - lowest)) + 4 for value in values], atol=0.06)
