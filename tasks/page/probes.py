@@ -65,7 +65,7 @@ def _curve(name: str, plain: Probe, probes: Sequence[Probe], lowest: float) -> d
 
     def at(severity: int, value: float) -> tuple[float, float]:
         x = LEFT + severity * (WIDTH - LEFT - 10) / 5
-        y = (HEIGHT - BOTTOM) * (1 - (value - lowest) / (1 - lowest)) + 4
+        y = (HEIGHT - BOTTOM - 8) * (1 - (value - lowest) / (1 - lowest)) + 12  # room for the label of 1
         return round(x, 1), round(y, 1)
 
     points = [(0, plain.figure), *((int(one.setting), one.figure) for one in probes)]

@@ -160,4 +160,4 @@ def test_a_curve_has_its_values_at_their_heights_however_low(tmp_path, values, l
 
     page = write_probes(tmp_path / "p.html", [of("none", "0", values[0]), *(of("blur", str(i), values[i]) for i in (1, 2))], {})
     heights = [float(y) for y in re.findall(r'<circle cx="[\d.]+" cy="([\d.]+)"', page.read_text())]
-    np.testing.assert_allclose(heights, [126 * (1 - (value - lowest) / (1 - lowest)) + 4 for value in values], atol=0.06)
+    np.testing.assert_allclose(heights, [118 * (1 - (value - lowest) / (1 - lowest)) + 12 for value in values], atol=0.06)
