@@ -36,8 +36,10 @@ with 2 % cropped away differs in 36 bits (median): three of four are not found.
 """
 
 SAME_IMAGE = 0.985
-"""Least correlation of two images of near hashes, as means of cells of a coarse grid, to be one image. The copies above have 0.994 or more,
-two real films 0.913 at most, two phantoms of near hashes 0.966."""
+"""Least correlation of two images of near hashes, as means of cells of a coarse grid, to be one image.
+
+Copies as above (JPEG, 224 px, gamma, contrast) have 0.994 or more, two real films 0.913 at most, two phantoms of near hashes 0.966.
+"""
 
 KINDS = ("patients", "studies", "images", "similar-images")
 """What may not be shared, unless it is allowed by this name."""
