@@ -107,7 +107,7 @@ class LeakCheck:
             "against": [{"manifest_sha256": one.manifest_sha256, "rows": len(one.rows)} for one in self.others],
             "training_table_compared": self.training_table,
             "shared": self.counts(),
-            "allowed": sorted(allowed),
+            "allowed": sorted(set(allowed)),
             "similar_images": {"hash_bits_at_most": SIMILAR_BITS, "correlation_at_least": SAME_IMAGE},
             "images_not_read": self.unread,
             "shared_texts": self.shared_texts,
@@ -123,7 +123,7 @@ def check_leaks(
     trained_on: str | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> LeakCheck:
-    """Compare the rows to be measured with all rows of other tables; each image is read once.
+    """Compare the rows to be measured with all rows of other tables. Images are read once, those of near hashes again.
 
     Args:
         reader: of the model; ``trained_on`` the SHA-256 of the table that the model was trained on, if it is known.

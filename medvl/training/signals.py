@@ -37,11 +37,11 @@ STOPPED = 143
 
 
 class SaveOnSignal(Callback):
-    """On SIGTERM, and under SLURM on SIGUSR1, save at the end of the step and end with exit code 143; on SIGUSR1 requeue the job as well.
+    """On SIGTERM, and under SLURM on SIGUSR1, save at the end of the step and end with exit code 143; under SLURM requeue the job as well.
 
-    SIGUSR1 is what ``#SBATCH --signal=USR1@90`` sends 90 s before a job's time is up. A SIGTERM comes from ``scancel``, which wants no new
-    run, or from preemption, where SLURM requeues by itself. On the last batch of an epoch the validation that is due comes first, for a
-    resumed run would skip it; of accumulated batches the step is made.
+    SIGUSR1 is what ``#SBATCH --signal=USR1@90`` sends 90 s before a job's time is up. SLURM sends SIGTERM when it is up, the cluster's
+    KillWait before it kills, and on preemption; ``scancel`` sends it too, and then no new run is wanted (:func:`was_cancelled`). On the
+    last batch of an epoch the validation that is due comes first, for a resumed run would skip it; of accumulated batches the step is made.
 
     While files are read, and until training begins, a signal ends the run at once (:meth:`listening`), also with 143: there is nothing to
     save. A job whose time is up by then is not requeued, for it would come no further. After the last step one process alone ends as it
@@ -55,7 +55,7 @@ class SaveOnSignal(Callback):
     """
 
     def __init__(self, path: Path) -> None:
-        self.path, self.told, self.requeue = path, False, False
+        self.path, self.told, self.warned = path, False, False
         self._process, self._training, self._speaks = os.getpid(), False, True
 
     @contextmanager
@@ -106,25 +106,25 @@ class SaveOnSignal(Callback):
         if os.getpid() != self._process:
             return  # a loader process that does not ignore it yet
         self.told = True
-        self.requeue = self.requeue or number == signal.SIGUSR1
+        self.warned = self.warned or number == signal.SIGUSR1
         if self._training:
             return
         if self._speaks:
-            short = "; the job is not requeued, give it more time" if self.requeue else ""
+            short = "; the job is not requeued, give it more time" if self.warned else ""
             log.warning("told to stop before a step was made: nothing to save, the next start begins where this one did%s", short)
         raise SystemExit(STOPPED)
 
     def _stop_if_told(self, trainer: L.Trainer) -> None:
-        told, requeue = self.told, self.requeue
+        told, warned = self.told, self.warned
         if trainer.world_size > 1:
-            flags = torch.tensor([told, requeue], dtype=torch.uint8, device=trainer.strategy.root_device)
-            told, requeue = largest_over_ranks(flags).bool().tolist()
+            flags = torch.tensor([told, warned], dtype=torch.uint8, device=trainer.strategy.root_device)
+            told, warned = largest_over_ranks(flags).bool().tolist()
         if not told:
             return
         trainer.save_checkpoint(self.path)
         if trainer.is_global_zero:
             after = "go on with --resume true"
-            if requeue:
+            if slurm_job() is not None and (warned or not was_cancelled()):
                 after = "requeued" if _requeue() else f"the job could not be requeued, {after}"
             log.warning("told to stop: step %d is saved in %s; %s", trainer.global_step, self.path, after)
         raise SystemExit(STOPPED)
@@ -164,13 +164,29 @@ def slurm_job() -> str | None:
     return f"{array}_{task}" if array and task else os.environ.get("SLURM_JOB_ID")
 
 
+def was_cancelled() -> bool:
+    """Whether it is ``scancel`` that ends this SLURM job; True where SLURM does not say.
+
+    A job that is cancelled is completing for no reason, one whose time is up for the reason TimeLimit; a signal alone leaves it running.
+    SLURM would requeue a cancelled job, so that one which asks for it could not be cancelled (both seen with SLURM 22.05).
+    """
+    shown = _scontrol("show", "job")
+    facts = dict(word.split("=", 1) for word in (shown or "").split() if "=" in word)
+    return facts.get("JobState") not in ("RUNNING", "PREEMPTED") and facts.get("Reason") != "TimeLimit"
+
+
 def _requeue() -> bool:
     """Put this SLURM job back into the queue; whether that was done."""
+    return _scontrol("requeue") is not None
+
+
+def _scontrol(*words: str) -> str | None:
+    """What ``scontrol`` says when asked this of the job; None where it fails, or is not there."""
     job, scontrol = slurm_job(), shutil.which("scontrol")
     if job is None or scontrol is None:
-        return False
-    done = subprocess.run([scontrol, "requeue", job], check=False)  # noqa: S603 (fixed words)
-    return done.returncode == 0
+        return None
+    done = subprocess.run([scontrol, *words, job], check=False, stdout=subprocess.PIPE, text=True)  # noqa: S603 (fixed words)
+    return done.stdout if done.returncode == 0 else None
 
 
 def ignore_sigterm(worker_id: int) -> None:

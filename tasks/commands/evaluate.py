@@ -131,7 +131,7 @@ def evaluate(
     check_out_folder(out)
     facts = model_facts(model)
     training_table = (facts["provenance"] or {}).get("manifest_sha256")
-    leaks = leaks_checked(encoder, manifest, table, rows, split, trained_on, columns, allowed, training_table, out)
+    leaks = leaks_checked(encoder, manifest, table, rows, split, trained_on, columns, allow_outside, allowed, training_table, out)
     from tasks.evaluation import REJECTED as REJECTED_CSV
     from tasks.evaluation import predict, results, write
     from tasks.protocols import EvaluationProtocol, sha256_of

@@ -42,6 +42,7 @@ def leaks_checked(
     split: str,
     trained_on: Sequence[Path],
     columns: Path | None,
+    allow_outside: bool,
     allowed: Sequence[str],
     training_table: str | None,
     out: Path,
@@ -49,15 +50,16 @@ def leaks_checked(
     """Check, list what is shared in ``leaks.csv`` of ``out``, and say for results.json what was compared.
 
     Args:
+        columns, allow_outside: how all tables are read.
         training_table: SHA-256 of the table that the model was trained on, as its config.json has it.
     Raises:
         UsageError: something is shared that was not allowed.
     """
-    from tasks.leaks import Others, check_leaks, images_to_read
+    from tasks.leaks import Leak, Others, check_leaks, images_to_read
 
     others = [Others.of(str(manifest), table, split, trained=table.sha256 == training_table)]
     for path in trained_on:
-        other = load_manifest(path, columns, allow_outside=True)
+        other = load_manifest(path, columns, allow_outside)
         if other.sha256 != table.sha256:
             others.append(Others.of(str(path), other))
         if other.rejected:
@@ -65,7 +67,7 @@ def leaks_checked(
     others = [one for one in others if one.rows]
     with progress("leak check", images_to_read(rows, others) if others else 0) as advance:
         check = check_leaks(rows, others, model.reader, trained_on=training_table, progress=advance)
-    write_csv(out / LEAKS, ("what", "study_id", "row", "table", "other_study_id", "other_row", "bits", "correlation"), check.leaks)
+    write_csv(out / LEAKS, Leak._fields, check.leaks)
     if training_table is not None and not check.training_table:
         click.echo("leak check: the model was trained on another table; give it as --trained-on to compare with it too", err=True)
     if refused := check.refused(allowed):

@@ -231,10 +231,11 @@ def test_told_while_it_waits_for_another_process_it_ends_at_once(recipe, tmp_pat
 @pytest.mark.slow
 @pytest.mark.parametrize(("by", "queued"), [("USR1", True), ("TERM", False)])
 def test_a_job_is_requeued_when_its_time_is_up_and_not_when_it_is_cancelled(recipe, tmp_path, monkeypatch, by, queued):
-    """With a stand-in for scontrol that notes what it is asked, and Lightning in the belief that it runs under SLURM."""
+    """With a stand-in for scontrol that shows a cancelled job and notes what else it is asked; Lightning believes to run under SLURM."""
     commands, asked = tmp_path / "bin", tmp_path / "asked"
     commands.mkdir()
-    (commands / "scontrol").write_text(f"#!/bin/sh\necho $@ >> {asked}\n")
+    shown = "JobId=17 JobState=COMPLETING Reason=None"
+    (commands / "scontrol").write_text(f"#!/bin/sh\nif [ $1 = show ]; then echo {shown}; else echo $@ >> {asked}; fi\n")
     (commands / "scontrol").chmod(0o755)
     monkeypatch.setenv("PATH", f"{commands}{os.pathsep}{os.environ['PATH']}")
     slurm = {"JOB_ID": "17", "NTASKS": "1", "PROCID": "0", "LOCALID": "0", "NODEID": "0", "JOB_NAME": "fit"}

@@ -132,17 +132,45 @@ def handlers():
         signal.signal(number, handler)
 
 
+SHOWN = {  # lines of `scontrol show job` of SLURM 22.05: cancelled, at the end of its time, and signalled alone
+    "scancel": "JobId=17 JobName=fit JobState=COMPLETING Reason=None Dependency=(null) Requeue=1 Restarts=0",
+    "time": "JobId=17 JobName=fit JobState=COMPLETING Reason=TimeLimit Dependency=(null) Requeue=1 Restarts=0",
+    "signal": "JobId=17 JobName=fit JobState=RUNNING Reason=None Dependency=(null) Requeue=1 Restarts=0",
+}
+
+
 @pytest.fixture
 def asked(tmp_path, monkeypatch):
-    """A SLURM job whose scontrol notes in this file what it is asked."""
+    """A SLURM job whose scontrol notes in this file what it is asked, but for the state, which it takes from a file."""
     notes, command = tmp_path / "asked", tmp_path / "bin" / "scontrol"
     command.parent.mkdir()
-    command.write_text(f"#!/bin/sh\necho $@ >> {notes}\n")
+    (command.parent / "shown").write_text(SHOWN["scancel"])
+    command.write_text(f"#!/bin/sh\nif [ $1 = show ]; then cat {command.parent}/shown; else echo $@ >> {notes}; fi\n")
     command.chmod(0o755)
     monkeypatch.setenv("PATH", f"{command.parent}{os.pathsep}{os.environ['PATH']}")
     for name, value in {"JOB_ID": "17", "NTASKS": "1", "PROCID": "0", "LOCALID": "0", "NODEID": "0", "JOB_NAME": "fit"}.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
     return notes
+
+
+@pytest.mark.parametrize(
+    ("by", "shown", "queued"),
+    [
+        (signal.SIGTERM, SHOWN["time"], True),
+        (signal.SIGTERM, SHOWN["signal"], True),
+        (signal.SIGTERM, SHOWN["scancel"], False),
+        (signal.SIGTERM, "", False),
+        (signal.SIGUSR1, SHOWN["scancel"], True),
+    ],
+)
+def test_a_job_that_slurm_ends_is_requeued_and_one_that_is_cancelled_is_not(recipe, tmp_path, handlers, asked, caplog, by, shown, queued):
+    (tmp_path / "bin" / "shown").write_text(shown)
+    with caplog.at_level(logging.WARNING, logger="medvl"), pytest.raises(SystemExit) as ended:
+        told(recipe, tmp_path, number=int(by), batch=0)
+    assert ended.value.code == STOPPED and not handlers
+    assert (tmp_path / "run" / "resume.ckpt").is_file()
+    assert (asked.read_text() == "requeue 17\n") if queued else not asked.exists()
+    assert ("; requeued" in caplog.text) == queued and ("--resume true" in caplog.text) != queued
 
 
 @pytest.mark.parametrize("by", [signal.SIGTERM, signal.SIGUSR1])

@@ -146,7 +146,7 @@ def test_the_command_refuses_lists_and_goes_on_when_allowed_by_name(tiny: Any, t
     assert "someone" not in refused.output and not (tmp_path / "out" / "results.json").exists()
     with (tmp_path / "out" / "leaks.csv").open(newline="") as file:
         (leak,) = csv.DictReader(file)
-    assert (leak["what"], leak["study_id"], leak["other_study_id"], leak["bits"]) == ("images", taken["study_id"], "elsewhere", "0")
+    assert (leak["kind"], leak["study_id"], leak["other_study_id"], leak["bits"]) == ("images", taken["study_id"], "elsewhere", "0")
     allowed = run(*ask, "--allow-leak", "images")
     told = json.loads((tmp_path / "out" / "results.json").read_text())["leak_check"]
     assert allowed.exit_code in (0, 1), allowed.output
