@@ -16,11 +16,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from medvl.data.manifest import StudyImage
-from medvl.data.studies import by_study
 from medvl.metrics import auroc
 from medvl.model import DualEncoder
 from medvl.types import UnreadableImageError
-from tasks.evaluation import Predictions
+from tasks.evaluation import Predictions, by_unit
 
 THUMBNAIL = 16
 VOLUME_THUMBNAIL = (4, 8, 8)
@@ -46,7 +45,7 @@ def thumbnail_baseline(model: DualEncoder, train: Sequence[StudyImage], predicti
     Args:
         model: reads the images.
         train: rows to learn from; one that cannot be read is skipped and counted.
-        predictions: whose rows and findings are scored; where these are of studies, a study has the mean score of its images.
+        predictions: whose rows and findings are scored; a unit has the mean score of its images.
     """
     small, read, rejected = _read_thumbnails(model, train)
     names = predictions.findings
@@ -57,8 +56,7 @@ def thumbnail_baseline(model: DualEncoder, train: Sequence[StudyImage], predicti
     if found and columns:
         labels = np.array([[train[i].labels.get(names[j], np.nan) for j in columns] for i in read], dtype=np.float64)
         scores[np.ix_([held_out[i] for i in found], columns)] = logistic_scores(small, labels, tested)
-    if predictions.of_studies:
-        scores = _mean_of_studies(scores, predictions.rows)
+    scores = _mean_of_units(scores, by_unit(predictions.rows, predictions.unit))
     counted = predictions.counted()
     per_finding = {}
     for j, name in enumerate(names):
@@ -78,10 +76,10 @@ def thumbnail_baseline(model: DualEncoder, train: Sequence[StudyImage], predicti
     return Baseline(scores, measured, tuple(rejected))
 
 
-def _mean_of_studies(scores: NDArray[np.float64], rows: Sequence[StudyImage]) -> NDArray[np.float64]:
-    """(Q, F) scores of images to those of their studies: the mean of those that there are, NaN where there are none."""
+def _mean_of_units(scores: NDArray[np.float64], units: Sequence[Sequence[int]]) -> NDArray[np.float64]:
+    """(Q, F) scores of images to those of their units: the mean of those that there are, NaN where there are none."""
     found = np.full_like(scores, np.nan)
-    for indices in by_study(rows).values():
+    for indices in map(list, units):
         own = scores[indices]
         there = ~np.isnan(own)
         found[indices] = np.where(there.any(0), np.where(there, own, 0.0).sum(0) / np.maximum(there.sum(0), 1), np.nan)

@@ -31,6 +31,7 @@ from tasks.commands.probe import probe
 from tasks.commands.reports import reports
 from tasks.commands.search import search
 from tasks.commands.shards import shards
+from tasks.commands.tabulate import tabulate
 from tasks.commands.train import fit, test, validate
 
 OURS = ("medvl", "modalities", "reports", "tasks")
@@ -112,6 +113,7 @@ def cli(debug: bool) -> None:
       medvl ground film.dcm --phrase "left pleural effusion" --model demo/model --out maps
       medvl search --model demo/model --index demo/data/manifest.csv --query "large pneumothorax" --top 5
       medvl evaluate --model demo/model --manifest demo/data/manifest.csv --out results
+      medvl tabulate results other/results.json            results of one protocol side by side, with paired differences
       medvl compare clip siglip radzero --out compared      recipes under the same budget, in one table
       medvl card run --results results/results.json
 
@@ -121,7 +123,7 @@ def cli(debug: bool) -> None:
 
 for _command in (
     *(demo, phantom, inspect, reports, shards, match, fit, validate, test, average),
-    *(diagnose, calibrate, ground, search, evaluate, probe, compare, card),
+    *(diagnose, calibrate, ground, search, evaluate, tabulate, probe, compare, card),
 ):
     cli.add_command(_command)
 

@@ -157,7 +157,7 @@ def on_shared_figures(scores: Sequence[Scores]) -> list[Scores]:
 
 
 def scores_of(predictions: Predictions, table: Sequence[StudyImage] | None = None) -> Scores:
-    """The lines of a prediction that comparisons need; labels of images that do not count, as their study does already, are NaN.
+    """The lines of a prediction that comparisons need; labels of images that do not count, as their unit does already, are NaN.
 
     Args:
         table: all rows of the manifest, which number the patients; None: those of the prediction.
@@ -171,7 +171,7 @@ def scores_of(predictions: Predictions, table: Sequence[StudyImage] | None = Non
     patients = tuple(first[row.patient_id] for row in predictions.rows)
     recall = np.full(len(predictions.rows), math.nan)
     if predictions.retrieval is not None:
-        queries, _ = directions(predictions.retrieval, counted)
+        queries, _ = directions(predictions.retrieval, predictions.queries())
         ids = np.array(patients, dtype=object)[queries.images]
         recall[queries.images] = recall_at_k(queries.similarity, queries.own, (RECALL,), ids, repeats=0).hits[RECALL]
     columns = [column[~np.isnan(column)] for column in predictions.mask_fraction.T]

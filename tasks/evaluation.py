@@ -1,7 +1,8 @@
 """Evaluation of a model on labelled studies: zero-shot AUROC, pointing game, retrieval; every figure with n and a patient-level interval.
 
-Shapes: N images, F findings, R reports, G items of a pool. A tower that pools views scores studies: then each image has the score, the
-label and the similarities of its study, and figures made of these count a study once; where a map points is a matter of each image still.
+Shapes: N images, F findings, R reports, G items of a pool. What counts once is the unit: a study (several views, series or
+reconstructions make one score), a patient, or each image by itself. Each image has the score, the label and the similarities of its unit,
+and figures made of these count a unit once; where a map points is a matter of each image still, and a report belongs to a study.
 What is predicted is kept apart from what is measured: ``predictions.csv`` and
 ``retrieval.csv`` hold everything that ``results.json`` is computed from, besides patients and masks of the data.
 
@@ -17,11 +18,10 @@ import csv
 import io
 import json
 import math
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -40,6 +40,7 @@ from medvl.metrics import (
     peak,
     pointing_game,
     recall_at_k,
+    subgroup_table,
 )
 from medvl.model import DualEncoder, packed, write_atomically
 from medvl.types import RESEARCH_USE, ImageFeatures, ImageSample, TextSource, UnreadableImageError
@@ -50,12 +51,14 @@ from tasks.masks import MaskError, finding_mask, masked_slices
 from tasks.protocols import sha256_of
 from tasks.retrieval import build_index, image_to_reports, studies_of
 from tasks.scoring import Scorer
-from tasks.zero_shot import PromptBank, encode, encode_prompts, score, slice_scores, slices_of_images
+from tasks.subgroups import subgroups
+from tasks.zero_shot import PromptBank, encode, encode_prompts, pair_logits, slice_scores, slices_of_images
 
 FOCAL_FRACTION = 0.25
 """A finding is focal if its mask covers less than this share of the image in the median positive study; only these are pointed at."""
 RECALL_AT = (1, 5, 10)
 RETRIEVAL, REJECTED = "retrieval.csv", "rejected.csv"
+Unit = Literal["image", "study", "patient"]
 
 
 @dataclass(frozen=True)
@@ -78,13 +81,31 @@ class Predictions:
     slice_fraction: NDArray[np.float64] | None = None  # (N, F): share of the slices that the mask reaches into; both None without slices
     contrast: NDArray[np.float64] | None = None  # (N, F): contrast-to-noise of map and mask, signed; NaN without a mask
     texts: dict[str, Any] | None = None  # what made the reports' texts, as Configurable.spec gives it
-    of_studies: bool = False  # labels, scores and retrieval are of studies, the same in every image of one
+    unit: Unit = "image"  # labels and scores are of units, the same in every image of one
 
     def counted(self) -> NDArray[np.intp]:
-        """The images whose labels, scores and similarities count: all, or the first of each study where these are of studies."""
-        if not self.of_studies:
-            return np.arange(len(self.rows))
-        return np.array([indices[0] for indices in by_study(self.rows).values()], dtype=np.intp)
+        """The images whose labels and scores count: the first of each unit."""
+        return np.array([indices[0] for indices in by_unit(self.rows, self.unit)], dtype=np.intp)
+
+    def queries(self) -> NDArray[np.intp]:
+        """The images whose similarities with reports count: the first of each study, or all where images count."""
+        return np.array([indices[0] for indices in by_unit(self.rows, _of_reports(self.unit))], dtype=np.intp)
+
+
+def by_unit(rows: Sequence[StudyImage], unit: Unit) -> list[list[int]]:
+    """Indices of the images of each unit; units and images in the order given. Images of two modalities are two units."""
+    if unit == "image":
+        return [[i] for i in range(len(rows))]
+    if unit == "study":
+        return list(by_study(rows).values())
+    found: dict[tuple[str, str], list[int]] = {}
+    for i, row in enumerate(rows):
+        found.setdefault((row.patient_id, row.modality), []).append(i)
+    return list(found.values())
+
+
+def _of_reports(unit: Unit) -> Unit:
+    return "image" if unit == "image" else "study"
 
 
 @dataclass(frozen=True)
@@ -107,6 +128,7 @@ def predict(
     *,
     findings: Sequence[str] | None = None,
     scorer: Scorer | None = None,
+    unit: Unit = "study",
     batch_size: int = 32,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Predictions:
@@ -117,9 +139,10 @@ def predict(
         source: splits reports into sentences for retrieval.
         findings: which to score; None takes those of the prompts that any row has a label for.
         scorer: the rule of a preset, for these findings; None: ours. Maps and retrieval are the same by any.
+        unit: what has one score and one label, and counts once.
         progress: called with the number of images done.
     Raises:
-        ValueError: no image that can be read.
+        ValueError: no image that can be read, or images that are to count by themselves where the tower pools those of a study.
     """
     labelled = {name for row in rows for name in row.labels}
     if scorer is not None:
@@ -131,26 +154,23 @@ def predict(
 
     read: list[StudyImage] = []
     rejected: list[tuple[StudyImage, str]] = []
-    scores, peaks, hits, fractions, contrasts, similarities, levels = [], [], [], [], [], [], []
-    units: list[tuple[torch.Tensor, int]] = []  # what a preset makes of an image, or a study, and how many images that is of
+    peaks, hits, fractions, contrasts, similarities, levels = [], [], [], [], [], []
+    encoded: list[tuple[torch.Tensor, int]] = []  # logits, or what a rule makes of an image or study encoded at once; of how many images
     modalities = {row.modality for row in rows}
-    of_studies = len(modalities) == 1 and model.image.pools(*modalities)
-    together = [[rows[i] for i in indices] for indices in by_study(rows).values()] if of_studies else [[row] for row in rows]
+    pools = len(modalities) == 1 and model.image.pools(*modalities)
+    if pools and unit == "image":
+        raise ValueError("the image tower makes one score of all images of a study; count studies or patients, not images")
+    together = [[rows[i] for i in indices] for indices in by_study(rows).values()] if pools else [[row] for row in rows]
     for part in packed(together, batch_size):
         groups = [[one for row in group if (one := _read(model, row, names, rejected)) is not None] for group in part]
         images = [one for group in groups for one in group]
         if images:
             counts = [len(group) for group in groups if group]
             features = encode(model, [[one.sample for one in group] for group in groups if group])
-            if scorer is None:
-                scores.append(np.repeat(score(model, features, bank).double().cpu().numpy(), counts, axis=0))
-            else:
-                units += [
-                    (scorer.study_scores(one[None]).cpu(), count)
-                    for one, count in zip(scorer.group_scores(model, features), counts, strict=True)
-                ]
+            values = pair_logits(model, features, bank).double() if scorer is None else scorer.group_scores(model, features)
+            encoded += zip(values.cpu(), counts, strict=True)
             maps = finding_maps(model, features, bank)
-            if of_studies:
+            if pools:
                 maps = torch.stack([maps[study, :, view] for study, count in enumerate(counts) for view in range(count)])
             if index is not None:
                 similarities.append(np.repeat(image_to_reports(model, features, index)[0].double().cpu().numpy(), counts, axis=0))
@@ -173,25 +193,48 @@ def predict(
         progress(sum(map(len, part)))
     if not read:
         raise ValueError(f"none of {len(rows)} images could be read; first: {rejected[0][1] if rejected else 'no images were given'}")
-    if scorer is not None:  # of all units of the run at once, as some rules need
-        of_units = scorer.scores(torch.stack([one for one, _ in units])).numpy()
-        scores = [np.repeat(of_units, [count for _, count in units], axis=0)]
     return Predictions(
         findings=names,
         rows=tuple(read),
-        labels=_labels(read, names, of_studies=of_studies),
-        scores=np.concatenate(scores),
+        labels=joined_labels(read, names, unit),
+        scores=_unit_scores(encoded, by_unit(read, unit), scorer),
         peaks=tuple(peaks),
         hits=np.array(hits),
         mask_fraction=np.array(fractions),
-        retrieval=_pairs(read, index_of, np.concatenate(similarities)) if index is not None else None,
+        retrieval=_pairs(read, index_of, _unit_means(np.concatenate(similarities), read, unit)) if index is not None else None,
         rejected=tuple(rejected),
         slice_hits=np.array([[hit for hit, _ in line] for line in levels]) if levels else None,
         slice_fraction=np.array([[share for _, share in line] for line in levels]) if levels else None,
-        of_studies=of_studies,
+        unit=unit,
         contrast=np.array(contrasts),
         texts=source.spec(),
     )
+
+
+def _unit_scores(encoded: Sequence[tuple[torch.Tensor, int]], units: Sequence[Sequence[int]], scorer: Scorer | None) -> NDArray[np.float64]:
+    """(N, F) scores of the units, the same in every image of one, from what was encoded at once: images, or whole studies.
+
+    Ours is the sigmoid of the mean logit, as in ``medvl diagnose``; a rule joins views in its own way, and some need all units at once.
+    """
+    of_image = np.repeat(np.arange(len(encoded)), [count for _, count in encoded])
+    parts = [torch.stack([encoded[k][0] for k in dict.fromkeys(of_image[list(indices)].tolist())]) for indices in units]
+    if scorer is None:
+        of_units = torch.stack([part.mean(0) for part in parts]).sigmoid().numpy()
+    else:
+        of_units = scorer.scores(torch.stack([scorer.study_scores(part) for part in parts])).numpy()
+    scores = np.empty((len(of_image), of_units.shape[1]))
+    for indices, own in zip(units, of_units, strict=True):
+        scores[list(indices)] = own
+    return scores
+
+
+def _unit_means(similarity: NDArray[np.float64], rows: Sequence[StudyImage], unit: Unit) -> NDArray[np.float64]:
+    """(N, R) similarities of images to those of their studies, the mean of their images, unless images count by themselves."""
+    found = similarity.copy()
+    for indices in by_unit(rows, _of_reports(unit)):
+        if len(indices) > 1:
+            found[indices] = similarity[indices].mean(0)
+    return found
 
 
 @dataclass(frozen=True)
@@ -223,11 +266,11 @@ def _slice_hits(image: _Image, names: Sequence[str], highest: NDArray[np.intp]) 
     return found
 
 
-def _labels(rows: Sequence[StudyImage], names: Sequence[str], *, of_studies: bool) -> NDArray[np.float64]:
-    """(N, F) labels of images; of studies, what any image of one says: 1 before -1 (uncertain) before 0 before NaN."""
+def joined_labels(rows: Sequence[StudyImage], names: Sequence[str], unit: Unit) -> NDArray[np.float64]:
+    """(N, F) labels of the unit of each image, what any image of it says: 1 before -1 (uncertain) before 0 before NaN."""
     labels = np.array([[row.labels.get(name, math.nan) for name in names] for row in rows], dtype=np.float64).reshape(len(rows), len(names))
-    if of_studies:
-        for indices in by_study(rows).values():
+    for indices in by_unit(rows, unit):
+        if len(indices) > 1:
             own = labels[indices]
             labels[indices] = np.select([(own == value).any(0) for value in (1, -1, 0)], [1.0, -1.0, 0.0], math.nan)
     return labels
@@ -286,9 +329,11 @@ def results(predictions: Predictions, *, repeats: int = 1000, seed: int = 0, dec
         "rejected": len(predictions.rejected),
         "interval": {"level": 0.95, "method": "percentile bootstrap over patients", "repeats": repeats, "seed": seed},
         "calibrated": decisions is not None,
+        "unit": {"name": predictions.unit, "n": len(counted)},
     }
-    if predictions.of_studies:
-        found["scored"] = "studies: zero_shot and retrieval count each study once, grounding each image"
+    if predictions.unit != "image":
+        plural = {"study": "studies", "patient": "patients"}[predictions.unit]
+        found["scored"] = f"{plural}: zero_shot counts each {predictions.unit} once, retrieval each study, grounding each image"
     if names:
         labels, scores = predictions.labels[counted], predictions.scores[counted]
         areas = auroc_intervals(labels, scores, names, [patients[i] for i in counted], repeats=repeats, seed=seed)
@@ -297,6 +342,7 @@ def results(predictions: Predictions, *, repeats: int = 1000, seed: int = 0, dec
             "per_finding": {name: {"auroc": _number(areas[name].value), **_interval(areas[name])} for name in names},
         }
         found["classification"] = _classification(labels, scores, names, [patients[i] for i in counted], repeats, seed, decisions)
+        found["subgroups"] = _subgroups(predictions, patients, repeats, seed, decisions)
         found["grounding"] = _grounding(predictions, patients, repeats, seed)
         if predictions.slice_hits is not None:
             found["slices"] = _slices(predictions, patients, repeats, seed)
@@ -338,6 +384,27 @@ def _classification(
         "thresholds": cuts,
         "decisions": {"sha256": sha256_of(decisions.to_dict()), "fitted_on": dict(decisions.fitted_on)},
     }
+
+
+def _subgroups(predictions: Predictions, patients: list[str], repeats: int, seed: int, decisions: Decisions | None) -> dict[str, Any]:
+    """Each attribute that parts the units: AUROC of each subgroup; of calls at the thresholds of validation sensitivity and specificity."""
+    names, counted = predictions.findings, predictions.counted()
+    labels, scores = predictions.labels[counted], predictions.scores[counted]
+    ids = [patients[i] for i in counted]
+    cuts = None
+    if decisions is not None and decisions.covers(names):
+        given = [decisions.probabilities(dict(zip(names, row, strict=True))) for row in scores.tolist()]
+        scores = np.array([[one[name] for name in names] for one in given])
+        cuts = {name: decisions.findings[name].threshold.value for name in names}
+    found: dict[str, Any] = {"attributes": {}, "of_one_kind": {}}
+    for attribute, groups in subgroups(predictions.rows, by_unit(predictions.rows, predictions.unit)).items():
+        kinds = sorted(set(groups))
+        if len(kinds) < 2:
+            found["of_one_kind"][attribute] = kinds[0]
+            continue
+        table = subgroup_table(labels, scores, names, groups, ids, thresholds=cuts, repeats=repeats, seed=seed)
+        found["attributes"][attribute] = table.to_dict()
+    return found
 
 
 def _grounding(predictions: Predictions, patients: list[str], repeats: int, seed: int) -> dict[str, Any]:
@@ -389,7 +456,7 @@ def _slices(predictions: Predictions, patients: list[str], repeats: int, seed: i
 def _retrieval(predictions: Predictions, patients: list[str], repeats: int, seed: int) -> dict[str, Any]:
     assert predictions.retrieval is not None
     found: dict[str, Any] = {}
-    for queries in directions(predictions.retrieval, predictions.counted()):
+    for queries in directions(predictions.retrieval, predictions.queries()):
         ids = np.array(patients, dtype=object)[queries.images]
         exact = recall_at_k(queries.similarity, queries.own, RECALL_AT, ids, repeats=repeats, seed=seed)
         duplicates = recall_at_k(queries.similarity, queries.same, RECALL_AT, ids, repeats=repeats, seed=seed)
@@ -462,20 +529,24 @@ def write(
         name: of the first, if it is to have another.
         others: further lines of ``rejected.csv`` besides the predictions' own: row, study_id, reason, what was rejected.
 
-    ``predictions.csv`` has a line per image and finding; where studies were scored, ``score`` and ``label`` are those of the study in each
-    of its lines, ``images`` says how many images that score is made of, and the peak is the image's own.
+    ``predictions.csv`` has a line per image and finding: ``score`` and ``label`` are those of the image's unit in each of its lines,
+    ``unit`` numbers the units, ``images`` says how many images the score is made of, ``patient`` is the row of the patient's first image
+    (no id), and the peak is the image's own; ``hit`` says whether it lies in the finding's mask, where there is one.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / RETRIEVAL).unlink(missing_ok=True)
     baseline = predictions.baseline
     deep = ["peak_slice"] if any(at is not None and len(at) == 3 for row in predictions.peaks for at in row) else []
-    pooled = ["images"] if predictions.of_studies else []
-    images = Counter(row.study_id for row in predictions.rows)
+    units = by_unit(predictions.rows, predictions.unit)
+    unit_of = {i: number for number, indices in enumerate(units) for i in indices}
+    first: dict[str, int] = {}
+    for row in predictions.rows:
+        first.setdefault(row.patient_id, row.row)
     _write_csv(
         folder / "predictions.csv",
         [
             *("study_id", "finding", "label", "score", "peak_row", "peak_col", "path"),
-            *(*deep, *pooled, *([] if baseline is None else ["baseline_score"])),
+            *(*deep, *([] if baseline is None else ["baseline_score"]), "images", "unit", "patient", "row", "hit"),
         ],
         (
             [
@@ -486,8 +557,8 @@ def write(
                 *(predictions.peaks[i][j] or ("", ""))[-2:],
                 row.path.name,
                 *((predictions.peaks[i][j] or ("",))[0] for _ in deep),
-                *(images[row.study_id] for _ in pooled),
                 *([] if baseline is None else ["" if np.isnan(baseline[i, j]) else repr(float(baseline[i, j]))]),
+                *(len(units[unit_of[i]]), unit_of[i], first[row.patient_id], row.row, _label(predictions.hits[i, j])),
             ]
             for i, row in enumerate(predictions.rows)
             for j, name in enumerate(predictions.findings)
@@ -503,7 +574,7 @@ def write(
 
 def _retrieval_lines(predictions: Predictions) -> Iterator[list[Any]]:
     assert predictions.retrieval is not None
-    for queries in directions(predictions.retrieval, predictions.counted()):
+    for queries in directions(predictions.retrieval, predictions.queries()):
         for similarity, own, same, image in zip(queries.similarity, queries.own, queries.same, queries.images, strict=True):
             row = predictions.rows[image]
             path = row.path.name if queries.direction == "image_to_report" else ""

@@ -19,7 +19,7 @@ from medvl.types import ImageReader
 from reports.prompts import PromptSet
 from tasks.scoring import Rule
 
-METRICS = "medvl.metrics 1"
+METRICS = "medvl.metrics 2"
 """Definitions of the metrics; changes when any of them does."""
 
 
@@ -59,7 +59,7 @@ def sha256_of(value: Any) -> str:
 class EvaluationProtocol:
     """How a figure was made: two results may be tabled together where all of this is the same but the weights.
 
-    ``unit`` is what counts once: an image, or a study where the tower pools its images. Metrics are those of :mod:`medvl.metrics`;
+    ``unit`` is what counts once: a study, a patient, or each image by itself. Metrics are those of :mod:`medvl.metrics`;
     intervals are percentile bootstrap over patients.
     """
 
@@ -95,6 +95,7 @@ class NamedProtocol:
     split: str | None = None
     modality: str | None = None
     text_policy: str | None = None
+    unit: str | None = None
 
 
 def named_protocol(name: str) -> NamedProtocol:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,6 +84,26 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     broken = root / "broken.dcm"
     broken.write_bytes(b"\0" * 128 + b"DICM" + b"nothing of use")
     return Tiny(root / "model", folder, folder / "manifest.csv", folder / "images" / "s00.dcm", folder / "images" / "s01.png", broken)
+
+
+@pytest.fixture(scope="session")
+def other_model(tiny: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with other weights, and a config.json that says so."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path_factory.mktemp("other") / "model"
+    shutil.copytree(tiny.model, folder)
+    noise = torch.Generator().manual_seed(3)
+    weights = load_file(folder / "model.safetensors")
+    for value in weights.values():
+        if value.is_floating_point():
+            value += 0.05 * torch.randn(value.shape, generator=noise)
+    save_file(weights, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    config["weights_sha256"] = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
 
 
 @pytest.fixture(scope="session")

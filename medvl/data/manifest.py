@@ -2,8 +2,9 @@
 
 A table is CSV, TSV (either may be gzipped) or Parquet. Its columns are ``study_id, patient_id, modality, path`` (required), ``view``,
 ``split``, ``report`` or ``findings`` and ``impression``, one column per finding (1 present, 0 absent, -1 uncertain, empty not mentioned),
-``boxes`` (a JSON list of ``{"finding", "x", "y", "width", "height"}`` in native pixels) and ``mask_<finding>`` (a path). Paths are relative
-to the table's folder. :class:`ColumnMap` reads tables that name things otherwise.
+``boxes`` (a JSON list of ``{"finding", "x", "y", "width", "height"}`` in native pixels) and ``mask_<finding>`` (a path); ``sex``, ``age``,
+``scanner`` and ``site`` part an evaluation into subgroups. Paths are relative to the table's folder. :class:`ColumnMap` reads tables that
+name things otherwise.
 
 Row numbers are those a spreadsheet shows: the header is row 1, the first record row 2. Messages hold study ids, row numbers, column names
 and paths, never a patient id or the content of another cell.
@@ -39,6 +40,8 @@ Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 REQUIRED = ("study_id", "patient_id", "modality", "path")
 _OPTIONAL = ("view", "split", "report", "findings", "impression", "boxes")
+GROUPS = ("sex", "age", "scanner", "site")
+"""Columns that part an evaluation into subgroups, besides the view, where a column map names no others."""
 _SHOWN = 20  # bad rows spelled out in an error; the rest are counted
 
 _MODALITIES: Mapping[str, Modality] = {
@@ -91,6 +94,7 @@ class ColumnMap:
         label_values: column -> cell -> finding -> label, for a table with one diagnosis column, as in
             ``{"finding": {"Pneumonia": {"consolidation": 1}}}``. Fills only what the label columns leave open.
         constants: field -> the value of every row, for a field that the table has no column for: ``{"modality": "xray"}``.
+        groups: what parts an evaluation into subgroups -> column, or a list of columns that are named so; None: those of ``GROUPS``.
         split: set to None to leave a split column unread and split by patient instead.
     """
 
@@ -108,6 +112,7 @@ class ColumnMap:
     labels: dict[str, str] | list[str] | None = None
     label_values: dict[str, dict[str, dict[str, int]]] = field(default_factory=dict)
     constants: dict[str, str] = field(default_factory=dict)
+    groups: dict[str, str] | list[str] | None = None
 
     def __post_init__(self) -> None:
         if unknown := sorted(set(self.constants) - {"study_id", "patient_id", "modality", "view", "split"}):
@@ -143,6 +148,12 @@ class ColumnMap:
         if self.labels is None:
             return {name: name for name in header if name in FINDINGS}
         return dict(self.labels) if isinstance(self.labels, Mapping) else {name: name for name in self.labels}
+
+    def group_columns(self, header: Sequence[str]) -> dict[str, str]:
+        """What parts into subgroups -> column, as this table has them."""
+        if self.groups is None:
+            return {name: name for name in GROUPS if name in header}
+        return dict(self.groups) if isinstance(self.groups, Mapping) else {name: name for name in self.groups}
 
 
 @dataclass(frozen=True)
@@ -189,6 +200,7 @@ class StudyImage:
     boxes: tuple[Box, ...]
     masks: dict[str, Path]  # finding -> absolute path
     row: int
+    groups: dict[str, str] = field(default_factory=dict, repr=False)  # sex, age, scanner, site, as the table has them; no key if empty
 
     @property
     def text(self) -> str:
@@ -333,6 +345,7 @@ class _RowReader:
         self._at = {column: index for index, column in enumerate(header)}
         self._fields = {name: self._at.get(getattr(names, name)) for name in (*REQUIRED, *_OPTIONAL)}
         self._labels = {finding: self._at[column] for finding, column in names.label_columns(header).items()}
+        self._groups = {name: self._at[column] for name, column in names.group_columns(header).items()}
         prefix = names.mask_prefix
         self._masks = {column[len(prefix) :]: index for column, index in self._at.items() if prefix and column.startswith(prefix)}
         mapped = (finding for cells in names.label_values.values() for labels in cells.values() for finding in labels)
@@ -387,6 +400,7 @@ class _RowReader:
             boxes=boxes,
             masks={finding: where for finding, where in masks_at.items() if where is not None},
             row=number,
+            groups={name: cell for name, index in self._groups.items() if (cell := record[index].strip())},
         )
         return row, reasons
 
@@ -515,6 +529,7 @@ def _check_columns(table: Path, header: Sequence[str], names: ColumnMap) -> None
             wanted[name] = getattr(names, name)
     wanted |= {f"labels[{finding}]": column for finding, column in names.label_columns(header).items()}
     wanted |= {f"label_values[{column}]": column for column in names.label_values}
+    wanted |= {f"groups[{group}]": column for group, column in names.group_columns(header).items()}
     missing = {name: column for name, column in wanted.items() if column not in header}
     if not missing:
         return

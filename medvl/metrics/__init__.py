@@ -38,7 +38,8 @@ from medvl.metrics.labels import LabelCounts, label_counts
 from medvl.metrics.maps import contrast_to_noise, peak, pointing_game, tied_peaks
 from medvl.metrics.paired import Comparison, compare_models
 from medvl.metrics.ranking import auprc_statistic, auroc, auroc_intervals, auroc_statistic
-from medvl.metrics.retrieval import Retrieval, recall_at_k
+from medvl.metrics.retrieval import Retrieval, chance_of_a_hit, recall_at_k
+from medvl.metrics.subgroups import Difference, Gap, Subgroup, SubgroupTable, subgroup_table
 from medvl.metrics.thresholds import Threshold, choose_threshold
 
 __all__ = [
@@ -50,6 +51,8 @@ __all__ = [
     "ConformalBinary",
     "DeLongInterval",
     "DeLongTest",
+    "Difference",
+    "Gap",
     "Interval",
     "Isotonic",
     "LabelCounts",
@@ -59,6 +62,8 @@ __all__ = [
     "Resamples",
     "Retrieval",
     "Statistic",
+    "Subgroup",
+    "SubgroupTable",
     "Temperature",
     "Threshold",
     "abstention_statistic",
@@ -72,6 +77,7 @@ __all__ = [
     "brier_statistic",
     "calibration_error_statistic",
     "calibrator_from_dict",
+    "chance_of_a_hit",
     "choose_threshold",
     "classification_table",
     "combined",
@@ -93,5 +99,6 @@ __all__ = [
     "recall_at_k",
     "sensitivity_statistic",
     "specificity_statistic",
+    "subgroup_table",
     "tied_peaks",
 ]

@@ -68,20 +68,20 @@ def recall_at_k(
     above = (similarity > best).sum(axis=1)
     tied = similarity == best
     n_tied, n_hits = tied.sum(axis=1), (tied & relevant).sum(axis=1)
-    hits = {k: _chance_of_a_hit(n_tied, n_hits, k - above) for k in ks}
+    hits = {k: chance_of_a_hit(n_tied, n_hits, k - above) for k in ks}
     statistics = {str(k): mean_statistic(values) for k, values in hits.items()}
     intervals = bootstrap_intervals(statistics, patient_ids, repeats=repeats, seed=seed, level=level)
     everything = np.full(len(relevant), pool)
     return Retrieval(
         recall={k: intervals[str(k)] for k in ks},
-        chance={k: float(_chance_of_a_hit(everything, relevant.sum(axis=1), np.full(len(relevant), k)).mean()) for k in ks},
+        chance={k: float(chance_of_a_hit(everything, relevant.sum(axis=1), np.full(len(relevant), k)).mean()) for k in ks},
         pool=pool,
         ranks=above + (n_tied + 1) / (n_hits + 1),
         hits=hits,
     )
 
 
-def _chance_of_a_hit(items: NDArray[np.int64], hits: NDArray[np.int64], draws: NDArray[np.int64]) -> NDArray[np.float64]:
+def chance_of_a_hit(items: NDArray[np.int64], hits: NDArray[np.int64], draws: NDArray[np.int64]) -> NDArray[np.float64]:
     """Chance that ``draws`` of ``items`` in random order bring at least one of ``hits``: 1 - C(items - hits, draws) / C(items, draws)."""
     miss = np.ones(len(items))
     for i in range(max(int(np.minimum(draws, items).max(initial=0)), 0)):

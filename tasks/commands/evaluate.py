@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
@@ -33,6 +33,9 @@ from tasks.commands.common import (
 from tasks.commands.leaks import leak_options, leaks_checked
 from tasks.commands.scores import OURS, decisions_of, decisions_option, labels_option, preset_option, prompts_of, score_protocol, scoring_of
 
+if TYPE_CHECKING:
+    from rich.console import Console
+
 
 @click.command()
 @click.argument("table_path", required=False, type=click.Path(path_type=Path), metavar="[MANIFEST]")
@@ -50,6 +53,13 @@ from tasks.commands.scores import OURS, decisions_of, decisions_option, labels_o
 )
 @prompts_option
 @click.option("--out", type=click.Path(path_type=Path), required=True, metavar="DIR|FILE.json", help="Where the figures and the tables go.")
+@click.option(
+    "--unit",
+    type=click.Choice(["study", "patient", "image"]),
+    default="study",
+    show_default=True,
+    help="What has one score and one label and counts once; where maps point is of images always.",
+)
 @click.option("--repeats", type=click.IntRange(min=0), default=1000, show_default=True, help="Bootstrap resamples for the intervals.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the resamples.")
 @click.option(
@@ -79,6 +89,7 @@ def evaluate(
     split: str,
     prompts: Path | None,
     out: Path,
+    unit: str,
     repeats: int,
     seed: int,
     baseline: bool | None,
@@ -95,6 +106,8 @@ def evaluate(
     patients. A patient in two splits is in none: those rows are rejected, as are paths that leave the table's folder.
     First, patients, studies and images (equal or nearly so) that are also among the training or validation rows of the table, or of those
     given as --trained-on, are listed in leaks.csv and end it, unless allowed by name; shared report texts are counted.
+    Several views or series of a study make one score, as in `medvl diagnose`. Where the table has sex, age, scanner, site or view (or what
+    its column map calls groups), each subgroup is measured, against all others, with the widest gap.
     Beside the AUROC stands that of logistic regression on a thumbnail, trained on the labels of the table's training images. Where
     `medvl calibrate` has been run for these scores, calibration and the calls at the thresholds of validation are measured too.
     results.json holds the protocol with its hash: the same protocol on the same studies gives the same bytes.
@@ -114,6 +127,7 @@ def evaluate(
         with usage_errors(KeyError, ValueError):
             fixed = named_protocol(protocol_name)
         given = {"prompts": prompts, "labels": labels, "preset": preset, "split": split, "modality": modality, "text_policy": text_policy}
+        given["unit"] = unit
         for name, value in given.items():
             wanted = getattr(fixed, name)
             if wanted is not None and ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE and str(value) != wanted:
@@ -121,6 +135,7 @@ def evaluate(
         prompts = prompts if fixed.prompts is None else Path(fixed.prompts)
         labels, preset = fixed.labels or labels, fixed.preset or preset
         split, modality, text_policy = fixed.split or split, fixed.modality or modality, fixed.text_policy or text_policy
+        unit = fixed.unit or unit
     prompt_set = prompts_of(prompts, labels)
     out, name = (out.parent, out.name) if out.suffix == ".json" else (out, "results.json")
     table = load_manifest(manifest, columns, allow_outside)
@@ -144,7 +159,9 @@ def evaluate(
     rule = None if isinstance(scoring, PromptBank) or preset == OURS else scoring
     findings = None if labels is None else asked
     with progress("images", len(rows)) as advance:
-        predictions = predict(encoder, rows, prompt_set, source, findings=findings, scorer=rule, batch_size=batch_size, progress=advance)
+        options: dict[str, Any] = {"findings": findings, "scorer": rule, "unit": unit, "batch_size": batch_size}
+        with usage_errors(ValueError):
+            predictions = predict(encoder, rows, prompt_set, source, **options, progress=advance)
     simple = None
     if baseline is not False:
         from tasks.baseline import learnable, thumbnail_baseline
@@ -159,7 +176,9 @@ def evaluate(
                 " absent in another) or nothing to measure outside split train"
             )
     scores = score_protocol(model, encoder, preset, prompt_set, scoring, labels)
-    decisions = decisions_of(decisions_path, model, scores, predictions.findings)
+    decisions = decisions_of(decisions_path, model, scores, predictions.findings) if unit == "study" else None
+    if decisions_path is not None and unit != "study":
+        raise click.UsageError(f"--decisions: `medvl calibrate` fits scores of studies, not of each {unit}; leave out --unit {unit}")
     measured = results(predictions, repeats=repeats, seed=seed, decisions=decisions)
     measured["protocol"] = EvaluationProtocol(
         score=scores,
@@ -168,7 +187,7 @@ def evaluate(
         split=split,
         split_source=table.split_source,
         modality=modality,
-        unit="study" if predictions.of_studies else "image",
+        unit=predictions.unit,
         texts=predictions.texts,
         decisions_sha256=None if decisions is None else sha256_of(decisions.to_dict()),
         repeats=repeats,
@@ -216,8 +235,9 @@ def evaluate(
 def show_results(measured: dict[str, Any]) -> None:
     """The tables of results.json for a person."""
     out = console()
-    scored = f"{measured['studies']} studies ({measured['images']} images)" if "scored" in measured else f"{measured['images']} images"
-    out.print(f"{scored} of {measured['patients']} patients")
+    unit = measured.get("unit", {"name": "image", "n": measured["images"]})
+    counted = "" if unit["n"] == measured["images"] else f", each of {unit['n']} units ({unit['name']}) counted once"
+    out.print(f"{measured['images']} images of {measured['patients']} patients{counted}")
     if zero_shot := measured.get("zero_shot"):
         pointing = measured.get("grounding", {}).get("per_finding", {})
         baseline = measured.get("baseline", {})
@@ -237,6 +257,7 @@ def show_results(measured: dict[str, Any]) -> None:
         mean = (figure(zero_shot["macro_auroc"]), interval(zero_shot["macro_auroc_interval"]), *simple)
         table.add_row("mean", *mean, "", macro_pointing, "", style="bold")
         out.print(table)
+    show_subgroups(out, measured.get("subgroups", {}).get("attributes", {}))
     if slices := measured.get("slices", {}).get("per_finding"):
         numbers = ("cuts the mask", "95 % CI", "random slice", "masks")
         table = new_table("slice of highest score", "finding", *numbers, numbers=numbers, whole=("finding",))
@@ -256,11 +277,42 @@ def show_results(measured: dict[str, Any]) -> None:
         out.print(table)
 
 
+def show_subgroups(out: Console, attributes: dict[str, Any]) -> None:
+    """A table of all subgroups: mean AUROC, and how far it is from that of all others, over the findings that count in both."""
+    if not attributes:
+        return
+    numbers = ("n", "AUROC", "95 % CI", "less the rest", "95 % CI of that")
+    least = next(iter(attributes.values()))["least_of_each_label"]
+    note = f"means of findings with {least} studies with it and {least} without in the subgroup, the difference of those that count in both"
+    table = new_table("subgroups", "subgroup", *numbers, numbers=numbers, whole=("subgroup",), caption=note)
+    for attribute, one in attributes.items():
+        table.add_section()
+        for group, found in one["groups"].items():
+            mean, rest = found["auroc"]["mean"], found["auroc"]["less_the_rest"]
+            table.add_row(
+                f"{attribute} {group}", str(found["n"]), figure(mean["value"]), interval(mean), signed(rest["value"]), interval(rest)
+            )
+        if gap := one["widest_gap"]["auroc"]:
+            name = f"widest gap: {gap['highest']} less {gap['lowest']}"
+            table.add_row(name, "", "", "", signed(gap["value"]), signed_interval(gap), style="bold")
+    out.print(table)
+
+
+def signed(value: float | None) -> str:
+    """A difference to three digits."""
+    return "–" if value is None else f"{value:+.3f}"
+
+
 def figure(value: float | None) -> str:
     """A share to three digits; a dash for one that is not defined."""
     return "–" if value is None else f"{value:.3f}"
 
 
 def interval(of: dict[str, Any]) -> str:
-    """An interval's ends."""
+    """An interval's ends, of shares; of differences, which have signs, :func:`signed_interval`."""
     return "–".join("?" if of[end] is None else f"{of[end]:.2f}" for end in ("ci_low", "ci_high"))
+
+
+def signed_interval(of: dict[str, Any]) -> str:
+    """Ends of the interval of a difference."""
+    return " to ".join("?" if of[end] is None else f"{of[end]:+.2f}" for end in ("ci_low", "ci_high"))

@@ -39,6 +39,7 @@ COMMANDS = [
     "ground",
     "search",
     "evaluate",
+    "tabulate",
     "probe",
     "compare",
     "card",

@@ -153,11 +153,11 @@ def test_a_study_of_several_images_counts_once():
     )
     labels, values = np.array([[1.0, 1, 0, 0, 1]]).T, np.array([[0.9, 0.9, 0.6, 0.6, 0.5]]).T
     nothing = np.full((5, 1), math.nan)
-    made = Predictions(("x",), rows, labels, values, ((None,),) * 5, nothing, nothing, None, (), contrast=nothing, of_studies=True)
+    made = Predictions(("x",), rows, labels, values, ((None,),) * 5, nothing, nothing, None, (), contrast=nothing, unit="study")
     found = scores_of(made).statistics()
     assert found["auroc"].of_weights(np.ones((1, 5)))[0] == roc_auc_score([1, 0, 1], [0.9, 0.6, 0.5]) == 0.5
     assert "pointing" not in found and "recall_at_10" not in found
-    assert scores_of(replace(made, of_studies=False)).statistics()["auroc"].of_weights(np.ones((1, 5)))[0] == pytest.approx(2 / 3)
+    assert scores_of(replace(made, unit="image")).statistics()["auroc"].of_weights(np.ones((1, 5)))[0] == pytest.approx(2 / 3)
 
 
 def finished_job(tmp_path, name, made):

@@ -68,7 +68,7 @@ def test_studies_are_evaluated_from_all_their_series(table, run_folder):
     model = medvl.load(run_folder, device="cpu")
     rows = read_manifest(table).select(split="test", modality="ct").rows
     found = predict(model, rows, load_prompts(), ReportSentences())
-    assert found.of_studies and len(found.rows) == len(rows) == 4 and len(found.counted()) == 3
+    assert found.unit == "study" and len(found.rows) == len(rows) == 4 and len(found.counted()) == 3
     for study in {row.study_id for row in rows}:
         scores = {tuple(found.scores[i]) for i, row in enumerate(found.rows) if row.study_id == study}
         assert len(scores) == 1  # of the study, in each of its rows

@@ -141,7 +141,7 @@ def test_evaluation_points_in_each_series_as_grounding_does(model: DualEncoder, 
         StudyImage("a" if i < 2 else "b", "p", "ct", path, None, "test", PHRASE, None, None, {}, (), {}, i) for i, path in enumerate(study)
     ]
     found = predict(model, rows, load_prompts(), ReportSentences(), findings=NAMES)
-    assert found.of_studies and not found.rejected
+    assert found.unit == "study" and not found.rejected
     bank = encode_prompts(model, load_prompts(), NAMES)
     for row, peaks in zip(rows, found.peaks, strict=True):
         sample = model.read(row.path)
