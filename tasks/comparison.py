@@ -22,6 +22,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,8 @@ from rich.progress import Progress
 import medvl
 from medvl.data.manifest import Manifest, StudyImage, read_manifest
 from medvl.metrics import Interval, Statistic, auroc_statistic, bootstrap_intervals, combined, mean_statistic, recall_at_k
-from medvl.model import commit, load, write_atomically
-from medvl.types import RESEARCH_USE, TextSource
+from medvl.model import ConfigError, build, commit, load, write_atomically
+from medvl.types import RESEARCH_USE, ImageReader, TextSource
 from reports.prompts import load_prompts
 from reports.text_source import ReportSentences, ReportText
 from tasks.evaluation import FOCAL_FRACTION, Predictions, directions, predict
@@ -659,6 +660,16 @@ def check_modalities(recipes: Sequence[Path], options: Sequence[str], manifest: 
     if len(set(found.values())) > 1:
         told = ", ".join(f"{recipe.name} of {modality}" for recipe, modality in found.items())
         raise ValueError(f"recipes of one modality are compared, on the same studies; these are {told}")
+
+
+def reader_of(recipes: Sequence[Path], options: Sequence[str] = ()) -> tuple[str, ImageReader] | None:
+    """Modality and reader of the first recipe that has one; None if none has: their runs say so."""
+    for recipe in recipes:
+        if (found := _settings_if_any(recipe, options)) is not None:
+            spec = _set(_recipe(recipe), options)["data"]["init_args"].get("reader")
+            with suppress(ConfigError):
+                return found.modality, build(spec, ImageReader)  # type: ignore[type-abstract]
+    return None
 
 
 def _retrieved(recipe: Path) -> TextSource:

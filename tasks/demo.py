@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 import medvl
-from medvl.data.manifest import StudyImage, read_manifest
+from medvl.data.manifest import Manifest, StudyImage, read_manifest
 from medvl.model import CONFIG, WEIGHTS, DualEncoder, load, write_atomically
 from medvl.types import RESEARCH_USE
 from reports.prompts import PromptSet, load_prompts
@@ -31,6 +31,7 @@ from tasks.baseline import Baseline, thumbnail_baseline
 from tasks.card import RESULTS, write_card
 from tasks.evaluation import Predictions, predict, results, write
 from tasks.joint import join_models
+from tasks.leaks import LeakCheck, Others, check_leaks, images_to_read
 from tasks.page import DemoPage, Part, page_part, page_title, write_page
 
 RESOLVED = "config.yaml"
@@ -137,6 +138,7 @@ def _measure(half: _Half, model: DualEncoder, table: Path, folder: Path) -> tupl
     manifest = read_manifest(table)
     prompts = load_prompts()
     test = manifest.select(split="test", modality=half.modality).rows
+    leaks: LeakCheck = half.timed("leak check", lambda: _leaks(half, model, manifest, test))
     predictions: Predictions = half.timed("evaluation", lambda: _predict(model, test, prompts, half.console))
     train = manifest.select(split="train", modality=half.modality).rows[: BASELINE_STUDIES.get(half.modality)]
     baseline: Baseline = half.timed("baseline", lambda: thumbnail_baseline(model, train, predictions))
@@ -145,6 +147,7 @@ def _measure(half: _Half, model: DualEncoder, table: Path, folder: Path) -> tupl
     measured = {
         **results(predictions, seed=half.seed),
         "baseline": baseline.measured,
+        "leak_check": leaks.as_dict(),
         "facts": {
             "data": "synthetic",
             "medvl": medvl.__version__,
@@ -171,6 +174,20 @@ def _measure(half: _Half, model: DualEncoder, table: Path, folder: Path) -> tupl
         ),
     )
     return measured, part
+
+
+def _leaks(half: _Half, model: DualEncoder, manifest: Manifest, test: tuple[StudyImage, ...]) -> LeakCheck:
+    """What the test studies share with those of training and validation. Volumes are not compared: reading all again takes minutes."""
+    seen = Others.of("the demo's table", manifest, "test")
+    images = half.modality == "xray"
+    with Progress(console=half.console, transient=True) as progress:
+        task = progress.add_task("images", total=images_to_read(test, [seen]) if images else None)
+        found = check_leaks(
+            *(test, [seen], model.reader), trained_on=manifest.sha256, images=images, progress=lambda done: progress.advance(task, done)
+        )
+    if refused := found.refused(()):
+        raise ValueError(f"test phantoms share with those of training: {refused}; give another seed")
+    return found
 
 
 def _phantoms(half: _Half) -> Path:

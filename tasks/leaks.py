@@ -91,6 +91,7 @@ class LeakCheck:
     studies_with_text: int
     unread: int  # images of either side that could not be read, so that they were not compared
     training_table: bool  # the table that the model was trained on is among those compared
+    images: bool = True  # images were compared too
 
     def counts(self) -> dict[str, int]:
         """Measured rows that share something, by kind."""
@@ -108,6 +109,7 @@ class LeakCheck:
             "training_table_compared": self.training_table,
             "shared": self.counts(),
             "allowed": sorted(set(allowed)),
+            "images_compared": self.images,
             "similar_images": {"hash_bits_at_most": SIMILAR_BITS, "correlation_at_least": SAME_IMAGE},
             "images_not_read": self.unread,
             "shared_texts": self.shared_texts,
@@ -121,12 +123,14 @@ def check_leaks(
     reader: ImageReader,
     *,
     trained_on: str | None = None,
+    images: bool = True,
     progress: Callable[[int], None] = lambda done: None,
 ) -> LeakCheck:
     """Compare the rows to be measured with all rows of other tables. Images are read once, those of near hashes again.
 
     Args:
         reader: of the model; ``trained_on`` the SHA-256 of the table that the model was trained on, if it is known.
+        images: False compares patients, studies and texts alone, and reads no image.
         progress: called with the number of images done: those of :func:`images_to_read`.
     """
     modalities = {row.modality for row in measured}
@@ -145,11 +149,11 @@ def check_leaks(
         return kept, exact, np.array(bits, dtype=bool).reshape(-1, SIDE * SIDE)
 
     leaks: list[Leak] = []
-    rows, exact, bits = seen(measured if others else ())
+    rows, exact, bits = seen(measured if others and images else ())
     for table in others:
         leaks += _shared("patients", measured, table, lambda row: row.patient_id)
         leaks += _shared("studies", measured, table, lambda row: row.study_id)
-        known, known_exact, known_bits = seen(row for row in table.rows if row.modality in modalities)
+        known, known_exact, known_bits = seen(row for row in table.rows if images and row.modality in modalities)
         first = {digest: i for i, digest in reversed(list(enumerate(known_exact)))}
         nearest, distance = nearest_hash(bits, known_bits)
         for row, digest, near, differ in zip(rows, exact, nearest, distance, strict=True):
@@ -166,6 +170,7 @@ def check_leaks(
         studies_with_text=len(own),
         unread=sum(one is None for one in shown.values()),
         training_table=trained_on is not None and trained_on in {one.manifest_sha256 for one in others},
+        images=images,
     )
 
 

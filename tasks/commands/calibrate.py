@@ -22,6 +22,7 @@ from tasks.commands.common import (
     prompts_option,
     report_rejected,
 )
+from tasks.commands.leaks import leak_options, leaks_checked
 from tasks.commands.scores import OURS, labels_option, preset_option, prompts_of, score_protocol, scoring_of
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     help="Of the sets of what cannot be ruled out, with the finding and without.",
 )
 @click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="Where to; beside the model unless told.")
+@leak_options
 @cache_option
 @manifest_options
 @click.pass_context
@@ -73,6 +75,8 @@ def calibrate(
     wanted: float | None,
     coverage: float,
     out: Path | None,
+    trained_on: tuple[Path, ...],
+    allowed: tuple[str, ...],
     cache: Path | None,
     columns: Path | None,
     modality: str,
@@ -82,7 +86,8 @@ def calibrate(
 
     `medvl diagnose` of the same model with the same preset, prompts and labels then writes probabilities, and says what cannot be ruled
     out. A finding that too few of the studies have, or whose labels are missing, is left out and named. The guarantee of the sets holds for
-    patients like those of validation.
+    patients like those of validation. Validation studies that share patients, studies or images with training rows are listed in leaks.csv
+    beside the decisions and end it, unless allowed by name: scores of what was trained on are better than those of new studies.
 
     \b
     Examples:
@@ -105,6 +110,7 @@ def calibrate(
 
     from medvl.data.studies import by_study
     from tasks.decisions import fit_decisions, place_of
+    from tasks.evaluation import joined_labels
     from tasks.scoring import Scorer
     from tasks.scoring import preset as rule_of
     from tasks.zero_shot import diagnose as score_files
@@ -114,7 +120,11 @@ def calibrate(
     if isinstance(whole, Scorer) and whole.rule.depends_on_run:
         raise click.UsageError(f"--preset {preset}: its scores depend on the other studies of a run, so they cannot be calibrated")
     scoring = whole if protocol.classes else scoring_of(encoder, preset, prompt_set, wanted_findings, labels)
+    place = out or place_of(model, protocol.sha256)
+    checked: dict[str, Any] = {"model": model, "trained_on": trained_on, "columns": columns, "allow_outside": allow_outside}
+    leaks = leaks_checked(encoder.reader, manifest, table, rows, split, place.parent, allowed=allowed, **checked)
     groups = list(by_study(rows).values())
+    truth = joined_labels(rows, wanted_findings, "study")
     scores: list[list[float]] = []
     labelled: list[list[float]] = []
     patients: list[str] = []
@@ -125,18 +135,16 @@ def calibrate(
             rejected += result.unreadable.items()
             if result.ok:
                 scores.append([result.findings[name] for name in wanted_findings])
-                merged = {name: value for i in reversed(group) for name, value in rows[i].labels.items()}
-                labelled.append([float(merged.get(name, np.nan)) for name in wanted_findings])
+                labelled.append(truth[group[0]].tolist())
                 patients.append(rows[group[0]].patient_id)
     if not scores:
         raise click.UsageError(f"none of {len(groups)} studies could be read")
     rule = rule_of(preset or OURS)
-    fitted_on = {"split": split, "manifest_sha256": table.sha256, "threshold": threshold, "wanted": wanted}
+    fitted_on = {"split": split, "manifest_sha256": table.sha256, "threshold": threshold, "wanted": wanted, "leak_check": leaks}
     options: dict[str, Any] = {"of_odds": rule.in_unit_interval, "method": method, "threshold": threshold, "wanted": wanted}
     decisions = fit_decisions(
         np.array(scores), np.array(labelled), patients, wanted_findings, protocol.sha256, coverage=coverage, fitted_on=fitted_on, **options
     )
-    place = out or place_of(model, protocol.sha256)
     decisions.save(place)
     show(decisions)
     click.echo(f"Written to {place}.")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from tasks.commands.common import REJECTED, check_out_folder, echo_notice, load_manifest, report_rejected, usage_errors
+from tasks.commands.leaks import allow_leak_option, leaks_checked
 
 if TYPE_CHECKING:
     from tasks.comparison import Line
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 )
 @click.option("--anew", is_flag=True, help="Make finished runs again.")
 @click.option("--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Runs at a time, a thread each.")
+@allow_leak_option
 @click.option("--set", "options", multiple=True, metavar="KEY=VALUE", help="Passed to every fit, as --KEY=VALUE.")
 def compare(
     recipes: tuple[str, ...],
@@ -49,6 +51,7 @@ def compare(
     size: int,
     images: int,
     workers: int,
+    allowed: tuple[str, ...],
     options: tuple[str, ...],
     anew: bool,
 ) -> None:
@@ -58,8 +61,9 @@ def compare(
 
     Leaves comparison.csv (a line a recipe: AUROC, pointing game, CNR, Recall@10, negation, each with its interval and its difference from
     the first recipe, on the images that both could read), runs.csv, comparison.html, and the runs. What this version has finished is kept:
-    a comparison that was stopped goes on. Runs that fail, and inputs that runs leave out, are listed in rejected.csv; the exit code is
-    then 1.
+    a comparison that was stopped goes on. First, test studies that share patients, studies or images with those of training or validation
+    are listed in leaks.csv and end it, unless allowed by name. Runs that fail, and inputs that runs leave out, are listed in rejected.csv;
+    the exit code is then 1.
 
     \b
     Examples:
@@ -71,7 +75,7 @@ def compare(
     from rich.console import Console
 
     from tasks.comparison import REJECTED as LISTED
-    from tasks.comparison import check_modalities
+    from tasks.comparison import check_modalities, reader_of
     from tasks.comparison import compare as run_comparison
     from tasks.demo import recipe_path
 
@@ -93,6 +97,11 @@ def compare(
         manifest = write_cohort(
             out / "data", studies, data_seed, size=size, counts={"train": studies - test - val, "val": val, "test": test}, workers=workers
         )
+    changes = [f"--{one}" for one in options]
+    if (read_by := reader_of(found, changes)) is not None:
+        table = load_manifest(manifest, None)
+        tested = table.select(split="test", modality=read_by[0]).rows
+        leaks_checked(read_by[1], manifest, table, tested, "test", out, allowed=allowed)
     lines, failed, left_out = run_comparison(
         found,
         range(first_seed, first_seed + seeds),
@@ -100,7 +109,7 @@ def compare(
         manifest,
         images,
         workers,
-        [f"--{one}" for one in options],
+        changes,
         console,
         synthetic,
         anew,

@@ -145,8 +145,8 @@ def evaluate(
     encoder = load_model(model, device, cache)
     check_out_folder(out)
     facts = model_facts(model)
-    training_table = (facts["provenance"] or {}).get("manifest_sha256")
-    leaks = leaks_checked(encoder, manifest, table, rows, split, trained_on, columns, allow_outside, allowed, training_table, out)
+    checked: dict[str, Any] = {"model": model, "trained_on": trained_on, "columns": columns, "allow_outside": allow_outside}
+    leaks = leaks_checked(encoder.reader, manifest, table, rows, split, out, allowed=allowed, **checked)
     from tasks.evaluation import REJECTED as REJECTED_CSV
     from tasks.evaluation import predict, results, write
     from tasks.protocols import EvaluationProtocol, sha256_of

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -23,6 +24,7 @@ from tasks.commands.common import (
     weights_sha256,
     write_csv,
 )
+from tasks.commands.leaks import leak_options, leaks_checked
 
 
 @click.command(short_help="Probe a model: negation, wording, side, corruptions.")
@@ -37,6 +39,7 @@ from tasks.commands.common import (
 @click.option("--studies", type=click.IntRange(min=12), default=300, show_default=True, help="Phantoms to make, without a MANIFEST.")
 @click.option("--repeats", type=click.IntRange(min=0), default=1000, show_default=True, help="Bootstrap resamples for the intervals.")
 @click.option("--seed", type=click.IntRange(min=0), default=9000, show_default=True, help="Of phantoms and corruptions.")
+@leak_options
 @click.pass_context
 def probe(
     ctx: click.Context,
@@ -52,11 +55,14 @@ def probe(
     studies: int,
     repeats: int,
     seed: int,
+    trained_on: tuple[Path, ...],
+    allowed: tuple[str, ...],
 ) -> None:
     """See what a model does with negated prompts, other wordings, left and right, flipped images, and corrupted ones.
 
     Corruptions (noise, blur, contrast, JPEG, crop, rotation, resolution, burnt-in markers) are at five severities, of films alone. Without
-    a MANIFEST the studies are new phantoms, which no demo trains on.
+    a MANIFEST the studies are new phantoms, which no demo trains on. Rows that share patients, studies or images with training or
+    validation rows are listed in leaks.csv and end it, unless allowed by name.
 
     \b
     Examples:
@@ -76,6 +82,8 @@ def probe(
     rows = table.select(split=None if split == "all" else split, modality=modality).rows
     if not rows:
         raise click.UsageError(f"{manifest}: no {modality} row in split {split}")
+    checked: dict[str, Any] = {"model": model, "trained_on": trained_on, "columns": columns, "allow_outside": allow_outside}
+    leaks = leaks_checked(encoder.reader, manifest, table, rows, split, out, allowed=allowed, **checked)
     from tasks.page.probes import write_probes
     from tasks.probes import CORRUPTIONS, SEVERITIES, probe_all
 
@@ -97,7 +105,7 @@ def probe(
     from medvl.model import write_atomically
     from medvl.types import RESEARCH_USE
 
-    told = {"notice": RESEARCH_USE, **facts, "probes": [dict(zip(header, one.row(), strict=True)) for one in found]}
+    told = {"notice": RESEARCH_USE, **facts, "leak_check": leaks, "probes": [dict(zip(header, one.row(), strict=True)) for one in found]}
     write_atomically(out / "probes.json", (json.dumps(told, indent=2, allow_nan=False) + "\n").encode())
     write_probes(out / "probes.html", found, facts)
     for one in found:

@@ -151,3 +151,47 @@ def test_the_command_refuses_lists_and_goes_on_when_allowed_by_name(tiny: Any, t
     told = json.loads((tmp_path / "out" / "results.json").read_text())["leak_check"]
     assert allowed.exit_code in (0, 1), allowed.output
     assert told["shared"] == {"patients": 0, "studies": 0, "images": 1, "similar-images": 0} and told["allowed"] == ["images"]
+
+
+@pytest.fixture
+def leaking(tiny: Any, tmp_path: Path) -> Path:
+    """The cohort with its test films as validation and test, and one of them among the training films of another patient."""
+    folder = tmp_path / "leaking"
+    shutil.copytree(tiny.folder, folder)
+    with tiny.manifest.open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["modality"] == "xray"]
+    for i, row in enumerate(rows):
+        row["split"], row["patient_id"] = ("val", "test")[i % 2], f"p{i:02d}"
+    for i in (6, 7):
+        shutil.copy(folder / rows[i]["path"], folder / f"images/again{i}{Path(rows[i]['path']).suffix}")
+        rows.append({**rows[i], "study_id": f"t{i}", "patient_id": f"q{i}", "split": "train"})
+        rows[-1]["path"] = f"images/again{i}{Path(rows[i]['path']).suffix}"
+    with (folder / "leaking.csv").open("w", newline="") as file:
+        table = csv.DictWriter(file, list(rows[0]))
+        table.writeheader()
+        table.writerows(rows)
+    return folder / "leaking.csv"
+
+
+def test_calibration_and_probes_are_refused_what_was_trained_on(tiny: Any, leaking: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(tiny.model, tmp_path / "model")
+    arguments = ["calibrate", leaking, "--model", model, "--finding", "pleural_effusion", "--finding", "cardiomegaly"]
+    done = run(*arguments)
+    assert done.exit_code == 2 and "1 by images" in done.output, done.output
+    with (model / "decisions" / "leaks.csv").open(newline="") as file:
+        assert [(row["kind"], row["study_id"], row["other_study_id"]) for row in csv.DictReader(file)] == [("images", "s06", "t6")]
+    assert not list((model / "decisions").glob("*.json"))
+    allowed = run(*arguments, "--allow-leak", "images")
+    assert allowed.exit_code == 0, allowed.output
+    (file,) = (model / "decisions").glob("*.json")
+    assert json.loads(file.read_text())["fitted_on"]["leak_check"]["allowed"] == ["images"]
+    probed = run("probe", "--model", model, "--manifest", leaking, "--out", tmp_path / "probes", "--repeats", 5)
+    assert probed.exit_code == 2 and "by images" in probed.output and not (tmp_path / "probes" / "probes.json").exists()
+    with (tmp_path / "probes" / "leaks.csv").open(newline="") as file:
+        assert ("images", "s07", "t7") in [(row["kind"], row["study_id"], row["other_study_id"]) for row in csv.DictReader(file)]
+
+
+def test_recipes_are_not_compared_on_studies_that_they_train_on(leaking: Path, tmp_path: Path) -> None:
+    done = run("compare", "clip", "--manifest", leaking, "--out", tmp_path / "out", "--seeds", 1, "--images", 16)
+    assert done.exit_code == 2 and "by images" in done.output, done.output
+    assert (tmp_path / "out" / "leaks.csv").is_file() and not (tmp_path / "out" / "runs").exists()
