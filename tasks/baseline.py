@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from medvl.data.manifest import StudyImage
-from medvl.metrics import auroc
+from medvl.metrics import MACRO, auroc_intervals
 from medvl.model import DualEncoder
 from medvl.types import UnreadableImageError
 from tasks.evaluation import Predictions, by_unit
@@ -39,13 +39,16 @@ def learnable(train: Sequence[StudyImage], findings: Sequence[str]) -> tuple[str
     return tuple(name for name in findings if {0, 1} <= {row.labels.get(name) for row in train})
 
 
-def thumbnail_baseline(model: DualEncoder, train: Sequence[StudyImage], predictions: Predictions) -> Baseline:
+def thumbnail_baseline(
+    model: DualEncoder, train: Sequence[StudyImage], predictions: Predictions, *, repeats: int = 1000, seed: int = 0
+) -> Baseline:
     """Train on the training images that can be read and score the predicted images, apart from those of the training split.
 
     Args:
         model: reads the images.
         train: rows to learn from; one that cannot be read is skipped and counted.
         predictions: whose rows and findings are scored; a unit has the mean score of its images.
+        repeats, seed: of the bootstrap over patients.
     """
     small, read, rejected = _read_thumbnails(model, train)
     names = predictions.findings
@@ -58,17 +61,20 @@ def thumbnail_baseline(model: DualEncoder, train: Sequence[StudyImage], predicti
         scores[np.ix_([held_out[i] for i in found], columns)] = logistic_scores(small, labels, tested)
     scores = _mean_of_units(scores, by_unit(predictions.rows, predictions.unit))
     counted = predictions.counted()
-    per_finding = {}
-    for j, name in enumerate(names):
-        known = counted[np.isin(predictions.labels[counted, j], (0, 1)) & ~np.isnan(scores[counted, j])]
-        area = auroc(predictions.labels[known, j], scores[known, j])
-        per_finding[name] = area if np.isfinite(area) else None
-    values = [area for area in per_finding.values() if area is not None]
+    given, labels = scores[counted], predictions.labels[counted]
+    truth = np.where(np.isnan(given), np.nan, labels)
+    ids = [predictions.rows[i].patient_id for i in counted]
+    areas = auroc_intervals(truth, np.nan_to_num(given), names, ids, repeats=repeats, seed=seed) if names else {}
+    told = {name: one.to_dict() for name, one in areas.items()}
+    macro = told.pop(MACRO, None) or next(iter(told.values()), {"value": None})
+    per_finding = {name: one["value"] for name, one in told.items()}
     sides = VOLUME_THUMBNAIL if predictions.rows[0].modality == "ct" else (THUMBNAIL, THUMBNAIL)
     measured = {
         "what": f"logistic regression on a {' x '.join(map(str, sides))} thumbnail, trained on the labels of {len(read)} training images",
-        "macro_auroc": float(np.mean(values)) if values else None,
+        "macro_auroc": macro["value"],
+        "macro_auroc_interval": macro,
         "per_finding": per_finding,
+        "per_finding_intervals": told,
         "images": len(found),
         "train_images": len(read),
         "train_rejected": len(rejected),

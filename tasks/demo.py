@@ -33,6 +33,8 @@ from tasks.evaluation import Predictions, predict, results, write
 from tasks.joint import join_models
 from tasks.leaks import LeakCheck, Others, check_leaks, images_to_read
 from tasks.page import DemoPage, Part, page_part, page_title, write_page
+from tasks.protocols import EvaluationProtocol, ScoreProtocol
+from tasks.scoring import preset
 
 RESOLVED = "config.yaml"
 TRAINING = "training.json"
@@ -141,11 +143,13 @@ def _measure(half: _Half, model: DualEncoder, table: Path, folder: Path) -> tupl
     leaks: LeakCheck = half.timed("leak check", lambda: _leaks(half, model, manifest, test))
     predictions: Predictions = half.timed("evaluation", lambda: _predict(model, test, prompts, half.console))
     train = manifest.select(split="train", modality=half.modality).rows[: BASELINE_STUDIES.get(half.modality)]
-    baseline: Baseline = half.timed("baseline", lambda: thumbnail_baseline(model, train, predictions))
+    baseline: Baseline = half.timed("baseline", lambda: thumbnail_baseline(model, train, predictions, seed=half.seed))
     predictions = replace(predictions, baseline=baseline.scores)
     size, config = half.size, json.loads((folder / CONFIG).read_text())
+    found = results(predictions, seed=half.seed)
     measured = {
-        **results(predictions, seed=half.seed),
+        **found,
+        "protocol": _protocol(half, model, config["weights_sha256"], prompts, predictions, manifest, found["interval"]["repeats"]),
         "baseline": baseline.measured,
         "leak_check": leaks.as_dict(),
         "facts": {
@@ -174,6 +178,26 @@ def _measure(half: _Half, model: DualEncoder, table: Path, folder: Path) -> tupl
         ),
     )
     return measured, part
+
+
+def _protocol(
+    half: _Half, model: DualEncoder, weights: str, prompts: PromptSet, predictions: Predictions, manifest: Manifest, repeats: int
+) -> dict[str, Any]:
+    """That of the figures: what ``medvl evaluate --protocol phantom`` records of the same."""
+    return EvaluationProtocol(
+        score=ScoreProtocol.of(weights, model.reader, prompts, preset("medvl"), predictions.findings, None),
+        findings=predictions.findings,
+        manifest_sha256=manifest.sha256,
+        split="test",
+        split_source=manifest.split_source,
+        modality=half.modality,
+        unit=predictions.unit,
+        texts=predictions.texts,
+        decisions_sha256=None,
+        repeats=repeats,
+        seed=half.seed,
+        name="phantom" if half.modality == "xray" else None,
+    ).as_dict()
 
 
 def _leaks(half: _Half, model: DualEncoder, manifest: Manifest, test: tuple[StudyImage, ...]) -> LeakCheck:

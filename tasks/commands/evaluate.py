@@ -168,7 +168,7 @@ def evaluate(
 
         train = table.select(split="train", modality=modality).rows
         if learnable(train, predictions.findings) and any(row.split != "train" for row in predictions.rows):
-            simple = thumbnail_baseline(encoder, train, predictions)
+            simple = thumbnail_baseline(encoder, train, predictions, repeats=repeats, seed=seed)
             predictions = replace(predictions, baseline=simple.scores)
         elif baseline:
             raise click.UsageError(

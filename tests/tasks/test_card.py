@@ -239,3 +239,113 @@ def test_fit_leaves_a_card(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert command("validate").exit_code == 0 and not (run / "MODEL_CARD.md").exists()
     assert command("fit").exit_code == 0
     assert ModelCard.load(run / "MODEL_CARD.md").data.library_name == "medvl"
+
+
+@pytest.fixture(scope="module")
+def measured_run(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with results and probes beside it, of a table with sexes."""
+    root = tmp_path_factory.mktemp("measured")
+    shutil.copytree(tiny.model, root / "model")
+    folder = shutil.copytree(tiny.folder, root / "studies")
+    lines = (folder / "manifest.csv").read_text().splitlines()
+    sexes = ["sex", *("FM"[i % 2] for i in range(len(lines) - 1))]
+    (folder / "manifest.csv").write_text("\n".join(f"{line},{sex}" for line, sex in zip(lines, sexes, strict=True)) + "\n")
+    options = ["--manifest", folder / "manifest.csv", "--repeats", 20, "--allow-leak", "similar-images"]
+    done = command("evaluate", "--model", root / "model", *options, "--out", root / "results.json")
+    assert done.exit_code == 0, done.output
+    probed = command("probe", "--model", root / "model", *options, "--out", root)
+    assert probed.exit_code == 0, probed.output
+    return root
+
+
+def test_protocol_leaks_metrics_subgroups_and_probes_are_those_of_the_files(measured_run: Path) -> None:
+    assert command("card", measured_run / "model").exit_code == 0, "results and probes beside the run are found"
+    text = (measured_run / "model" / "MODEL_CARD.md").read_text()
+    measured, probed = (json.loads((measured_run / name).read_text()) for name in ("results.json", "probes.json"))
+    found = tables(text)
+    protocol = {row[0]: code(row[1]) for row in found["Protocol"] if row[1].startswith("`")}
+    assert protocol["protocol, SHA-256"] == measured["protocol"]["sha256"]
+    assert protocol["all but the weights, SHA-256"] == measured["protocol"]["method_sha256"]
+    assert dict(found["Leak check"])["allowed by name"] == "similar-images"
+    for name, one in measured["classification"]["findings"].items():
+        row = next(row for row in found["Classification"] if row[0] == name.replace("_", " "))
+        area = one["auprc"]
+        assert row[1] == f"{area['value']:.3f} ({area['ci_low']:.3f} to {area['ci_high']:.3f})"
+        assert row[-2:] == [str(one["labels"]["uncertain"]), str(one["labels"]["unmentioned"])]
+    groups = measured["subgroups"]["attributes"]["sex"]["groups"]
+    rows = {row[1]: row for row in found["Subgroups"] if row[0] == "sex"}
+    assert {"female", "male", "**widest gap**"} == set(rows)
+    for name, own in groups.items():
+        assert rows[name][2] == str(own["n"])
+        mean = own["auroc"]["mean"]
+        assert rows[name][3].startswith("–" if mean["value"] is None else f"{mean['value']:.3f} (")
+    simple = measured["baseline"]["per_finding_intervals"]
+    for row in found["Findings"][:-1]:
+        own = simple[row[0].replace(" ", "_")]
+        assert row[3] == ("–" if own["value"] is None else f"{own['value']:.3f} ({own['ci_low']:.3f} to {own['ci_high']:.3f})")
+    assert "Not measured by subgroup, since the table does not say: age, scanner, site" in text
+    assert "All studies measured are of one kind of view: PA" in text
+    means = {(one["probe"], one["setting"]): one for one in probed["probes"] if one["name"] == "mean"}
+    shown = {(row[0], row[1]): row for row in found["Probes"] if len(row) == 4}
+    for key, one in means.items():
+        row = shown[tuple(re.sub(r"[_*]", lambda mark: "\\" + mark[0], part) for part in key)]
+        assert row[2].startswith("–" if one["value"] is None else f"{one['value']:.3f} (") and row[3] == str(one["n"])
+    noise = next(row for row in found["Probes"] if row[0] == "noise")
+    strongest = next(one for one in probed["probes"] if (one["name"], one["setting"]) == ("noise", "5"))
+    assert len(noise) == 6 and noise[5].startswith(f"{strongest['value']:.3f}")
+
+
+def test_a_card_with_a_figure_of_no_file_is_told(measured_run: Path, tmp_path: Path) -> None:
+    run, mine = measured_run / "model", tmp_path / "card.md"
+    assert command("card", run, "--out", mine).exit_code == 0
+    kept = command("card", run, "--check", mine)
+    assert kept.exit_code == 0 and "every figure has its source" in kept.output
+    text = mine.read_text()
+    macro = json.loads((measured_run / "results.json").read_text())["zero_shot"]["macro_auroc"]
+    for changed in (
+        text.replace(f"| **mean** | {macro:.3f}", "| **mean** | 0.999", 1),
+        text.replace("## Limits", "AUROC on our own films: 0.97\n\n## Limits"),
+        text.replace("| noise |", "| noise2 |", 1),
+    ):
+        assert changed != text
+        mine.write_text(changed)
+        refused = command("card", run, "--check", mine)
+        assert refused.exit_code == 2 and "figures without a source" in refused.output and "line " in refused.output
+    mine.write_text(text.replace("## Training", "Trained in 2026 on 2 machines.\n\n## Training", 1))
+    assert command("card", run, "--check", mine).exit_code == 0, "what is not measured may be said by hand"
+
+
+def test_what_a_person_says_may_claim_only_what_was_measured(measured_run: Path, tmp_path: Path) -> None:
+    macro = json.loads((measured_run / "results.json").read_text())["zero_shot"]["macro_auroc"]
+    about = tmp_path / "about.yaml"
+    good = {
+        "name": "tiny <b>one</b>",
+        "data": ["24 studies, made in 2026."],
+        "failures": f"Its mean AUROC is {macro:.2f}, or {100 * macro:.1f} %.",
+    }
+    about.write_text(json.dumps(good))
+    out = tmp_path / "card.md"
+    assert command("card", measured_run / "model", "--about", about, "--out", out).exit_code == 0
+    text = out.read_text()
+    assert "24 studies, made in 2026." in text and f"{macro:.2f}" in text and "<b>" not in text.split("---", 2)[2].replace("\\<b\\>", "")
+    for claim in ("AUROC 0.9876 on new films", "98.76 % sensitive", "better than .9876"):
+        about.write_text(json.dumps({**good, "intended_use": claim}))
+        refused = command("card", measured_run / "model", "--about", about, "--out", out)
+        assert refused.exit_code == 2 and "9876" in refused.output.replace("98.76", "9876"), refused.output
+    about.write_text("more: 1")
+    assert "expected name, intended_use" in command("card", measured_run / "model", "--about", about).output.replace("\n", " ")
+
+
+def test_a_name_puts_the_card_among_the_cards(measured_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert command("card", measured_run / "model", "--name", "tiny").exit_code == 0
+    assert (tmp_path / "model_cards" / "tiny.md").is_file()
+    assert command("card", measured_run / "model", "--name", "../tiny").exit_code == 2
+
+
+def test_results_without_a_protocol_are_refused(measured_run: Path, tmp_path: Path) -> None:
+    measured = json.loads((measured_run / "results.json").read_text())
+    del measured["protocol"]
+    (tmp_path / "old.json").write_text(json.dumps(measured))
+    refused = command("card", measured_run / "model", "--results", tmp_path / "old.json", "--out", tmp_path / "card.md")
+    assert refused.exit_code == 2 and "has no 'protocol'" in refused.output and not (tmp_path / "card.md").exists()

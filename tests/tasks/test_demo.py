@@ -93,6 +93,9 @@ def test_the_demo_leaves_the_fixed_files_and_keys(demo: Demo) -> None:
     assert tuple(demo.predictions[0])[: len(FIXED)] == FIXED
     assert len(demo.predictions) == found["images"] * len(found["zero_shot"]["per_finding"])
     card = (demo.out / "model" / "MODEL_CARD.md").read_text()
+    assert found["protocol"]["name"] == "phantom" and found["protocol"]["score"]["weights_sha256"] == found["facts"]["weights_sha256"]
+    assert found["leak_check"]["training_table_compared"] and set(found["leak_check"]["shared"].values()) == {0}
+    assert found["subgroups"]["attributes"].keys() >= {"sex", "view"} and found["protocol"]["method_sha256"] in card
     assert f"{found['zero_shot']['macro_auroc']:.3f} (" in card and found["facts"]["weights_sha256"] in card and "synthetic" in card
     page = (demo.out / "report.html").read_text()
     assert "synthetic" in page.lower() and "<script" not in page and 'src="http' not in page
