@@ -34,6 +34,7 @@ class PromptBank:
     features: TextFeatures  # P texts
     positive: Tensor  # (F, P), rows that average a finding's positive prompts
     negative: Tensor  # (F, P), the same for its negative prompts
+    texts: tuple[str, ...] = ()  # P
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def encode_prompts(model: DualEncoder, prompts: PromptSet, findings: Sequence[st
         for weights, side in ((positive, pair.positive), (negative, pair.negative)):
             weights[i, [column[text] for text in side]] = 1 / len(side)
     device = model.device
-    return PromptBank(names, model.encode_text(texts), positive.to(device), negative.to(device))
+    return PromptBank(names, model.encode_text(texts), positive.to(device), negative.to(device), tuple(texts))
 
 
 @torch.inference_mode()
@@ -193,6 +194,8 @@ def _scored(model: DualEncoder, groups: Sequence[Sequence[tuple[Path, ImageSampl
                 slices = slices_of_images(slice_scores(model, features, scoring), features).cpu()
         else:
             logits = scoring.group_scores(model, features).cpu()
+            if features.slices is not None and not scoring.rule.depends_on_run:
+                slices = slices_of_images(scoring.slice_scores(model, features), features).cpu()
         for i, (unit, own) in enumerate(zip(units, logits, strict=True)):
             for k, (path, sample) in enumerate(unit):
                 by_slice = None if slices is None else _by_slice(path, sample, slices[i, k], scoring.findings)
@@ -247,6 +250,13 @@ def _of_study(outcomes: Sequence[_Outcome], scorer: Scorer) -> Tensor | None:
     return scorer.study_scores(torch.stack(images)) if images else None
 
 
+def study_scores(images: Sequence[Tensor], scoring: PromptBank | Scorer) -> Tensor:
+    """(F,) of a study from what each of its images has, or all of them together: logits (F,), or (parts, G) of a rule."""
+    if isinstance(scoring, PromptBank):
+        return torch.stack(list(images)).mean(0).sigmoid()
+    return scoring.scores(scoring.study_scores(torch.stack(list(images)))[None])[0]
+
+
 def _diagnosis(outcomes: Sequence[_Outcome], scoring: PromptBank | Scorer, decided: Tensor | None = None) -> Diagnosis:
     """The images of one study as one result; where there are several, a warning says which file it is of.
 
@@ -261,12 +271,9 @@ def _diagnosis(outcomes: Sequence[_Outcome], scoring: PromptBank | Scorer, decid
     if not (images := _images(outcomes)):
         return Diagnosis(paths, ok=False, error=error, unreadable=unreadable)
     signs: dict[str, dict[str, float]] = {}
-    if isinstance(scoring, PromptBank):
-        scores = torch.stack(images).mean(0).sigmoid()
-    else:
-        groups = torch.stack(images)
-        scores = scoring.scores(scoring.study_scores(groups)[None])[0] if decided is None else decided
-        for group, value in scoring.signs(groups):
+    scores = study_scores(images, scoring) if decided is None else decided
+    if not isinstance(scoring, PromptBank):
+        for group, value in scoring.signs(torch.stack(images)):
             signs.setdefault(scoring.findings[group.finding], {})[group.about] = value
     return Diagnosis(
         paths,

@@ -156,14 +156,23 @@ def slice_logits(similarity: Similarity, images: ImageFeatures, texts: TextFeatu
     Raises:
         ValueError: the image tower keeps no slices.
     """
+    single, valid = slices_as_studies(images)
+    scores = similarity(single, texts).unflatten(0, valid.shape).transpose(1, 2)
+    return scores.masked_fill(~valid[:, None], torch.nan)
+
+
+def slices_as_studies(images: ImageFeatures) -> tuple[ImageFeatures, Tensor]:
+    """Features of B * S studies of one slice each, in the order of studies and slices, and (B, S) bool, False on padding.
+
+    Raises:
+        ValueError: the image tower keeps no slices.
+    """
     slices, valid = _unit_slices(images), _slice_valid(images)
-    b, s = valid.shape
     single = ImageFeatures(slices.flatten(0, 1), slices=slices.flatten(0, 1)[:, None])
     if images.tokens is not None and images.grid is not None:
-        tokens = torch.where(valid[..., None, None], images.tokens.unflatten(1, (s, -1)), 0.0)
+        tokens = torch.where(valid[..., None, None], images.tokens.unflatten(1, (valid.shape[1], -1)), 0.0)
         single = single.replace(tokens=tokens.flatten(0, 1), grid=(1, *images.grid[-2:]))
-    scores = similarity(single, texts).unflatten(0, (b, s)).transpose(1, 2)
-    return scores.masked_fill(~valid[:, None], torch.nan)
+    return single, valid
 
 
 def _slice_cosines(images: ImageFeatures, texts: TextFeatures) -> Tensor:

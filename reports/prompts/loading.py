@@ -64,6 +64,7 @@ class _Pairs(_Part):
 
     version: Annotated[str, BeforeValidator(_as_text)]
     findings: dict[Name, _Pair] = Field(min_length=1)
+    label_sets: dict[Name, dict[Text, Name]] = {}
 
 
 class _Templates(_Part):
@@ -160,7 +161,7 @@ def _read(file: Path) -> PromptSet:
         raise _invalid(file, [_fault(one) for one in error.errors()]) from error
     if isinstance(parsed, _Pairs):
         pairs = {name: _pair(name, one) for name, one in parsed.findings.items()}
-        prompts = PromptSet(parsed.version, pairs)
+        prompts = PromptSet(parsed.version, pairs, label_sets=parsed.label_sets)
         faults = prompt_faults(prompts, wording=False)
     else:
         if faults := template_faults(templates := Templates(**vars(parsed.templates))):

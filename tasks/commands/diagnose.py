@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
@@ -34,11 +35,13 @@ from tasks.commands.scores import decisions_of, decisions_option, preset_option,
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from medvl.model import DualEncoder
     from medvl.types import ImageReader
     from tasks.decisions import Decisions
     from tasks.diagnosis_table import DiagnosisTable
     from tasks.protocols import ScoreProtocol
-    from tasks.zero_shot import Diagnosis, SliceScores
+    from tasks.scoring import Scorer
+    from tasks.zero_shot import Diagnosis, PromptBank, SliceScores
 
 BAR = 24  # characters of a full bar
 TABLES = (".csv", ".parquet", ".pq")
@@ -58,6 +61,13 @@ TABLES = (".csv", ".parquet", ".pq")
 @click.option("--out", type=click.Path(path_type=Path), metavar="OUT", help="Write a line a study to OUT.csv or OUT.jsonl, as it is known.")
 @click.option("--anew", is_flag=True, help="Begin --out anew, not where it was stopped.")
 @click.option("--sr", "sr_folder", type=click.Path(path_type=Path), metavar="DIR", help="Write a DICOM SR of each study (extra 'sr').")
+@click.option(
+    "--explain",
+    "explain_folder",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Write what each study's scores are made of: a JSON, and a page with maps.",
+)
 @decisions_option
 @click.option("--csv", "csv_path", type=click.Path(path_type=Path), metavar="OUT", help="Write the scores as a table at the end.")
 @click.option("--rejected", "rejected_path", type=click.Path(path_type=Path), metavar="OUT", help="List unreadable files in a CSV.")
@@ -77,6 +87,7 @@ def diagnose(
     out: Path | None,
     anew: bool,
     sr_folder: Path | None,
+    explain_folder: Path | None,
     decisions_path: Path | None,
     csv_path: Path | None,
     rejected_path: Path | None,
@@ -89,7 +100,8 @@ def diagnose(
     films, and series folders, whose headers name the same study are one, scored by the mean over its images, or from all of them together
     where the model pools views or series; a picture is a study of its own. With --json one object a line per study, in order, as soon as
     it is known; of a volume it has the score of every slice, each as if it were the whole study. Scores are no probabilities, unless
-    `medvl calibrate` has made them so on validation studies.
+    `medvl calibrate` has made them so on validation studies. --explain writes, for each study, what each visual sign (or prompt) and each
+    image adds to each score, and a page that shows where in the image the signs of the highest scores are found.
 
     \b
     Examples:
@@ -97,6 +109,7 @@ def diagnose(
       medvl diagnose folder/ other.png --model demo/model --json --rejected bad.csv
       medvl diagnose film.dcm --model demo/model --finding pneumothorax --finding edema
       medvl diagnose folder/ --model demo/model --labels chexpert_14 --preset xplainer --out scores.csv
+      medvl diagnose film.dcm --model demo/model --prompts chest_xray --preset xplainer --explain explained
       medvl diagnose volume.nii.gz series_folder/ --model demo_ct/model
     """
     prompt_set = prompts_of(prompts, labels)
@@ -107,6 +120,8 @@ def diagnose(
     check_out_file(rejected_path, "--rejected")
     if sr_folder is not None:
         check_out_folder(sr_folder, "--sr")
+    if explain_folder is not None:
+        check_out_folder(explain_folder, "--explain")
     encoder = load_model(model, device, cache)
     from tasks.protocols import sha256_of
     from tasks.scoring import Scorer
@@ -135,11 +150,22 @@ def diagnose(
         results = score_files(encoder, (), scoring, batch_size, [paths for _, paths in todo])
         for (name, _), result in zip(todo, results, strict=True):
             one = named_if_empty_folder(result, encoder.reader)
+            raw = one
             if decisions is not None and one.ok:
                 one = replace(one, findings=decisions.probabilities(one.findings))
             rejected += one.unreadable.items() if table is None else [(one.path, one.error)] if one.error else []
             if csv_path is not None:
                 kept.append(one)
+            if explain_folder is not None and one.ok:
+                told = {
+                    "model": model.name,
+                    "preset": str(protocol.rule["name"]),
+                    "prompts": protocol.prompts_sha256,
+                    "protocol": fingerprint,
+                }
+                page = _write_explanation(explain_folder, name, encoder, raw, scoring, names, told, one if decisions is not None else None)
+                if out is None and not as_json:
+                    click.echo(f"Open {page}.")
             if table is not None:
                 table.add(name, one.ok, one.error, {names[key]: value for key, value in one.findings.items()}, one.paths)
             if sr_folder is not None and one.ok:
@@ -210,6 +236,40 @@ def _write_sr(
     except ValueError as error:
         return [(result.path, f"no SR: {error}")]
     return []
+
+
+def _write_explanation(
+    folder: Path,
+    name: str,
+    encoder: DualEncoder,
+    raw: Diagnosis,
+    scoring: PromptBank | Scorer,
+    names: dict[str, str],
+    facts: dict[str, str],
+    calibrated: Diagnosis | None,
+) -> Path:
+    """A study's explanation as JSON and as a page, both named after the study; the page.
+
+    Args:
+        name: id of the study.
+        raw: its scores; ``calibrated`` has probabilities in their place, where there are.
+    """
+    from medvl.model import write_atomically
+    from tasks.explanation import explain
+    from tasks.grounding import slug
+    from tasks.page.explanation import write_explanation
+    from tasks.scoring import Scorer
+
+    of_run = isinstance(scoring, Scorer) and scoring.rule.depends_on_run
+    found = explain(encoder, raw, scoring, list(raw.findings.values()) if of_run else None)
+    probabilities = None if calibrated is None else dict(calibrated.findings)
+    base = folder / f"{slug(Path(name).name)[:60]}-{hashlib.sha256(name.encode('utf-8', 'surrogateescape')).hexdigest()[:8]}"
+    told = found.to_dict() | {"study": name, "how": facts}
+    for one in told["findings"]:
+        one["label"] = names[one["finding"]]
+        one["probability"] = None if probabilities is None else probabilities[one["finding"]]
+    write_atomically(base.with_suffix(".json"), (json_text(told) + "\n").encode("utf-8", "surrogateescape"))
+    return write_explanation(base.with_suffix(".html"), encoder, found, facts, called=names, probabilities=probabilities)
 
 
 def _write_table(path: Path, results: Sequence[Diagnosis], names: dict[str, str]) -> None:

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 Source = Literal["model", "pooled", "top_tokens"]
 Pool = Literal["embedding_norm", "embedding_raw", "mean", "max", "top_k"]
 Contrast = Literal["none", "softmax", "difference", "sigmoid"]
-Combine = Literal["mean", "geometric", "max"]
+Combine = Literal["mean", "geometric", "max", "roll_up"]
 Views = Literal["mean", "max"]
 Classes = Literal["none", "softmax", "zscore"]
 NoFinding = Literal["as_label", "one_minus_max"]
@@ -55,7 +55,8 @@ class Rule:
         k: of ``top_k``.
         contrast: ``softmax`` of the pair (s+, s-) / temperature; ``difference`` s+ - s-; ``sigmoid`` of s+ / temperature; ``none``, s+.
         temperature: of the contrast.
-        combine: of the groups of a class; ``geometric`` is exp mean log.
+        combine: of the groups of a class; ``geometric`` is exp mean log; ``roll_up``, of a class and its kinds in 0 to 1, is the score of
+            the class times the highest of all (:func:`reports.prompts.roll_up`).
         views: of the images of a study, in each group.
         classes: ``softmax`` over the classes of a study; ``zscore`` of each class over the studies of the run.
         no_finding: scored by its own prompts, or as 1 - max of the others.
@@ -94,8 +95,8 @@ class Rule:
             raise ValueError(
                 f"rule {self.name}: one_minus_max needs scores in 0 to 1, with contrast softmax or sigmoid, or classes softmax"
             )
-        if self.combine == "geometric" and self.contrast not in ("softmax", "sigmoid"):
-            raise ValueError(f"rule {self.name}: a geometric mean needs groups in 0 to 1, with contrast softmax or sigmoid")
+        if self.combine in ("geometric", "roll_up") and self.contrast not in ("softmax", "sigmoid"):
+            raise ValueError(f"rule {self.name}: combine {self.combine} needs groups in 0 to 1, with contrast softmax or sigmoid")
         if self.temperature <= 0 or self.k < 1 or self.top < 1:
             raise ValueError(f"rule {self.name}: temperature {self.temperature}, k {self.k}, top {self.top}: expected above 0")
 
@@ -162,6 +163,8 @@ def combined(groups: Tensor, members: Sequence[Sequence[int]], combine: Combine)
         values = groups[..., list(own)]
         if combine == "geometric":
             found.append(values.clamp_min(torch.finfo(values.dtype).tiny).log().mean(-1).exp())
+        elif combine == "roll_up":  # the class itself is its first group
+            found.append(values[..., 0] * values.amax(-1))
         else:
             found.append(values.mean(-1) if combine == "mean" else values.amax(-1))
     return torch.stack(found, -1)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from medvl.model import DualEncoder
-from medvl.nn.similarity import unit
+from medvl.nn.similarity import slices_as_studies, unit
 from medvl.types import ImageFeatures, TextFeatures
 from reports.prompts import PromptSet, scheme
 from tasks.scoring.rules import Rule, combined, contrasted, of_study, over_classes, pooled_prompts, pooled_similarities, with_no_finding
@@ -83,6 +83,20 @@ class Scorer:
         """(B, parts, G) in float64: what each similarity of the rule makes of each group, before views and classes."""
         parts = [self._contrasted(name, model, images) for name in self.rule.similarity]
         return torch.stack(parts, 1).double()
+
+    @torch.inference_mode()
+    def slice_scores(self, model: DualEncoder, images: ImageFeatures) -> Tensor:
+        """(B, F, S) scores of every slice of volumes, each as if it were the whole study; NaN on padding.
+
+        Raises:
+            ValueError: the image tower keeps no slices, or a rule that depends on the other studies of a run.
+        """
+        if self.rule.depends_on_run:
+            raise ValueError(f"preset {self.rule.name} scores studies against each other, so a slice by itself has no score")
+        single, valid = slices_as_studies(images)
+        groups = self.group_scores(model, single)  # (B * S, parts, G)
+        of_slices = self.scores(torch.stack([self.study_scores(one[None]) for one in groups]))
+        return of_slices.unflatten(0, valid.shape).transpose(1, 2).masked_fill(~valid[:, None], torch.nan)
 
     def study_scores(self, groups: Tensor) -> Tensor:
         """(parts, F) of a study from the (V, parts, G) of its images."""

@@ -9,7 +9,7 @@ from torch import nn
 
 from medvl.nn.similarity import PooledSimilarity
 from medvl.types import ImageFeatures, Similarity, TextFeatures
-from reports.prompts import load_prompts, scheme
+from reports.prompts import kinds_of, load_prompts, roll_up, scheme
 from tasks.scoring import Rule, Scorer, preset, preset_names
 from tasks.scoring.rules import combined, over_classes, pooled_similarities, with_no_finding
 from tasks.scoring.scorer import top_token_cosines
@@ -167,7 +167,7 @@ def test_a_preset_is_its_published_formula(name, own):
 
 
 def test_the_presets_are_those_of_the_table_and_ours():
-    assert set(preset_names()) == {*NAMES, "medvl"}
+    assert set(preset_names()) == {*NAMES, "medvl", "chils"}
     assert [name for name in preset_names() if preset(name).depends_on_run] == ["gloria"]
     for name in preset_names():
         assert preset(name).source and preset(name).prompts
@@ -226,7 +226,7 @@ def test_what_a_rule_cannot_have_is_refused():
         ({"similarity": {"cosine": 1.0}}, "expected weights of model"),
         ({"pool": "embedding_norm"}, "of pooled vectors"),
         ({"contrast": "none", "no_finding": "one_minus_max"}, "one_minus_max needs scores"),
-        ({"contrast": "difference", "combine": "geometric"}, "geometric mean"),
+        ({"contrast": "difference", "combine": "geometric"}, "combine geometric"),
         ({"temperature": 0.0}, "above 0"),
     ):
         with pytest.raises(ValueError, match=said):
@@ -273,3 +273,45 @@ def test_classes_without_a_score_and_studies_that_are_alike():
     found = with_no_finding(torch.tensor([[0.2, 0.7, torch.nan]]), [False, False, True], "one_minus_max")
     np.testing.assert_allclose(found, [[0.2, 0.7, 0.3]], rtol=1e-6)
     assert combined(torch.rand(2, 3), [[0, 1], []], "mean")[:, 1].isnan().all()
+
+
+def test_roll_up_is_the_label_times_its_likeliest_kind():
+    """CHiLS for findings of which several can be true, in plain numbers, and against the function of the prompts' own hierarchy."""
+    names = ("lung_opacity", "pleural_effusion", "consolidation", "fracture", "pneumothorax")
+    prompts = load_prompts("chest_xray")
+    model, found = Model(8), images(4, 9)
+    scorer = Scorer.of(model, preset("chils"), prompts, names)
+    got = scorer.scores(torch.stack([scorer.study_scores(one[None]) for one in scorer.group_scores(model, found)])).numpy()
+
+    def score(i, finding):
+        v, pair = unit(found.pooled[i].numpy()), prompts.findings[finding]
+        sides = [np.mean([v @ unit(model.vectors(t)[0].numpy() * 3) / TAU for t in texts]) for texts in (pair.positive, pair.negative)]
+        return 1 / (1 + np.exp(sides[1] - sides[0]))
+
+    kinds, mask = kinds_of(prompts, names)
+    assert mask.sum() > len(names) and "hydropneumothorax" in kinds, "a kind of two labels, and labels with several kinds"
+    for i in range(4):
+        own, of_kinds = np.array([score(i, name) for name in names]), np.array([score(i, kind) for kind in kinds])
+        by_hand = [own[f] * max([own[f], *(of_kinds[k] for k in range(len(kinds)) if mask[f, k])]) for f in range(len(names))]
+        np.testing.assert_allclose(got[i], by_hand, atol=1e-6)
+        np.testing.assert_allclose(got[i], roll_up(own, of_kinds, mask), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["chexzero", "xplainer", "radzero", "medclip", "chils"])
+def test_a_slice_is_scored_as_if_it_were_the_study(name):
+    model, pixels = Model(3), torch.Generator().manual_seed(4)
+    slices = torch.randn(2, 3, D, generator=pixels, dtype=torch.float64)
+    valid = torch.tensor([[True, True, True], [True, True, False]])
+    volumes = ImageFeatures(slices.mean(1), slices=slices, slice_valid=valid)
+    scorer = Scorer.of(model, preset(name), PROMPTS, ("cardiomegaly", "pleural_effusion", "edema"))
+    got = scorer.slice_scores(model, volumes)
+    assert got.shape == (2, 3, 3)
+    for b in range(2):
+        for s in range(3):
+            if not valid[b, s]:
+                assert got[b, :, s].isnan().all()
+                continue
+            alone = scorer.group_scores(model, ImageFeatures(slices[b, s][None]))
+            np.testing.assert_allclose(got[b, :, s], scorer.scores(scorer.study_scores(alone)[None])[0], atol=1e-9)
+    with pytest.raises(ValueError, match="against each other"):
+        Scorer.of(model, preset("gloria"), PROMPTS, ("edema",)).slice_scores(model, volumes)
