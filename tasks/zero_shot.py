@@ -47,6 +47,15 @@ class SliceScores:
 
 
 @dataclass(frozen=True)
+class Encoded:
+    """What the tower made of one image, or of the images of a study that it pools."""
+
+    paths: tuple[str, ...]
+    modality: str  # xray or ct
+    pooled: Tensor = field(repr=False)  # (D,) float64, on the CPU
+
+
+@dataclass(frozen=True)
 class Diagnosis:
     """Scores of one study, or why there are none."""
 
@@ -58,11 +67,19 @@ class Diagnosis:
     unreadable: dict[str, str] = field(default_factory=dict)  # path -> reason
     slices: tuple[SliceScores, ...] = ()  # of the study's volumes
     signs: dict[str, dict[str, float]] = field(default_factory=dict)  # finding -> visual sign (or kind) -> its score, where a rule has them
+    encoded: tuple[Encoded, ...] = field(default=(), repr=False, compare=False)  # of the images that were read
+    unfamiliar: tuple[tuple[str, str], ...] = ()  # (path, reason) of what the model was not made for; no path: of the whole study
 
     @property
     def path(self) -> str:
         """The first of the study's files."""
         return self.paths[0]
+
+    @property
+    def unfamiliar_text(self) -> str | None:
+        """``unfamiliar`` as one text, with the file of each reason where the study has several; None where there is no reason."""
+        named = len(self.paths) > 1
+        return "; ".join(f"{path}: {reason}" if named and path else reason for path, reason in self.unfamiliar) or None
 
 
 def encode_prompts(model: DualEncoder, prompts: PromptSet, findings: Sequence[str] | None = None) -> PromptBank:
@@ -165,6 +182,8 @@ class _Outcome:
     error: str = ""
     warnings: tuple[str, ...] = ()
     slices: SliceScores | None = None
+    modality: str = ""
+    pooled: Tensor | None = None  # (D,) float64, on the CPU; where the tower pools views, that of the study
 
 
 def _outcomes(model: DualEncoder, together: Sequence[Sequence[Path]], scoring: PromptBank | Scorer, batch_size: int) -> Iterator[_Outcome]:
@@ -193,10 +212,11 @@ def _scored(model: DualEncoder, groups: Sequence[Sequence[tuple[Path, ImageSampl
                 slices = slices_of_images(slice_scores(model, features, scoring), features).cpu()
         else:
             logits = scoring.group_scores(model, features).cpu()
-        for i, (unit, own) in enumerate(zip(units, logits, strict=True)):
+        pooled = features.pooled.cpu().double()
+        for i, (unit, own, vector) in enumerate(zip(units, logits, pooled, strict=True)):
             for k, (path, sample) in enumerate(unit):
                 by_slice = None if slices is None else _by_slice(path, sample, slices[i, k], scoring.findings)
-                found[path] = _Outcome(str(path), own, warnings=sample.warnings, slices=by_slice)
+                found[path] = _Outcome(str(path), own, "", sample.warnings, by_slice, modality, vector)
     return found
 
 
@@ -241,6 +261,17 @@ def _images(outcomes: Sequence[_Outcome]) -> list[Tensor]:
     return list({id(one.logits): one.logits for one in outcomes if one.logits is not None}.values())
 
 
+def _encoded(outcomes: Sequence[_Outcome]) -> tuple[Encoded, ...]:
+    """What each image of a study has, or those together that were encoded together."""
+    of: dict[int, list[_Outcome]] = {}
+    for one in outcomes:
+        if one.pooled is not None:
+            of.setdefault(id(one.pooled), []).append(one)
+    return tuple(
+        Encoded(tuple(one.path for one in unit), unit[0].modality, unit[0].pooled) for unit in of.values() if unit[0].pooled is not None
+    )
+
+
 def _of_study(outcomes: Sequence[_Outcome], scorer: Scorer) -> Tensor | None:
     """(parts, F) of a study before what all studies of a run decide; None where no image was read."""
     images = _images(outcomes)
@@ -277,4 +308,5 @@ def _diagnosis(outcomes: Sequence[_Outcome], scoring: PromptBank | Scorer, decid
         unreadable=unreadable,
         slices=tuple(one.slices for one in outcomes if one.slices is not None),
         signs={name: of for name, of in signs.items() if len(of) > 1},
+        encoded=_encoded(outcomes),
     )
