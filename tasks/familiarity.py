@@ -179,7 +179,7 @@ class Familiar:
                     stated_of(self.reader, Path(path)), one.modality, {} if known is None else known.terms, self.several_views
                 )
                 found += [(path, term) for term in terms]
-            if known is not None and (reason := known.unlike(one.pooled.numpy()[None])[0]):
+            if known is not None and (reason := known.unlike(one.appearance.numpy()[None])[0]):
                 found.append((one.paths[0], reason) if len(one.paths) == 1 else ("", reason.replace("image", "study", 1)))
         return tuple(found)
 

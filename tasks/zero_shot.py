@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from medvl.model import DualEncoder, packed
 from medvl.nn.similarity import slice_logits
@@ -52,7 +53,7 @@ class Encoded:
 
     paths: tuple[str, ...]
     modality: str  # xray or ct
-    pooled: Tensor = field(repr=False)  # (D,) float64, on the CPU
+    appearance: Tensor = field(repr=False)  # (D,) or (2 D,) float64, on the CPU; see :func:`appearance`
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,7 @@ class _Outcome:
     warnings: tuple[str, ...] = ()
     slices: SliceScores | None = None
     modality: str = ""
-    pooled: Tensor | None = None  # (D,) float64, on the CPU; where the tower pools views, that of the study
+    appearance: Tensor | None = None  # as of :class:`Encoded`; where the tower pools views, that of the study
 
 
 def _outcomes(model: DualEncoder, together: Sequence[Sequence[Path]], scoring: PromptBank | Scorer, batch_size: int) -> Iterator[_Outcome]:
@@ -212,12 +213,26 @@ def _scored(model: DualEncoder, groups: Sequence[Sequence[tuple[Path, ImageSampl
                 slices = slices_of_images(slice_scores(model, features, scoring), features).cpu()
         else:
             logits = scoring.group_scores(model, features).cpu()
-        pooled = features.pooled.cpu().double()
-        for i, (unit, own, vector) in enumerate(zip(units, logits, pooled, strict=True)):
+        seen = appearance(features).cpu()
+        for i, (unit, own, vector) in enumerate(zip(units, logits, seen, strict=True)):
             for k, (path, sample) in enumerate(unit):
                 by_slice = None if slices is None else _by_slice(path, sample, slices[i, k], scoring.findings)
                 found[path] = _Outcome(str(path), own, "", sample.warnings, by_slice, modality, vector)
     return found
+
+
+def appearance(features: ImageFeatures) -> Tensor:
+    """(B, D) or (B, 2 D) float64: the direction of the pooled vector and, of a tower with tokens, that of the mean of the valid tokens.
+
+    The pooled vector alone says less of what is not in the reports: a view, for one.
+    """
+    parts = [features.pooled.double()]
+    if features.tokens is not None:
+        tokens = features.tokens.double()
+        valid = tokens.new_ones(tokens.shape[:2]) if features.token_valid is None else features.token_valid.double()
+        kept = tokens.masked_fill(valid[..., None] == 0, 0.0)  # an invalid one may hold anything
+        parts.append(kept.sum(1) / valid.sum(1, keepdim=True).clamp_min(1))
+    return torch.cat([F.normalize(part, dim=1) for part in parts], dim=1)
 
 
 def modality_of_sample(sample: ImageSample) -> str:
@@ -265,10 +280,12 @@ def _encoded(outcomes: Sequence[_Outcome]) -> tuple[Encoded, ...]:
     """What each image of a study has, or those together that were encoded together."""
     of: dict[int, list[_Outcome]] = {}
     for one in outcomes:
-        if one.pooled is not None:
-            of.setdefault(id(one.pooled), []).append(one)
+        if one.appearance is not None:
+            of.setdefault(id(one.appearance), []).append(one)
     return tuple(
-        Encoded(tuple(one.path for one in unit), unit[0].modality, unit[0].pooled) for unit in of.values() if unit[0].pooled is not None
+        Encoded(tuple(one.path for one in unit), unit[0].modality, unit[0].appearance)
+        for unit in of.values()
+        if unit[0].appearance is not None
     )
 
 

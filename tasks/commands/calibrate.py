@@ -134,7 +134,7 @@ def calibrate(
                 merged = {name: value for i in reversed(group) for name, value in rows[i].labels.items()}
                 labelled.append([float(merged.get(name, np.nan)) for name in wanted_findings])
                 patients.append(rows[group[0]].patient_id)
-                vectors += [one.pooled.numpy() for one in result.encoded if one.modality == modality]
+                vectors += [one.appearance.numpy() for one in result.encoded if one.modality == modality]
                 their_patients += [patients[-1] for one in result.encoded if one.modality == modality]
                 their_terms += [(stated_of(encoder.reader, Path(path)), view_of.get(path)) for one in result.encoded for path in one.paths]
     if not scores:
