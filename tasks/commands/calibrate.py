@@ -169,6 +169,8 @@ def calibrate(
             f"{limit.inside} of {limit.count} images lie within {limit.distance:.1f}, cross-fitted; farther ones will be told, about "
             f"{limit.rate:.1%} of images like these. Written to {place}."
         )
+        if limit.inside == limit.count:
+            click.echo("The farthest image sets this limit, and may be an odd one: 199 images and more leave it outside.", err=True)
     report_rejected(rejected, "files and rows")
     echo_notice()
     if rejected or decisions.left_out:

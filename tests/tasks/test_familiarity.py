@@ -102,7 +102,11 @@ def calibrated(trained, cohort, tmp_path_factory):
     model = shutil.copytree(trained, tmp_path_factory.mktemp("calibrated") / "trained")
     done = CliRunner().invoke(cli, ["calibrate", str(cohort / "manifest.csv"), "--model", str(model), *ASKED])
     assert done.exit_code in (0, 1), done.output
-    assert "images lie within" in done.output and "xray.safetensors" in done.output.replace("\n", "")
+    assert (
+        "images lie within" in done.output
+        and "The farthest image sets this limit" in done.output
+        and "xray.safetensors" in done.output.replace("\n", "")
+    )
     return model
 
 
