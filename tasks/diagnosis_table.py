@@ -1,6 +1,7 @@
 """Scores of many studies as a table on disk that grows a study at a time: a run that was killed goes on, and ends with what one run writes.
 
-A line a study: id, ok, error, a score for each label, whether these are calibrated, and the hash of the protocol that made them.
+A line a study: id, ok, error, a score for each label, whether these are calibrated, why it is not what the model was made for (empty where
+nothing says so), and the hash of the protocol that made them.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 from medvl.types import RESEARCH_USE
 
 SUFFIXES = (".csv", ".jsonl")
-LAST = ("calibrated", "protocol", "paths", "notice")
+LAST = ("calibrated", "unfamiliar", "protocol", "paths", "notice")
 
 
 class DiagnosisTable:
@@ -39,6 +40,7 @@ class DiagnosisTable:
         self.path, self.labels, self.protocol, self.calibrated = path, tuple(labels), protocol, calibrated
         self.header = ("id", "ok", "error", *self.labels, *LAST)
         self.done: set[str] = set()
+        self.unfamiliar = 0  # lines that say so
         self.rejected: list[tuple[str, str]] = []  # path and error of what an earlier run could not read
         if anew:
             path.unlink(missing_ok=True)
@@ -55,19 +57,22 @@ class DiagnosisTable:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._file.close()
 
-    def add(self, study: str, ok: bool, error: str | None, scores: Mapping[str, float], paths: Sequence[str]) -> None:
+    def add(
+        self, study: str, ok: bool, error: str | None, scores: Mapping[str, float], paths: Sequence[str], unfamiliar: str | None = None
+    ) -> None:
         """A line, on the disk when this returns. ``scores`` by label; none of a study that is not ok."""
         if study in self.done:
             return
         values = [scores.get(label) for label in self.labels]
-        rest: list[Any] = [self.calibrated, self.protocol, list(paths), RESEARCH_USE]
+        rest: list[Any] = [self.calibrated, unfamiliar, self.protocol, list(paths), RESEARCH_USE]
         if self.path.suffix == ".jsonl":
             line = dict(zip(self.header, [study, ok, error, *values, *rest], strict=True))
             self._write(json.dumps(line, allow_nan=False) + "\n")
         else:
             cells = [study, int(ok), error or "", *("" if value is None else repr(value) for value in values)]
-            self._write(_csv_line([*cells, int(self.calibrated), self.protocol, json.dumps(list(paths)), RESEARCH_USE]))
+            self._write(_csv_line([*cells, int(self.calibrated), unfamiliar or "", self.protocol, json.dumps(list(paths)), RESEARCH_USE]))
         self.done.add(study)
+        self.unfamiliar += bool(unfamiliar)
 
     def _write(self, line: str) -> None:
         self._file.write(line)
@@ -85,6 +90,7 @@ class DiagnosisTable:
                 f"{self.path} was written with other labels, another model, preset or prompts; name another file, or give --anew"
             )
         self.done = {line["id"] for line in lines}
+        self.unfamiliar = sum(bool(line["unfamiliar"]) for line in lines)
         first = [line["paths"] if isinstance(line["paths"], list) else json.loads(line["paths"]) for line in lines]
         self.rejected = [(paths[0], line["error"]) for paths, line in zip(first, lines, strict=True) if line["error"]]
 

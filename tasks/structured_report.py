@@ -56,6 +56,7 @@ ITEMS: Mapping[str, Concept] = {
     "version": private("sr_version", "medvl version"),
 }
 """Field of the provenance -> what it is called in the report."""
+UNFAMILIAR = private("sr_unfamiliar", "Input unlike what the model was made for")
 
 
 def write_report(
@@ -64,6 +65,7 @@ def write_report(
     scores: Mapping[str, float],
     provenance: SrProvenance,
     *,
+    unfamiliar: Sequence[str] = (),
     written: datetime | None = None,
     series: int | Literal["largest"] | None = "largest",
 ) -> Path:
@@ -74,6 +76,7 @@ def write_report(
         sources: the DICOM files that were scored, of one study; of a folder or zip the CT series that the reader takes.
         scores: finding -> score.
         provenance: how the scores came about.
+        unfamiliar: why the images are not what the model was made for, in words without a path; none: the report does not speak of it.
         written: date and time of the report; None: the latest of the sources' own.
         series: which series of a folder that holds several, as the CT reader was told.
     Returns:
@@ -94,7 +97,7 @@ def write_report(
         {name: (finding_code(name), score) for name, score in scores.items()},
         measure=PROBABILITY if provenance.calibrated else SCORE,
         device=Device("medvl", provenance.version, provenance.model),
-        context=[(ITEMS[name], value) for name, value in told.items()],
+        context=[*((ITEMS[name], value) for name, value in told.items()), *([(UNFAMILIAR, "; ".join(unfamiliar))] if unfamiliar else [])],
         notice=NOTICE,
         description=DESCRIPTION,
         written=written,

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from medvl.model import DualEncoder, packed
 from medvl.nn.similarity import slice_logits
@@ -48,6 +49,15 @@ class SliceScores:
 
 
 @dataclass(frozen=True)
+class Encoded:
+    """What the tower made of one image, or of the images of a study that it pools."""
+
+    paths: tuple[str, ...]
+    modality: str  # xray or ct
+    appearance: Tensor = field(repr=False)  # (D,) or (2 D,) float64, on the CPU; see :func:`appearance`
+
+
+@dataclass(frozen=True)
 class Diagnosis:
     """Scores of one study, or why there are none."""
 
@@ -59,11 +69,19 @@ class Diagnosis:
     unreadable: dict[str, str] = field(default_factory=dict)  # path -> reason
     slices: tuple[SliceScores, ...] = ()  # of the study's volumes
     signs: dict[str, dict[str, float]] = field(default_factory=dict)  # finding -> visual sign (or kind) -> its score, where a rule has them
+    encoded: tuple[Encoded, ...] = field(default=(), repr=False, compare=False)  # of the images that were read
+    unfamiliar: tuple[tuple[str, str], ...] = ()  # (path, reason) of what the model was not made for; no path: of the whole study
 
     @property
     def path(self) -> str:
         """The first of the study's files."""
         return self.paths[0]
+
+    @property
+    def unfamiliar_text(self) -> str | None:
+        """``unfamiliar`` as one text, with the file of each reason where the study has several; None where there is no reason."""
+        named = len(self.paths) > 1
+        return "; ".join(f"{path}: {reason}" if named and path else reason for path, reason in self.unfamiliar) or None
 
 
 def encode_prompts(model: DualEncoder, prompts: PromptSet, findings: Sequence[str] | None = None) -> PromptBank:
@@ -166,6 +184,8 @@ class _Outcome:
     error: str = ""
     warnings: tuple[str, ...] = ()
     slices: SliceScores | None = None
+    modality: str = ""
+    appearance: Tensor | None = None  # as of :class:`Encoded`; where the tower pools views, that of the study
 
 
 def _outcomes(model: DualEncoder, together: Sequence[Sequence[Path]], scoring: PromptBank | Scorer, batch_size: int) -> Iterator[_Outcome]:
@@ -196,11 +216,26 @@ def _scored(model: DualEncoder, groups: Sequence[Sequence[tuple[Path, ImageSampl
             logits = scoring.group_scores(model, features).cpu()
             if features.slices is not None and not scoring.rule.depends_on_run:
                 slices = slices_of_images(scoring.slice_scores(model, features), features).cpu()
-        for i, (unit, own) in enumerate(zip(units, logits, strict=True)):
+        seen = appearance(features).cpu()
+        for i, (unit, own, vector) in enumerate(zip(units, logits, seen, strict=True)):
             for k, (path, sample) in enumerate(unit):
                 by_slice = None if slices is None else _by_slice(path, sample, slices[i, k], scoring.findings)
-                found[path] = _Outcome(str(path), own, warnings=sample.warnings, slices=by_slice)
+                found[path] = _Outcome(str(path), own, "", sample.warnings, by_slice, modality, vector)
     return found
+
+
+def appearance(features: ImageFeatures) -> Tensor:
+    """(B, D) or (B, 2 D) float64: the direction of the pooled vector and, of a tower with tokens, that of the mean of the valid tokens.
+
+    The pooled vector alone says less of what is not in the reports: a view, for one.
+    """
+    parts = [features.pooled.double()]
+    if features.tokens is not None:
+        tokens = features.tokens.double()
+        valid = tokens.new_ones(tokens.shape[:2]) if features.token_valid is None else features.token_valid.double()
+        kept = tokens.masked_fill(valid[..., None] == 0, 0.0)  # an invalid one may hold anything
+        parts.append(kept.sum(1) / valid.sum(1, keepdim=True).clamp_min(1))
+    return torch.cat([F.normalize(part, dim=1) for part in parts], dim=1)
 
 
 def modality_of_sample(sample: ImageSample) -> str:
@@ -244,6 +279,19 @@ def _images(outcomes: Sequence[_Outcome]) -> list[Tensor]:
     return list({id(one.logits): one.logits for one in outcomes if one.logits is not None}.values())
 
 
+def _encoded(outcomes: Sequence[_Outcome]) -> tuple[Encoded, ...]:
+    """What each image of a study has, or those together that were encoded together."""
+    of: dict[int, list[_Outcome]] = {}
+    for one in outcomes:
+        if one.appearance is not None:
+            of.setdefault(id(one.appearance), []).append(one)
+    return tuple(
+        Encoded(tuple(one.path for one in unit), unit[0].modality, unit[0].appearance)
+        for unit in of.values()
+        if unit[0].appearance is not None
+    )
+
+
 def _of_study(outcomes: Sequence[_Outcome], scorer: Scorer) -> Tensor | None:
     """(parts, F) of a study before what all studies of a run decide; None where no image was read."""
     images = _images(outcomes)
@@ -284,4 +332,5 @@ def _diagnosis(outcomes: Sequence[_Outcome], scoring: PromptBank | Scorer, decid
         unreadable=unreadable,
         slices=tuple(one.slices for one in outcomes if one.slices is not None),
         signs={name: of for name, of in signs.items() if len(of) > 1},
+        encoded=_encoded(outcomes),
     )

@@ -18,12 +18,14 @@ from modalities.dicom.image import (
     show,
 )
 from modalities.dicom.luts import Range, Voi, VoiLut, Window, luminance, robust_range
+from modalities.dicom.stated import Stated, stated
 
 __all__ = [
     "DicomImage",
     "FittedRadiograph",
     "NativeRadiograph",
     "Range",
+    "Stated",
     "Voi",
     "VoiLut",
     "Window",
@@ -35,5 +37,6 @@ __all__ = [
     "read_radiograph",
     "robust_range",
     "show",
+    "stated",
     "study_key",
 ]

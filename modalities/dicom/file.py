@@ -60,7 +60,7 @@ KEYWORDS = (
     *SEQUENCES,
     *TABLES,
     *(f"{colour}PaletteColorLookupTableDescriptor" for colour in ("Red", "Green", "Blue")),
-    *("SpecificCharacterSet", "SOPClassUID", "StudyInstanceUID", "Modality", "PresentationIntentType", "Units"),
+    *("SpecificCharacterSet", "SOPClassUID", "StudyInstanceUID", "Modality", "BodyPartExamined", "PresentationIntentType", "Units"),
     *("SamplesPerPixel", "PhotometricInterpretation", "PlanarConfiguration", "NumberOfFrames", "Rows", "Columns"),
     *("BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "PixelPaddingValue", "PixelPaddingRangeLimit"),
     *("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing", "EstimatedRadiographicMagnificationFactor"),

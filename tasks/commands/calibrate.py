@@ -85,9 +85,10 @@ def calibrate(
     """Fit, for each finding, a calibration, a threshold and conformal sets to the scores of the validation studies of a MANIFEST.
 
     `medvl diagnose` of the same model with the same preset, prompts and labels then writes probabilities, and says what cannot be ruled
-    out. A finding that too few of the studies have, or whose labels are missing, is left out and named. The guarantee of the sets holds for
-    patients like those of validation. Validation studies that share patients, studies or images with training rows are listed in leaks.csv
-    beside the decisions and end it, unless allowed by name: scores of what was trained on are better than those of new studies.
+    out; with any preset, prompts and labels, it says which images are unlike those of validation. A finding that too few of the studies
+    have, or whose labels are missing, is left out and named. The guarantee of the sets holds for patients like those of validation.
+    Validation studies that share patients, studies or images with training rows are listed in leaks.csv beside the decisions and end it,
+    unless allowed by name: scores of what was trained on are better than those of new studies.
 
     \b
     Examples:
@@ -111,6 +112,8 @@ def calibrate(
     from medvl.data.studies import by_study
     from tasks.decisions import fit_decisions, place_of
     from tasks.evaluation import joined_labels
+    from tasks.familiarity import FamiliarityError, fit_familiarity, stated_of, terms_of
+    from tasks.familiarity import place_of as familiarity_place_of
     from tasks.scoring import Scorer
     from tasks.scoring import preset as rule_of
     from tasks.zero_shot import diagnose as score_files
@@ -128,6 +131,10 @@ def calibrate(
     scores: list[list[float]] = []
     labelled: list[list[float]] = []
     patients: list[str] = []
+    vectors: list[Any] = []
+    their_patients: list[str] = []
+    their_terms: list[Any] = []
+    view_of = {str(row.path): row.view for row in rows}
     rejected: list[tuple[str, str]] = [(str(bad.path), str(bad)) for bad in table.rejected]
     with progress("studies", len(groups)) as done:
         for group, result in zip(groups, score_files(encoder, (), scoring, 16, [[rows[i].path for i in g] for g in groups]), strict=True):
@@ -137,6 +144,9 @@ def calibrate(
                 scores.append([result.findings[name] for name in wanted_findings])
                 labelled.append(truth[group[0]].tolist())
                 patients.append(rows[group[0]].patient_id)
+                vectors += [one.appearance.numpy() for one in result.encoded if one.modality == modality]
+                their_patients += [patients[-1] for one in result.encoded if one.modality == modality]
+                their_terms += [(stated_of(encoder.reader, Path(path)), view_of.get(path)) for one in result.encoded for path in one.paths]
     if not scores:
         raise click.UsageError(f"none of {len(groups)} studies could be read")
     rule = rule_of(preset or OURS)
@@ -148,6 +158,28 @@ def calibrate(
     decisions.save(place)
     show(decisions)
     click.echo(f"Written to {place}.")
+    try:
+        familiarity = fit_familiarity(
+            np.array(vectors),
+            their_patients,
+            terms_of(their_terms),
+            weights_sha256=protocol.weights_sha256,
+            preprocessing_sha256=protocol.preprocessing_sha256,
+            modality=modality,
+            fitted_on={"split": split, "manifest_sha256": table.sha256},
+        )
+    except FamiliarityError as error:
+        click.echo(f"left out: which images the model was not made for: {error}", err=True)
+    else:
+        place = familiarity_place_of(model, modality, out)
+        familiarity.save(place)
+        limit = familiarity.limit
+        click.echo(
+            f"{limit.inside} of {limit.count} images lie within {limit.distance:.1f}, cross-fitted; farther ones will be told, about "
+            f"{limit.rate:.1%} of images like these. Written to {place}."
+        )
+        if limit.inside == limit.count:
+            click.echo("The farthest image sets this limit, and may be an odd one: 199 images and more leave it outside.", err=True)
     report_rejected(rejected, "files and rows")
     echo_notice()
     if rejected or decisions.left_out:

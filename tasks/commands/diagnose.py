@@ -30,7 +30,7 @@ from tasks.commands.common import (
     usage_errors,
     write_csv,
 )
-from tasks.commands.scores import decisions_of, decisions_option, preset_option, prompts_of, score_protocol, scoring_of
+from tasks.commands.scores import decisions_of, decisions_option, familiar_of, preset_option, prompts_of, score_protocol, scoring_of
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -123,6 +123,7 @@ def diagnose(
     if explain_folder is not None:
         check_out_folder(explain_folder, "--explain")
     encoder = load_model(model, device, cache)
+    from tasks.familiarity import place_of
     from tasks.protocols import sha256_of
     from tasks.scoring import Scorer
     from tasks.zero_shot import diagnose as score_files
@@ -133,11 +134,13 @@ def diagnose(
     names = {name: published.get(name, name) for name in scoring.findings}
     protocol = score_protocol(model, encoder, preset, prompt_set, scoring, labels)
     decisions = decisions_of(decisions_path, model, protocol, scoring.findings)
-    fingerprint = sha256_of([protocol.sha256, scoring.findings, None if decisions is None else decisions.to_dict()])
+    familiar = familiar_of(decisions_path, model, encoder, protocol)
+    fingerprint = sha256_of([protocol.sha256, scoring.findings, None if decisions is None else decisions.to_dict(), *familiar.hashes])
     found = _studies(encoder.reader, files)
     shown = None if as_json or out is not None else console()
     kept: list[Diagnosis] = []
     rejected = list(found.rejected)
+    unknown_kinds: set[str] = set()
     with ExitStack() as stack:
         table = None if out is None else stack.enter_context(_table(out, list(names.values()), fingerprint, decisions is not None, anew))
         if table is not None and isinstance(scoring, Scorer) and scoring.rule.depends_on_run and table.done:
@@ -150,6 +153,8 @@ def diagnose(
         results = score_files(encoder, (), scoring, batch_size, [paths for _, paths in todo])
         for (name, _), result in zip(todo, results, strict=True):
             one = named_if_empty_folder(result, encoder.reader)
+            one = replace(one, unfamiliar=familiar.reasons(one))
+            unknown_kinds |= {of.modality for of in one.encoded} - set(familiar.known)
             raw = one
             if decisions is not None and one.ok:
                 one = replace(one, findings=decisions.probabilities(one.findings))
@@ -157,17 +162,18 @@ def diagnose(
             if csv_path is not None:
                 kept.append(one)
             if explain_folder is not None and one.ok:
-                told = {
+                how = {
                     "model": model.name,
                     "preset": str(protocol.rule["name"]),
                     "prompts": protocol.prompts_sha256,
                     "protocol": fingerprint,
                 }
-                page = _write_explanation(explain_folder, name, encoder, raw, scoring, names, told, one if decisions is not None else None)
+                page = _write_explanation(explain_folder, name, encoder, raw, scoring, names, how, one if decisions is not None else None)
                 if out is None and not as_json:
                     click.echo(f"Open {page}.")
             if table is not None:
-                table.add(name, one.ok, one.error, {names[key]: value for key, value in one.findings.items()}, one.paths)
+                scores = {names[key]: value for key, value in one.findings.items()}
+                table.add(name, one.ok, one.error, scores, one.paths, one.unfamiliar_text)
             if sr_folder is not None and one.ok:
                 rejected += _write_sr(sr_folder, one, names, model, protocol, fingerprint, decisions is not None)
             if step is not None:
@@ -182,6 +188,11 @@ def diagnose(
     if rejected_path is None and out is not None and rejected:
         rejected_path = out.with_name(f"{out.stem}.rejected.csv")
     report_rejected(rejected, "files", rejected_path)
+    if table is not None and table.unfamiliar:
+        click.echo(f"{table.unfamiliar} of {len(table.done)} studies are not what the model was made for: column 'unfamiliar'", err=True)
+    for kind in sorted(unknown_kinds):
+        told = f"no {place_of(model, kind)}, which `medvl calibrate` makes"
+        click.echo(f"{kind}: what images look like is not compared with those of validation: {told}", err=True)
     if not as_json:
         echo_notice()
     if rejected:
@@ -231,8 +242,9 @@ def _write_sr(
     hashes = (protocol.prompts_sha256, protocol.preprocessing_sha256)
     provenance = SrProvenance(model.name, *hashes, str(protocol.rule["name"]), fingerprint, calibrated)
     sources = [Path(path) for path in result.paths if path not in result.unreadable]
+    reasons = tuple(dict.fromkeys(reason for _, reason in result.unfamiliar))  # without paths, which may hold a name
     try:
-        write_report(folder, sources, {names[name]: score for name, score in result.findings.items()}, provenance)
+        write_report(folder, sources, {names[name]: score for name, score in result.findings.items()}, provenance, unfamiliar=reasons)
     except ValueError as error:
         return [(result.path, f"no SR: {error}")]
     return []
@@ -275,9 +287,13 @@ def _write_explanation(
 def _write_table(path: Path, results: Sequence[Diagnosis], names: dict[str, str]) -> None:
     write_csv(
         path,
-        ("path", "paths", "ok", "error", *names.values()),
+        ("path", "paths", "ok", "error", *names.values(), "unfamiliar"),
         (
-            (r.path, json_text(r.paths), int(r.ok), r.error or "", *(repr(r.findings[name]) if r.ok else "" for name in names))
+            (
+                *(r.path, json_text(r.paths), int(r.ok), r.error or ""),
+                *(repr(r.findings[name]) if r.ok else "" for name in names),
+                r.unfamiliar_text or "",
+            )
             for r in results
         ),
     )
@@ -321,6 +337,7 @@ def as_object(result: Diagnosis, names: dict[str, str] | None = None, decisions:
         **({"slices": [asdict(one) for one in result.slices]} if result.slices else {}),
         **({"decisions": _called(decisions.decide(result.findings), called)} if decisions is not None and result.ok else {}),
         "calibrated": decisions is not None,
+        "unfamiliar": result.unfamiliar_text,
         "warnings": list(result.warnings),
         "notice": RESEARCH_USE,
     }
@@ -336,7 +353,8 @@ def as_table(result: Diagnosis, names: dict[str, str] | None = None, decisions: 
     if decisions is not None:
         coverage = decisions.fitted_on.get("coverage")
         kind = f"probabilities, calibrated on validation; what cannot be ruled out at {coverage:.0%} coverage"
-    notes = "; ".join((kind, *([result.error] if result.error else []), *result.warnings))
+    told = [f"not what the model was made for: {result.unfamiliar_text}"] if result.unfamiliar else []
+    notes = "; ".join((kind, *told, *([result.error] if result.error else []), *result.warnings))
     called = {} if decisions is None else decisions.decide(result.findings)
     deep = (*(("not ruled out",) if called else ()), *(("best slice",) if result.slices else ()))
     bar = "0" + "1".rjust(BAR - 1) if all(0 <= score <= 1 for score in result.findings.values()) else ""

@@ -1,4 +1,4 @@
-"""What commands that score share: which prompts, by which rule, under which protocol, and what makes probabilities of the scores."""
+"""What commands that score share: which prompts, by which rule, under which protocol; what makes probabilities, and what is unfamiliar."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from medvl.model import DualEncoder
     from reports.prompts import PromptSet
     from tasks.decisions import Decisions
+    from tasks.familiarity import Familiar
     from tasks.protocols import ScoreProtocol
     from tasks.scoring import Scorer
     from tasks.zero_shot import PromptBank
@@ -96,3 +97,16 @@ def decisions_of(path: Path | None, model: Path, protocol: ScoreProtocol, findin
     missing = [name for name in findings if name not in found.findings]
     click.echo(f"{given} has no calibration of {', '.join(missing)}: scores are not calibrated; choose others with --finding", err=True)
     return None
+
+
+def familiar_of(decisions: Path | None, model: Path, encoder: DualEncoder, protocol: ScoreProtocol) -> Familiar:
+    """What `medvl calibrate` keeps of the images of validation, beside the decisions of the file or beside the model, where it is there."""
+    from tasks.familiarity import Familiar, FamiliarityError, load_familiarity, place_of
+
+    known = {}
+    for modality in ("xray", "ct"):
+        places = [*([] if decisions is None else [place_of(model, modality, decisions)]), place_of(model, modality)]
+        if place := next((one for one in places if one.is_file()), None):
+            with usage_errors(FamiliarityError):
+                known[modality] = load_familiarity(place, protocol.weights_sha256, protocol.preprocessing_sha256)
+    return Familiar(encoder.reader, encoder.image.pools("xray"), known)

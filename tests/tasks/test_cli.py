@@ -113,7 +113,7 @@ def test_diagnose_writes_an_object_a_line_in_order_and_a_bad_file_costs_only_its
     assert [one["paths"] for one in found] == [[str(file)] for file in files]
     assert [one["ok"] for one in found] == [True, False, False, True]
     for one in found:
-        assert set(one) == {"path", "paths", "ok", "error", "findings", "calibrated", "protocol", "warnings", "notice"}
+        assert set(one) == {"path", "paths", "ok", "error", "findings", "calibrated", "protocol", "unfamiliar", "warnings", "notice"}
         assert one["calibrated"] is False and one["notice"] == NOTICE
         assert (one["error"] is None) == one["ok"] and bool(one["findings"]) == one["ok"]
         assert all(0 <= score <= 1 for score in one["findings"].values())
