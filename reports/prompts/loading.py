@@ -25,6 +25,8 @@ BUILT_IN: Mapping[str, str] = {
     "chexpert_14": "chest_xray.yaml",
     "chestxray_14": "chest_xray.yaml",
     "ct_rate_18": "chest_ct.yaml",
+    **dict.fromkeys(("vindr_cxr", "rsna", "siim", "openi_18", "padchest"), "chest_xray_more.yaml"),
+    **dict.fromkeys(("abdomen_ct", "merlin_30"), "abdomen_ct.yaml"),
 }
 """Names that :func:`load_prompts` takes in place of a path; the name of a label set gives the findings of that set and their kinds."""
 
@@ -98,7 +100,8 @@ class _Registry(_Part):
 
     format: Literal[2]
     version: Annotated[str, BeforeValidator(_as_text)]
-    templates: _Templates = _Templates()
+    extends: str | None = None
+    templates: _Templates | None = None
     findings: dict[Name, _Finding] = Field(min_length=1)
     label_sets: dict[Name, dict[Text, Name]] = {}
     exceptions: Words = ()
@@ -164,16 +167,28 @@ def _read(file: Path) -> PromptSet:
         prompts = PromptSet(parsed.version, pairs, label_sets=parsed.label_sets)
         faults = prompt_faults(prompts, wording=False)
     else:
-        if faults := template_faults(templates := Templates(**vars(parsed.templates))):
+        base = _base(file, parsed.extends)
+        templates = base.templates if parsed.templates is None else Templates(**vars(parsed.templates))
+        if faults := template_faults(templates):
             raise _invalid(file, faults)
         words = {name: _finding_words(name, one) for name, one in parsed.findings.items()}
         pairs = {name: _made_pair(one, words[name], templates) for name, one in parsed.findings.items()}
         given = {name: words[name] for name, one in parsed.findings.items() if one.model_fields_set - _Pair.model_fields.keys()}
+        pairs, given = {**base.findings, **pairs}, {**{k: v for k, v in base.words.items() if k not in pairs}, **given}
         prompts = PromptSet(parsed.version, pairs, given, templates, parsed.label_sets)
         faults = prompt_faults(prompts, exceptions=parsed.exceptions)
     if faults:
         raise _invalid(file, faults)
     return prompts
+
+
+def _base(file: Path, extends: str | None) -> PromptSet:
+    """The built-in set that a file extends: it has the findings of that set besides its own, which come first, and its templates."""
+    if extends is None:
+        return PromptSet("", {})
+    if extends not in BUILT_IN:
+        raise _invalid(file, [f"extends {extends!r}: no such built-in set; known are {', '.join(BUILT_IN)}"])
+    return _read(Path(__file__).with_name(BUILT_IN[extends]))
 
 
 def _pair(name: str, entry: _Pair) -> PromptPair:

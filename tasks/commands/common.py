@@ -50,7 +50,7 @@ def manifest_options(command: F) -> F:
     )(command)
 
 
-PROMPTS = "Prompt pairs, if not those for phantoms: a file, or chest_xray, chest_ct, chexpert_14, chestxray_14 or ct_rate_18."
+PROMPTS = "Prompt pairs, if not those for phantoms: a file, or a built-in set such as chest_xray, chest_ct, chexpert_14 or padchest."
 
 
 def prompts_option(command: F) -> F:

@@ -30,7 +30,16 @@ from tasks.commands.common import (
     usage_errors,
     write_csv,
 )
-from tasks.commands.scores import decisions_of, decisions_option, familiar_of, preset_option, prompts_of, score_protocol, scoring_of
+from tasks.commands.scores import (
+    decisions_of,
+    decisions_option,
+    familiar_of,
+    labels_option,
+    preset_option,
+    prompts_of,
+    score_protocol,
+    scoring_of,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -52,9 +61,7 @@ TABLES = (".csv", ".parquet", ".pq")
 @model_options
 @prompts_option
 @click.option("--finding", "findings", multiple=True, metavar="NAME", help="Score only this finding (repeatable).")
-@click.option(
-    "--labels", metavar="SET", help="Score the labels of this set, under the names that it publishes: chexpert_14, ct_rate_18, ..."
-)
+@labels_option
 @preset_option
 @cache_option
 @json_option

@@ -25,7 +25,10 @@ OURS = "medvl"  # the rule where no preset is named
 
 def labels_option(command: F) -> F:
     """``--labels``."""
-    help_text = "The labels of this set, under the names that it publishes: chexpert_14, chestxray_14, ct_rate_18."
+    help_text = (
+        "Score the labels of this set, under the names that it publishes: phantom, chexpert_14, chestxray_14, vindr_cxr, rsna, siim, "
+        "openi_18, padchest, ct_rate_18 or merlin_30."
+    )
     return click.option("--labels", metavar="SET", help=help_text)(command)
 
 
