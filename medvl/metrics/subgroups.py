@@ -50,7 +50,10 @@ class Subgroup:
 
 @dataclass(frozen=True)
 class Gap:
-    """The widest difference between the means of two subgroups. They were chosen because they differ most, so expect a gap by chance."""
+    """The widest difference between the means of two subgroups that share enough findings.
+
+    They were chosen because they differ most, so expect a gap by chance.
+    """
 
     highest: str
     lowest: str
@@ -172,8 +175,10 @@ def _difference(drawn: Resamples, counting: Mapping[tuple[str, str], list[str]],
 
 
 def _widest(drawn: Resamples, counting: Mapping[tuple[str, str], list[str]], metric: str, groups: Sequence[str]) -> Gap | None:
+    """Of the pairs that share at least half as many findings as the pair that shares most: a gap in one finding is none in ten."""
     pairs = [(_difference(drawn, counting, metric, a, b), a, b) for a, b in combinations(groups, 2)]
-    known = [(one, a, b) for one, a, b in pairs if one.findings]
+    most = max((len(one.findings) for one, _, _ in pairs), default=0)
+    known = [(one, a, b) for one, a, b in pairs if one.findings and 2 * len(one.findings) >= most]
     if not known:
         return None
     widest, a, b = max(known, key=lambda pair: abs(pair[0].interval.value))

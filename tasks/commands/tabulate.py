@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from tasks.commands.common import check_out_folder, console, echo_notice, json_option, json_text, new_table, usage_errors, write_csv
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+DIRECTIONS = ("image_to_report", "report_to_image")
 
 
 @click.command(short_help="Results of evaluations side by side.")
@@ -58,22 +65,39 @@ def tabulate(
         return
     screen = console()
     for name, values in found.differing.items():
-        click.echo(f"not the same protocol: {name}: {' / '.join(map(str, values))}", err=True)
-    table = new_table(None, *heading, numbers=heading[2:], whole=heading[:2])
-    for line in lines:
-        table.add_row(*line, style="bold" if line[1] == "mean" else None, end_section=line[1] in ("mean", ""))
-    screen.print(table)
+        click.echo(f"not the same protocol: {name}: {' / '.join(str(value)[:60] for value in values)}", err=True)
+    for metric in dict.fromkeys(line[0] for line in lines):
+        own = [line for line in lines if line[0] == metric]
+        table = new_table(metric, "finding", *heading[2:], numbers=heading[2:])
+        table.columns[0].no_wrap = True
+        for line in own:
+            cells = (_two_lines(cell) for cell in line[2:])
+            table.add_row(line[1].replace("_", " "), *cells, style="bold" if line[1] == "mean" else None)
+        screen.print(table)
     if found.why_not_paired:
         click.echo(f"No differences: {found.why_not_paired}.", err=True)
-    else:
-        note = f"from {found.results[0].name}, on {found.shared} units that all measured; intervals 95 %, bootstrap over patients"
-        shown = new_table("differences", "result", "metric", "finding", "difference", "95 % CI", "p", "p (DeLong)", caption=note,
-                          numbers=("difference", "95 % CI", "p", "p (DeLong)"), whole=("result", "finding"))  # fmt: skip
-        for result, metric, finding, value, low, high, p, delong, *_ in differences:
-            cells = [f"{float(cell):+.3f}" if cell else "–" for cell in (value, low, high)]
-            tests = [f"{float(cell):.3f}" if cell else "–" for cell in (p, delong)]
-            shown.add_row(
-                result, metric, finding, cells[0], f"{cells[1]} to {cells[2]}", *tests, style="bold" if finding == "mean" else None
-            )
-        screen.print(shown)
+    for result in dict.fromkeys(row[0] for row in differences):
+        own = [row for row in differences if row[0] == result and (row[1] == "AUROC" or row[2] in ("mean", *DIRECTIONS))]
+        screen.print(_differences(f"{result} less {found.results[0].name}", own, found.shared))
+    if not found.why_not_paired and out is not None:
+        click.echo(f"All differences in {out / 'differences.csv'}.")
     echo_notice()
+
+
+def _two_lines(estimate: str) -> str:
+    """For a narrow column: the value of "0.928 (0.899 to 0.954)", and below it the interval to two digits."""
+    value, _, ends = estimate.removesuffix(")").partition(" (")
+    return f"{value}\n{'–'.join(f'{float(end):.2f}' if end != '?' else end for end in ends.split(' to '))}" if ends else value
+
+
+def _differences(title: str, rows: Sequence[Sequence[str]], shared: int) -> Table:
+    """AUROC of every finding, and the means of the other metrics."""
+    note = f"on {shared} units that all measured; intervals 95 %, bootstrap over patients; nothing is corrected for how many are tested"
+    numbers = ("difference", "95 % CI", "p", "p (DeLong)")
+    table = new_table(title, "metric", *numbers, numbers=numbers, whole=("metric",), caption=note)
+    for _, metric, finding, value, low, high, p, delong, *_ in rows:
+        cells = [f"{float(cell):+.3f}" if cell else "–" for cell in (value, low, high)]
+        tests = [f"{float(cell):.3f}" if cell else "–" for cell in (p, delong)]
+        name = f"{metric} {finding.replace('_', ' ')}"
+        table.add_row(name, cells[0], f"{cells[1]} to {cells[2]}", *tests, style="bold" if finding == "mean" else None)
+    return table

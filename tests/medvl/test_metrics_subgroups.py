@@ -94,6 +94,19 @@ def test_subgroups_that_share_no_finding_have_no_gap():
     assert math.isnan(table.metrics["auroc"]["A"].to_rest.p_value)
 
 
+def test_a_gap_in_one_finding_is_not_the_widest_of_a_table_of_many():
+    rng = np.random.default_rng(2)
+    n, f = 600, 6
+    groups = np.repeat(["A", "B", "C"], n // 3)
+    labels = (rng.random((n, f)) < 0.5).astype(float)
+    scores = labels + rng.normal(size=(n, f))
+    labels[groups == "C", 1:] = np.nan  # the third has one finding alone, and scores that are upside down
+    scores[groups == "C", 0] *= -1
+    table = subgroup_table(labels, scores, list("uvwxyz"), groups.tolist(), list(range(n)), repeats=10)
+    assert {table.gaps["auroc"].highest, table.gaps["auroc"].lowest} == {"A", "B"}
+    assert len(table.gaps["auroc"].difference.findings) == 6 and table.metrics["auroc"]["C"].mean.value < 0.5
+
+
 def test_shapes_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"expected both \(3, 1\)"):
         subgroup_table(np.zeros((2, 1)), np.zeros((2, 1)), ("x",), ["a"] * 3, ["p"] * 3)
