@@ -131,19 +131,22 @@ def _maps(model: DualEncoder, views: Sequence[_View], one: FindingExplanation) -
 
 
 def _signs(one: FindingExplanation, maps: list[list[_Drawn]] | None, limit: float) -> list[dict[str, Any]]:
+    """Lines of the table, the strongest signs first; bars are of scores where these are shares, else of what the signs add."""
+    shares = all(0 <= sign.score <= 1 for sign in one.signs) and one.scale != "logit"
     largest = max((abs(sign.contribution) for sign in one.signs if sign.contribution is not None), default=0.0) or 1.0
     pictures = [[_map(drawn, limit) for drawn in row] for row in maps] if maps is not None else [[] for _ in one.signs]
     rows = []
-    for sign, row in zip(one.signs, pictures, strict=True):
+    for sign, row in sorted(zip(one.signs, pictures, strict=True), key=lambda pair: (not pair[0].positive, -pair[0].score)):
         part = sign.contribution
+        length = sign.score if shares else 0.0 if part is None else abs(part) / largest
         rows.append(
             {
                 "about": sign.about.replace("_", " "),
                 "against": not sign.positive,
                 "score": f"{sign.score:.3f}",
                 "contribution": "" if part is None else f"{part:+.3f}",
-                "bar": 0 if part is None else round(BAR / 2 * abs(part) / largest),
-                "negative": part is not None and part < 0,
+                "bar": round(BAR / 2 * length),
+                "negative": not shares and part is not None and part < 0,
                 "prompts": _prompts(sign),
                 "pictures": row,
             }

@@ -313,3 +313,21 @@ def test_a_mask_on_other_voxels_costs_its_study_alone(cohort: Path, run_folder: 
         listed = list(csv.DictReader(file))
     assert [line["study_id"] for line in listed] == [row["study_id"]]
     assert "expected the same grid" in listed[0]["reason"]
+
+
+def test_a_volume_is_explained_by_signs_slices_and_maps(cohort: Path, run_folder: Path, tmp_path: Path) -> None:
+    """The score of each slice by a preset, and pictures of the slices that the signs' maps point at."""
+    volume = volumes(cohort)[0]
+    ask = ["--model", str(run_folder), "--prompts", "chest_ct", "--preset", "xplainer", "--finding", "pleural_effusion", "--json"]
+    done = CliRunner().invoke(cli, ["diagnose", str(volume), *ask, "--explain", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    (scored,) = strict(done.stdout)
+    (series,) = scored["slices"]
+    (explained,) = (json.loads(path.read_text()) for path in tmp_path.glob("*.json"))
+    (finding,) = explained["findings"]
+    assert finding["score"] == pytest.approx(scored["findings"]["pleural_effusion"], abs=1e-6)
+    assert explained["slices"][0]["findings"]["pleural_effusion"] == pytest.approx(series["findings"]["pleural_effusion"])
+    page = next(tmp_path.glob("*.html")).read_text()
+    best = max(series["findings"]["pleural_effusion"])
+    assert f"{best:.3f}" in page and "from below" in page and "<polyline" in page
+    assert page.count("data:image/jpeg;base64,") == 1 + len(finding["signs"]) and len(finding["signs"]) > 3
