@@ -6,9 +6,8 @@ held out; nothing is fitted. Every figure has n and an interval over patients.
 
 from __future__ import annotations
 
-import io
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
@@ -16,20 +15,22 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
-from scipy import ndimage
 
 from medvl.data.manifest import StudyImage
 from medvl.data.studies import as_listed
-from medvl.metrics import Interval, Statistic, auroc_statistic, bootstrap_intervals, combined, mean_statistic
+from medvl.metrics import Interval, Statistic, auroc_statistic, bootstrap_intervals, combined, concordance_statistic, mean_statistic
 from medvl.model import DualEncoder, batches
-from medvl.types import ImageFeatures, ImageSample, Side, TextFeatures, UnreadableImageError
+from medvl.types import Fact, ImageFeatures, ImageSample, Side, TextFeatures, UnreadableImageError
 from reports.facts import LexiconFacts
 from reports.prompts import PromptSet
+from tasks.corruptions import CORRUPTIONS, SEVERITIES, TURNS
 from tasks.zero_shot import PromptBank, encode_prompts, pair_logits
 
-SEVERITIES = (1, 2, 3, 4, 5)
-Corruption = Callable[[NDArray[np.float32], int, np.random.Generator], NDArray[np.float32]]
+LEVELS: Mapping[str, float] = MappingProxyType({"mild": 0.0, "moderate": 1.0, "severe": 2.0})
+FEWEST = 5
+"""Studies that a finding needs at each of two levels of severity."""
+VOLUME_FLIPS: Mapping[str, int] = MappingProxyType({"left and right changed": 3, "front and back changed": 2, "head and feet changed": 1})
+"""Axis of a volume's pixels (C, S, H, W)."""
 
 
 @dataclass(frozen=True)
@@ -156,6 +157,88 @@ def laterality(model: DualEncoder, data: Read, prompts: PromptSet, names: Sequen
             yield Probe("laterality", name, setting, bootstrap_intervals({"x": one}, patients, repeats=repeats)["x"])
 
 
+def severity(model: DualEncoder, data: Read, prompts: PromptSet, bank: PromptBank, repeats: int = 1000) -> Iterator[Probe]:
+    """Whether scores rise with the severity that reports state, among the studies that have the finding.
+
+    ``score rises with severity`` is the chance that of two studies of different severity the more severe has the higher contrast;
+    ``severe against mild prompts`` the same of the similarity with "severe ..." less that with "mild ...". 0.5 is chance. A finding with
+    fewer than ``FEWEST`` studies at each of two levels has NaN, and n says how many state a severity.
+    """
+    stated = severities_of(data.rows)
+    contrast = similarities(model, data.samples, lambda images: pair_logits(model, images, bank))
+    settings = ("score rises with severity", "severe against mild prompts")
+    found: dict[str, dict[str, Statistic]] = {setting: {} for setting in settings}
+    counts = {}
+    for f, name in enumerate(bank.findings):
+        levels = np.array([LEVELS.get(own.get(name, ""), math.nan) for own in stated])
+        counts[name] = int(np.isfinite(levels).sum())
+        if sum(int((levels == level).sum()) >= FEWEST for level in LEVELS.values()) < 2:
+            continue
+        noun = prompts.name(name)
+        texts = [f"There {noun.verb} {noun.described(word).indefinite}." for word in ("severe", "mild")]
+        asked = similarities(model, data.samples, _to(model, model.encode_text(texts)))
+        scores = (contrast[:, f], asked[:, 0] - asked[:, 1])
+        for setting, values in zip(settings, scores, strict=True):
+            found[setting][name] = concordance_statistic(levels, np.round(values, 9))
+    for setting, statistics in found.items():
+        if statistics:
+            statistics["mean"] = combined([(1 / len(statistics), one) for one in statistics.values()])
+        intervals = bootstrap_intervals(statistics, data.patients, repeats=repeats) if statistics else {}
+        for name in (*bank.findings, *(("mean",) if statistics else ())):
+            nothing = Interval(math.nan, math.nan, math.nan, counts.get(name, 0), 0)
+            yield Probe("severity", name, setting, intervals.get(name, nothing))
+
+
+def severities_of(rows: Sequence[StudyImage]) -> list[dict[str, str]]:
+    """Of each row the findings whose severity its report states, the highest where it states several."""
+    found = []
+    for own in _facts_of(rows):
+        highest: dict[str, str] = {}
+        for fact in own:
+            if fact.severity is not None and (fact.finding not in highest or LEVELS[fact.severity] > LEVELS[highest[fact.finding]]):
+                highest[fact.finding] = fact.severity
+        found.append(highest)
+    return found
+
+
+def orientation(
+    model: DualEncoder, data: Read, bank: PromptBank, repeats: int = 1000, progress: Callable[[int], None] = lambda done: None
+) -> Iterator[Probe]:
+    """Mean AUROC of the contrast of films that are turned or mirrored, or volumes whose ends are changed, and as they are."""
+    if films := [i for i, sample in enumerate(data.samples) if sample.affine is None]:
+        natives = [model.reader.native(data.rows[i].path).numpy() for i in films]
+        yield Probe(
+            "orientation", "mean", "films as they are", _mean_area(model, data, bank, films, map(model.reader.read_array, natives), repeats)
+        )
+        for name, turn in TURNS.items():
+            turned = (model.reader.read_array(turn(one)) for one in natives)
+            yield Probe("orientation", "mean", f"films {name}", _mean_area(model, data, bank, films, turned, repeats))
+            progress(1)
+    if volumes := [i for i, sample in enumerate(data.samples) if sample.affine is not None]:
+        kept = [data.samples[i] for i in volumes]
+        yield Probe("orientation", "mean", "volumes as they are", _mean_area(model, data, bank, volumes, kept, repeats))
+        for name, axis in VOLUME_FLIPS.items():
+            changed = (_volume_flipped(one, axis) for one in kept)
+            yield Probe("orientation", "mean", f"volumes, {name}", _mean_area(model, data, bank, volumes, changed, repeats))
+            progress(1)
+
+
+def _volume_flipped(sample: ImageSample, axis: int) -> ImageSample:
+    valid = sample.valid.flip(0) if axis == 1 else sample.valid
+    return replace(sample, pixels=sample.pixels.flip(axis), valid=valid)
+
+
+def _mean_area(
+    model: DualEncoder, data: Read, bank: PromptBank, at: Sequence[int], samples: Iterable[ImageSample], repeats: int
+) -> Interval:
+    """Mean AUROC of the contrast over the findings that some of the images have and others do not."""
+    labels, patients = data.labels(bank.findings)[list(at)], [data.patients[i] for i in at]
+    scores = np.round(similarities(model, list(samples), lambda images: pair_logits(model, images, bank)), 9)
+    found = [auroc_statistic(labels[:, f], scores[:, f]) for f in range(len(bank.findings)) if {0.0, 1.0} <= set(labels[:, f].tolist())]
+    every = combined([(1 / len(found), one) for one in found])
+    return bootstrap_intervals({"x": every}, patients, repeats=repeats)["x"]
+
+
 def corruptions(
     model: DualEncoder,
     data: Read,
@@ -169,14 +252,10 @@ def corruptions(
     Films alone; the pixels are those that a person would be shown.
     """
     films = [i for i, sample in enumerate(data.samples) if sample.affine is None]
-    labels, patients = data.labels(bank.findings)[films], [data.patients[i] for i in films]
     natives = [model.reader.native(data.rows[i].path).numpy() for i in films]
 
     def mean(samples: Sequence[ImageSample]) -> Interval:
-        scores = np.round(similarities(model, samples, lambda images: pair_logits(model, images, bank)), 9)
-        found = [auroc_statistic(labels[:, f], scores[:, f]) for f in range(len(bank.findings)) if {0.0, 1.0} <= set(labels[:, f].tolist())]
-        every = combined([(1 / len(found), one) for one in found])
-        return bootstrap_intervals({"x": every}, patients, repeats=repeats)["x"]
+        return _mean_area(model, data, bank, films, samples, repeats)
 
     yield Probe("corruption", "none", "0", mean([model.reader.read_array(one) for one in natives]))
     for name, corrupt in CORRUPTIONS.items():
@@ -216,85 +295,27 @@ def areas(
 
 def sides_of(rows: Sequence[StudyImage]) -> list[dict[str, Side]]:
     """Of each row the findings that its report states on one side alone."""
-    reader, found = LexiconFacts(), []
+    found = []
+    for own in _facts_of(rows):
+        stated: dict[str, set[Side | None]] = {}
+        for fact in own:
+            stated.setdefault(fact.finding, set()).add(fact.side)
+        found.append({name: next(iter(sides)) for name, sides in stated.items() if len(sides) == 1 and None not in sides})
+    return found  # type: ignore[return-value]
+
+
+def _facts_of(rows: Sequence[StudyImage]) -> Iterator[list[Fact]]:
+    """Of each row what its report states to be present."""
+    reader = LexiconFacts()
     for row in rows:
         text = " ".join(part for part in (row.report, row.findings, row.impression) if part)
-        stated: dict[str, set[Side | None]] = {}
-        for one in reader.facts(text):
-            if one.fact.state == "present":
-                stated.setdefault(one.fact.finding, set()).add(one.fact.side)
-        found.append({name: next(iter(own)) for name, own in stated.items() if len(own) == 1 and None not in own})
-    return found  # type: ignore[return-value]
+        yield [one.fact for one in reader.facts(text) if one.fact.state == "present"]
 
 
 def flipped(sample: ImageSample) -> ImageSample:
     """The image flipped left to right, for a probe alone: its record no longer leads to native pixels."""
     valid = sample.valid if sample.pixels.ndim == 4 else sample.valid.flip(-1)
     return replace(sample, pixels=sample.pixels.flip(-1), valid=valid)
-
-
-def _noise(image: NDArray[np.float32], severity: int, rng: np.random.Generator) -> NDArray[np.float32]:
-    return (image + rng.normal(0, (0.02, 0.04, 0.08, 0.12, 0.2)[severity - 1], image.shape)).clip(0, 1).astype(np.float32)
-
-
-def _blur(image: NDArray[np.float32], severity: int, rng: np.random.Generator) -> NDArray[np.float32]:
-    sigma = (0.004, 0.008, 0.014, 0.022, 0.035)[severity - 1] * min(image.shape)
-    return np.asarray(ndimage.gaussian_filter(image, sigma), dtype=np.float32)
-
-
-def _contrast(image: NDArray[np.float32], severity: int, rng: np.random.Generator) -> NDArray[np.float32]:
-    return (image.mean() + (image - image.mean()) * (0.8, 0.6, 0.45, 0.3, 0.2)[severity - 1]).astype(np.float32)
-
-
-def _jpeg(image: NDArray[np.float32], severity: int, rng: np.random.Generator) -> NDArray[np.float32]:
-    stream = io.BytesIO()
-    Image.fromarray((image * 255).round().astype(np.uint8)).save(stream, "JPEG", quality=(60, 40, 25, 15, 8)[severity - 1])
-    return (np.asarray(Image.open(stream)) / 255).astype(np.float32)
-
-
-def _crop(image: NDArray[np.float32], severity: int, rng: np.random.Generator) -> NDArray[np.float32]:
-    share = (0.95, 0.9, 0.85, 0.8, 0.7)[severity - 1]
-    rows, columns = (max(1, round(side * share)) for side in image.shape)
-    top, left = (image.shape[0] - rows) // 2, (image.shape[1] - columns) // 2
-    return image[top : top + rows, left : left + columns]
-
-
-def _rotation(image: NDArray[np.float32], severity: int, rng: np.random.Generator) -> NDArray[np.float32]:
-    degrees = (2, 4, 8, 12, 20)[severity - 1] * rng.choice([-1, 1])
-    return np.asarray(ndimage.rotate(image, degrees, reshape=False, order=1, mode="constant"), dtype=np.float32).clip(0, 1)
-
-
-def _resolution(image: NDArray[np.float32], severity: int, rng: np.random.Generator) -> NDArray[np.float32]:
-    factor = (1.5, 2, 3, 4, 6)[severity - 1]
-    picture = Image.fromarray(image)
-    width, height = (max(8, round(side / factor)) for side in picture.size)
-    small = picture.resize((width, height), Image.Resampling.BOX)
-    return np.asarray(small.resize(picture.size, Image.Resampling.BILINEAR), dtype=np.float32).clip(0, 1)
-
-
-def _marker(image: NDArray[np.float32], severity: int, rng: np.random.Generator) -> NDArray[np.float32]:
-    """A burnt-in letter in an upper corner, of either side: what it says is not to be trusted."""
-    picture = Image.fromarray((image * 255).round().astype(np.uint8))
-    size = max(6, round(min(image.shape) * (0.04, 0.07, 0.1, 0.14, 0.2)[severity - 1]))
-    right, letter = bool(rng.integers(2)), "LR"[int(rng.integers(2))]
-    at = (picture.width - 2 * size if right else size // 2, size // 2)
-    ImageDraw.Draw(picture).text(at, letter, fill=255, font=ImageFont.load_default(size=size))
-    return (np.asarray(picture) / 255).astype(np.float32)
-
-
-CORRUPTIONS: Mapping[str, Corruption] = MappingProxyType(
-    {
-        "noise": _noise,
-        "blur": _blur,
-        "contrast": _contrast,
-        "JPEG": _jpeg,
-        "crop": _crop,
-        "rotation": _rotation,
-        "resolution": _resolution,
-        "marker": _marker,
-    }
-)
-"""Of films in 0 to 1, at the severities 1 to 5."""
 
 
 def probe_all(
@@ -309,7 +330,7 @@ def probe_all(
     """Every probe, and what was read.
 
     Args:
-        progress: called with images read, then with each corruption done; their number is ``len(rows) + 5 * len(CORRUPTIONS)``.
+        progress: called with images read, then with each corruption and turn done: :func:`steps` of them.
     Raises:
         ValueError: nothing that can be read, or no finding to measure.
     """
@@ -318,6 +339,14 @@ def probe_all(
     bank = encode_prompts(model, prompts, names)
     found = [*negation(model, data, bank, repeats), *wording(model, data, prompts, names, repeats)]
     found += laterality(model, data, prompts, names, repeats)
+    found += severity(model, data, prompts, bank, repeats)
+    found += orientation(model, data, bank, repeats, progress)
     if any(sample.affine is None for sample in data.samples):
         found += corruptions(model, data, bank, repeats, seed, progress)
     return found, data
+
+
+def steps(rows: Sequence[StudyImage]) -> int:
+    """How often :func:`probe_all` calls its progress, if every image can be read."""
+    films, volumes = (any(row.modality == kind for row in rows) for kind in ("xray", "ct"))
+    return len(rows) + films * (len(TURNS) + len(CORRUPTIONS) * len(SEVERITIES)) + volumes * len(VOLUME_FLIPS)

@@ -37,7 +37,7 @@ from medvl.metrics.delong import DeLongInterval, DeLongTest, delong_covariance, 
 from medvl.metrics.labels import LabelCounts, label_counts
 from medvl.metrics.maps import contrast_to_noise, peak, pointing_game, tied_peaks
 from medvl.metrics.paired import Comparison, compare_models
-from medvl.metrics.ranking import auprc_statistic, auroc, auroc_intervals, auroc_statistic
+from medvl.metrics.ranking import auprc_statistic, auroc, auroc_intervals, auroc_statistic, concordance_statistic
 from medvl.metrics.retrieval import Retrieval, chance_of_a_hit, recall_at_k
 from medvl.metrics.subgroups import Difference, Gap, Subgroup, SubgroupTable, subgroup_table
 from medvl.metrics.thresholds import Threshold, choose_threshold
@@ -82,6 +82,7 @@ __all__ = [
     "classification_table",
     "combined",
     "compare_models",
+    "concordance_statistic",
     "contrast_to_noise",
     "coverage_statistic",
     "decided_accuracy_statistic",

@@ -53,6 +53,37 @@ def auroc_statistic(labels: ArrayLike, scores: ArrayLike) -> Statistic:
     return Statistic(of_weights, used, int(positive.sum()))
 
 
+def concordance_statistic(levels: ArrayLike, scores: ArrayLike) -> Statistic:
+    """Chance that of two rows of different level that of the higher one has the higher score, a tie counting half; of two levels the AUROC.
+
+    As a function of row weights w, over the pairs with x_i > x_j:
+        C = sum w_i w_j (1[s_i > s_j] + 1[s_i = s_j] / 2) / sum w_i w_j
+    NaN where all rows are of one level. It holds an (n, n) matrix of the n rows that count.
+
+    Args:
+        levels: (N,) ordered, such as 0 mild, 1 moderate, 2 severe; NaN rows do not count.
+        scores: (N,), any order-preserving scale; may be NaN where the level is.
+    Raises:
+        ValueError: shapes that differ, or a NaN score of a row that counts.
+    Source: Harrell et al. 1982, doi:10.1001/jama.1982.03320430047030; (Somers' D + 1) / 2.
+    """
+    given, values = np.asarray(levels, dtype=np.float64), np.asarray(scores, dtype=np.float64)
+    if given.ndim != 1 or values.shape != given.shape:
+        raise ValueError(f"levels have shape {given.shape}, scores {values.shape}; both must be (N,)")
+    used = ~np.isnan(given)
+    level, score = given[used], values[used]
+    if np.isnan(score).any():
+        raise ValueError("a row that counts has a NaN score")
+    higher = (level[:, None] > level[None, :]).astype(np.float64)
+    wins = higher * ((score[:, None] > score[None, :]) + 0.5 * (score[:, None] == score[None, :]))
+
+    def of_weights(weights: NDArray[np.float64]) -> NDArray[np.float64]:
+        own = weights[:, used]
+        return ratio(((own @ wins) * own).sum(axis=1), ((own @ higher) * own).sum(axis=1))
+
+    return Statistic(of_weights, used)
+
+
 def auprc_statistic(labels: ArrayLike, scores: ArrayLike) -> Statistic:
     """Average precision, the area under the precision-recall steps, as a function of row weights. NaN without a positive.
 

@@ -27,7 +27,7 @@ from tasks.commands.common import (
 from tasks.commands.leaks import leak_options, leaks_checked
 
 
-@click.command(short_help="Probe a model: negation, wording, side, corruptions.")
+@click.command(short_help="Probe a model: negation, wording, side, severity, corruptions.")
 @model_options
 @click.option("--manifest", type=click.Path(path_type=Path), metavar="MANIFEST", help="Labelled studies instead of phantoms.")
 @manifest_options
@@ -58,7 +58,7 @@ def probe(
     trained_on: tuple[Path, ...],
     allowed: tuple[str, ...],
 ) -> None:
-    """See what a model does with negated prompts, other wordings, left and right, flipped images, and corrupted ones.
+    """See what a model does with negated prompts, other wordings, left and right, mild and severe, turned images, and corrupted ones.
 
     Corruptions (noise, blur, contrast, JPEG, crop, rotation, resolution, burnt-in markers) are at five severities, of films alone. Without
     a MANIFEST the studies are new phantoms, which no demo trains on. Rows that share patients, studies or images with training or
@@ -85,10 +85,9 @@ def probe(
     checked: dict[str, Any] = {"model": model, "trained_on": trained_on, "columns": columns, "allow_outside": allow_outside}
     leaks = leaks_checked(encoder.reader, manifest, table, rows, split, out, allowed=allowed, **checked)
     from tasks.page.probes import write_probes
-    from tasks.probes import CORRUPTIONS, SEVERITIES, probe_all
+    from tasks.probes import probe_all, steps
 
-    total = len(rows) + len(CORRUPTIONS) * len(SEVERITIES)
-    with progress("images and corruptions", total) as done, usage_errors(ValueError):
+    with progress("images and corruptions", steps(rows)) as done, usage_errors(ValueError):
         found, data = probe_all(encoder, rows, prompt_set, repeats=repeats, seed=seed, progress=done)
     header = ("probe", "name", "setting", "value", "ci_low", "ci_high", "n")
     facts = {
@@ -109,7 +108,7 @@ def probe(
     write_atomically(out / "probes.json", (json.dumps(told, indent=2, allow_nan=False) + "\n").encode())
     write_probes(out / "probes.html", found, facts)
     for one in found:
-        if one.name in ("mean", "none"):
+        if one.name in ("mean", "none") and one.figure.value == one.figure.value:  # not NaN
             click.echo(f"{one.probe}, {one.setting}: {one.figure.value:.3f} ({one.figure.ci_low:.3f} to {one.figure.ci_high:.3f})")
     click.echo(f"Open {out / 'probes.html'}; figures in {out / 'probes.csv'}.")
     rejected = [(str(bad.path), str(bad)) for bad in table.rejected] + list(data.rejected)

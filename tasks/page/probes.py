@@ -32,6 +32,8 @@ def write_probes(path: Path, probes: Sequence[Probe], facts: Mapping[str, Any]) 
         "negation": _table([one for one in probes if one.probe == "negation"]),
         "wording": _spread([one for one in probes if one.probe == "wording"]),
         "laterality": _table([one for one in probes if one.probe == "laterality"]),
+        "severity": _table([one for one in probes if one.probe == "severity"]),
+        "orientation": [(one.setting, _cell(one.figure)) for one in probes if one.probe == "orientation"],
         "curves": curves,
         "facts": dict(facts),
     }

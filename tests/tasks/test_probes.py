@@ -4,20 +4,37 @@ import csv
 import json
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
+from scipy.stats import somersd
 from sklearn.metrics import roc_auc_score
 
 import medvl
-from medvl.data.manifest import read_manifest
+from medvl.data.manifest import StudyImage, read_manifest
 from medvl.metrics import Interval
 from reports.prompts import load_prompts
 from tasks.cli import cli
+from tasks.corruptions import CORRUPTIONS, SEVERITIES, TURNS
 from tasks.page.probes import write_probes
-from tasks.probes import CORRUPTIONS, SEVERITIES, Probe, flipped, laterality, negation, read, sides_of, usable, wording
-from tasks.zero_shot import encode_prompts
+from tasks.probes import (
+    Probe,
+    Read,
+    flipped,
+    laterality,
+    negation,
+    orientation,
+    read,
+    severities_of,
+    severity,
+    sides_of,
+    usable,
+    wording,
+)
+from tasks.zero_shot import PromptBank, encode_prompts, pair_logits
 
 
 @pytest.fixture(scope="module")
@@ -112,10 +129,10 @@ def test_corruptions_grow_and_keep_to_the_range():
     image = (0.5 + 0.3 * np.sin(x / 5) * np.cos(y / 7) + 0.1 * rng.random((96, 80))).astype(np.float32).clip(0, 1)
     for name, corrupt in CORRUPTIONS.items():
         changes = []
-        for severity in SEVERITIES:
-            made = corrupt(image, severity, np.random.default_rng(1))
+        for level in SEVERITIES:
+            made = corrupt(image, level, np.random.default_rng(1))
             assert made.dtype == np.float32 and made.min() >= 0 and made.max() <= 1, name
-            assert np.array_equal(made, corrupt(image, severity, np.random.default_rng(1))), name
+            assert np.array_equal(made, corrupt(image, level, np.random.default_rng(1))), name
             if name == "crop":
                 changes.append(1 - made.size / image.size)
             else:
@@ -161,3 +178,63 @@ def test_a_curve_has_its_values_at_their_heights_however_low(tmp_path, values, l
     page = write_probes(tmp_path / "p.html", [of("none", "0", values[0]), *(of("blur", str(i), values[i]) for i in (1, 2))], {})
     heights = [float(y) for y in re.findall(r'<circle cx="[\d.]+" cy="([\d.]+)"', page.read_text())]
     np.testing.assert_allclose(heights, [118 * (1 - (value - lowest) / (1 - lowest)) + 12 for value in values], atol=0.06)
+
+
+class Planted:
+    """Tower and similarity in one: an image is the number in its first pixel; texts are 1, and "severe" is twice what "mild" is."""
+
+    def __init__(self, numbers):
+        self.numbers = np.asarray(numbers, dtype=float)
+
+    def similarity(self, images, texts):
+        return torch.outer(images, texts)
+
+    def encode_samples(self, samples):
+        return torch.tensor([self.numbers[one] for one in samples], dtype=torch.float64)
+
+    def encode_text(self, texts):
+        return torch.tensor([2.0 if "severe" in text else 1.0 for text in texts], dtype=torch.float64)
+
+
+def test_severity_is_the_concordance_of_score_and_stated_severity(monkeypatch):
+    """Against Somers' D of scipy, with a score that is severity and noise; a finding with too few has no figure, and its n."""
+    rng = np.random.default_rng(4)
+    words = [("mild", "moderate", "severe")[i % 3] for i in range(60)]
+    numbers = np.array([("mild", "moderate", "severe").index(word) for word in words]) + rng.normal(size=60)
+    reports = [f"There is {word} cardiomegaly." + (" Small right pleural effusion." if i < 3 else "") for i, word in enumerate(words)]
+    rows = [
+        StudyImage(f"s{i}", f"p{i // 2}", "xray", Path(f"{i}.png"), None, "test", text, None, None, {"cardiomegaly": 1}, (), {}, i)
+        for i, text in enumerate(reports)
+    ]
+    assert [own["cardiomegaly"] for own in severities_of(rows)] == words
+    data = Read(tuple(rows), tuple(range(60)), ())
+    names = ("cardiomegaly", "pleural_effusion")
+    monkeypatch.setattr("tasks.probes.pair_logits", lambda model, images, bank: images[:, None].expand(-1, 2))
+    bank = PromptBank(names, *[None] * 3)
+    found = {(one.setting, one.name): one.figure for one in severity(Planted(numbers), data, load_prompts(), bank, 50)}
+    levels = [("mild", "moderate", "severe").index(word) for word in words]
+    expected = (somersd(levels, numbers.round(9)).statistic + 1) / 2
+    for setting in ("score rises with severity", "severe against mild prompts"):
+        assert found[setting, "cardiomegaly"].value == pytest.approx(expected, abs=1e-9)
+        assert found[setting, "mean"].value == pytest.approx(expected, abs=1e-9)
+        assert found[setting, "cardiomegaly"].ci_low < expected < found[setting, "cardiomegaly"].ci_high
+        assert np.isnan(found[setting, "pleural_effusion"].value) and found[setting, "pleural_effusion"].n == 3
+
+
+def test_films_are_turned_as_numpy_turns_them(loaded):
+    image = np.arange(12, dtype=np.float32).reshape(3, 4) / 12
+    assert np.array_equal(TURNS["by 180 degrees"](image), image[::-1, ::-1])
+    assert np.array_equal(TURNS["mirrored left to right"](image), np.fliplr(image))
+    assert np.array_equal(TURNS["mirrored top to bottom"](image), np.flipud(image))
+    assert np.array_equal(TURNS["by 90 degrees, clockwise"](image), image.T[:, ::-1])
+    assert np.array_equal(TURNS["by 90 degrees, counterclockwise"](image), image.T[::-1])
+    model, data, prompts = loaded
+    names = usable(data, prompts)
+    bank = encode_prompts(model, prompts, names)
+    found = {one.setting: one.figure.value for one in orientation(model, data, bank, repeats=5)}
+    assert len(found) == 1 + len(TURNS)
+    turned = [model.reader.read_array(np.fliplr(model.reader.native(row.path).numpy()).copy()) for row in data.rows]
+    scores = pair_logits(model, model.encode_samples(turned), bank).double().numpy()
+    truth = data.labels(names)
+    areas = [roc_auc_score(truth[known, f], scores[known, f]) for f in range(len(names)) if (known := np.isin(truth[:, f], (0, 1))).any()]
+    assert found["films mirrored left to right"] == pytest.approx(np.mean(areas), abs=0.01)
