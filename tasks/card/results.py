@@ -189,6 +189,8 @@ def _classification(measured: Mapping[str, Any]) -> list[str]:
         rows.append(("**mean before calibration**", *(_metric(before.get(metric)) for metric in names), "", ""))
     heads = ("finding", *(f"{METRICS[metric]} (interval)" for metric in names), "uncertain", "not mentioned")
     note = "Labels that are uncertain or not mentioned do not count."
+    if "ece_mass" in names:
+        note += " ECE has bins of equal mass; that of a resample is larger on average, so its interval may lie above it."
     if "thresholds" in found:
         cuts = ", ".join(f"{as_text(name.replace('_', ' '))} {value:.3f}" for name, value in found["thresholds"].items())
         note += f" Thresholds of the probabilities, chosen on validation: {cuts}."

@@ -290,7 +290,7 @@ def show_subgroups(out: Console, attributes: dict[str, Any]) -> None:
         for group, found in one["groups"].items():
             mean, rest = found["auroc"]["mean"], found["auroc"]["less_the_rest"]
             table.add_row(
-                f"{attribute} {group}", str(found["n"]), figure(mean["value"]), interval(mean), signed(rest["value"]), interval(rest)
+                f"{attribute} {group}", str(found["n"]), figure(mean["value"]), interval(mean), signed(rest["value"]), signed_interval(rest)
             )
         if gap := one["widest_gap"]["auroc"]:
             name = f"widest gap: {gap['highest']} less {gap['lowest']}"

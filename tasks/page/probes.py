@@ -59,7 +59,9 @@ def _spread(probes: Sequence[Probe]) -> list[dict[str, str]]:
 
 
 def _cell(figure: Interval) -> dict[str, str]:
-    return {"value": _number(figure.value), "interval": f"{_number(figure.ci_low)} to {_number(figure.ci_high)}", "n": str(figure.n)}
+    known = math.isfinite(figure.value)
+    ends = f"{_number(figure.ci_low)} to {_number(figure.ci_high)}" if known else ""
+    return {"value": _number(figure.value), "interval": ends, "n": str(figure.n)}
 
 
 def _curve(name: str, plain: Probe, probes: Sequence[Probe], lowest: float) -> dict[str, Any]:

@@ -349,3 +349,20 @@ def test_results_without_a_protocol_are_refused(measured_run: Path, tmp_path: Pa
     (tmp_path / "old.json").write_text(json.dumps(measured))
     refused = command("card", measured_run / "model", "--results", tmp_path / "old.json", "--out", tmp_path / "card.md")
     assert refused.exit_code == 2 and "has no 'protocol'" in refused.output and not (tmp_path / "card.md").exists()
+
+
+CARDS = sorted((Path(__file__).parents[2] / "model_cards").glob("*.md"))
+
+
+@pytest.mark.parametrize("card", [one for one in CARDS if one.name != "README.md"], ids=lambda one: one.stem)
+def test_every_figure_of_a_shipped_card_is_one_of_the_files_beside_it(card: Path, tmp_path: Path) -> None:
+    from tasks.card import ResultsError, check_card
+
+    results, probes = card.with_suffix("") / "results.json", card.with_suffix("") / "probes.json"
+    check_card(card, results, probes)
+    text = card.read_text()
+    changed = tmp_path / card.name
+    changed.write_text(re.sub(r"\| \*\*mean\*\* \| 0\.\d{3}", "| **mean** | 0.999", text, count=1))
+    with pytest.raises(ResultsError, match="figures without a source"):
+        check_card(changed, results, probes)
+    assert json.loads(results.read_text())["protocol"]["sha256"] in text and "not for diagnosis" in text
