@@ -130,6 +130,7 @@ def diagnose(
     if explain_folder is not None:
         check_out_folder(explain_folder, "--explain")
     encoder = load_model(model, device, cache)
+    from medvl.types import UnreadableImageError
     from tasks.familiarity import place_of
     from tasks.protocols import sha256_of
     from tasks.scoring import Scorer
@@ -175,9 +176,15 @@ def diagnose(
                     "prompts": protocol.prompts_sha256,
                     "protocol": fingerprint,
                 }
-                page = _write_explanation(explain_folder, name, encoder, raw, scoring, names, how, one if decisions is not None else None)
-                if out is None and not as_json:
-                    click.echo(f"Open {page}.")
+                try:
+                    page = _write_explanation(
+                        explain_folder, name, encoder, raw, scoring, names, how, one if decisions is not None else None
+                    )
+                except (UnreadableImageError, OSError) as error:  # it was there a moment ago, to be scored
+                    rejected.append((one.path, f"no explanation: {error}"))
+                else:
+                    if out is None and not as_json:
+                        click.echo(f"Open {page}.")
             if table is not None:
                 scores = {names[key]: value for key, value in one.findings.items()}
                 table.add(name, one.ok, one.error, scores, one.paths, one.unfamiliar_text)
