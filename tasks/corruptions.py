@@ -1,6 +1,7 @@
-"""What may happen to a film on its way to a model: corruptions at five severities, and films that are turned or mirrored.
+"""What may happen to an image on its way to a model: corruptions at five severities, and films that are turned or mirrored.
 
-Images are (H, W) in 0 to 1, as they are shown to a person.
+Films are (H, W) in 0 to 1, as they are shown to a person. Volumes are (C, S, H, W) as the reader gives them to the tower, windows and all:
+what a corruption adds is in parts of their own deviation.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from scipy import ndimage
 SEVERITIES = (1, 2, 3, 4, 5)
 Corruption = Callable[[NDArray[np.float32], int, np.random.Generator], NDArray[np.float32]]
 Turn = Callable[[NDArray[np.float32]], NDArray[np.float32]]
+Volume = NDArray[np.float32]
 
 
 def _noise(image: NDArray[np.float32], severity: int, rng: np.random.Generator) -> NDArray[np.float32]:
@@ -81,6 +83,41 @@ CORRUPTIONS: Mapping[str, Corruption] = MappingProxyType(
     }
 )
 """Of films in 0 to 1, at the severities 1 to 5."""
+
+
+def _volume_noise(volume: Volume, severity: int, rng: np.random.Generator) -> Volume:
+    return (volume + rng.normal(0, (0.1, 0.2, 0.4, 0.7, 1.2)[severity - 1] * volume.std(), volume.shape)).astype(np.float32)
+
+
+def _volume_blur(volume: Volume, severity: int, rng: np.random.Generator) -> Volume:
+    sigma = (0.004, 0.008, 0.014, 0.022, 0.035)[severity - 1] * min(volume.shape[2:])
+    return np.asarray(ndimage.gaussian_filter(volume, (0, 0, sigma, sigma), mode="nearest"), dtype=np.float32)
+
+
+def _volume_contrast(volume: Volume, severity: int, rng: np.random.Generator) -> Volume:
+    return _contrast(volume, severity, rng)
+
+
+def _volume_rotation(volume: Volume, severity: int, rng: np.random.Generator) -> Volume:
+    degrees = (2, 4, 8, 12, 20)[severity - 1] * rng.choice([-1, 1])
+    return np.asarray(ndimage.rotate(volume, degrees, axes=(3, 2), reshape=False, order=1, mode="nearest"), dtype=np.float32)
+
+
+def _thick_slices(volume: Volume, severity: int, rng: np.random.Generator) -> Volume:
+    return np.asarray(ndimage.uniform_filter1d(volume, (2, 3, 4, 6, 8)[severity - 1], axis=1, mode="nearest"), dtype=np.float32)
+
+
+VOLUME_CORRUPTIONS: Mapping[str, Corruption] = MappingProxyType(
+    {
+        "noise": _volume_noise,
+        "blur within slices": _volume_blur,
+        "contrast": _volume_contrast,
+        "rotation": _volume_rotation,
+        "thick slices": _thick_slices,
+    }
+)
+"""Of volumes, at the severities 1 to 5; rotation is about the long axis, thick slices are means of neighbours."""
+
 
 TURNS: Mapping[str, Turn] = MappingProxyType(
     {

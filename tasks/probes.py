@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -19,16 +21,18 @@ from numpy.typing import NDArray
 from medvl.data.manifest import StudyImage
 from medvl.data.studies import as_listed
 from medvl.metrics import Interval, Statistic, auroc_statistic, bootstrap_intervals, combined, concordance_statistic, mean_statistic
-from medvl.model import DualEncoder, batches
+from medvl.model import DualEncoder
 from medvl.types import Fact, ImageFeatures, ImageSample, Side, TextFeatures, UnreadableImageError
 from reports.facts import LexiconFacts
 from reports.prompts import PromptSet
-from tasks.corruptions import CORRUPTIONS, SEVERITIES, TURNS
+from tasks.corruptions import CORRUPTIONS, SEVERITIES, TURNS, VOLUME_CORRUPTIONS
 from tasks.zero_shot import PromptBank, encode_prompts, pair_logits
 
 LEVELS: Mapping[str, float] = MappingProxyType({"mild": 0.0, "moderate": 1.0, "severe": 2.0})
 FEWEST = 5
 """Studies that a finding needs at each of two levels of severity."""
+KEPT_BYTES = 2**31
+"""Of native films that are held while they are corrupted in one way after the other."""
 VOLUME_FLIPS: Mapping[str, int] = MappingProxyType({"left and right changed": 3, "front and back changed": 2, "head and feet changed": 1})
 """Axis of a volume's pixels (C, S, H, W)."""
 
@@ -206,7 +210,7 @@ def orientation(
 ) -> Iterator[Probe]:
     """Mean AUROC of the contrast of films that are turned or mirrored, or volumes whose ends are changed, and as they are."""
     if films := [i for i, sample in enumerate(data.samples) if sample.affine is None]:
-        natives = [model.reader.native(data.rows[i].path).numpy() for i in films]
+        natives = _Natives(model, (data.rows[i] for i in films))
         yield Probe(
             "orientation", "mean", "films as they are", _mean_area(model, data, bank, films, map(model.reader.read_array, natives), repeats)
         )
@@ -233,7 +237,7 @@ def _mean_area(
 ) -> Interval:
     """Mean AUROC of the contrast over the findings that some of the images have and others do not."""
     labels, patients = data.labels(bank.findings)[list(at)], [data.patients[i] for i in at]
-    scores = np.round(similarities(model, list(samples), lambda images: pair_logits(model, images, bank)), 9)
+    scores = np.round(similarities(model, samples, lambda images: pair_logits(model, images, bank)), 9)
     found = [auroc_statistic(labels[:, f], scores[:, f]) for f in range(len(bank.findings)) if {0.0, 1.0} <= set(labels[:, f].tolist())]
     every = combined([(1 / len(found), one) for one in found])
     return bootstrap_intervals({"x": every}, patients, repeats=repeats)["x"]
@@ -247,30 +251,59 @@ def corruptions(
     seed: int = 0,
     progress: Callable[[int], None] = lambda done: None,
 ) -> Iterator[Probe]:
-    """Mean AUROC of the contrast under each corruption at five severities, and untouched (``none``), of native pixels given as an array.
+    """Mean AUROC of the contrast under each corruption at five severities, and untouched (``none``).
 
-    Films alone; the pixels are those that a person would be shown.
+    Films are corrupted as they would be shown to a person, native pixels given as an array; volumes as the reader gives them to the tower.
     """
     films = [i for i, sample in enumerate(data.samples) if sample.affine is None]
-    natives = [model.reader.native(data.rows[i].path).numpy() for i in films]
+    volumes = [i for i, sample in enumerate(data.samples) if sample.affine is not None]
+    if films:
+        natives = _Natives(model, (data.rows[i] for i in films))
+        untouched = map(model.reader.read_array, natives)
+        yield Probe("corruption", "none", "0", _mean_area(model, data, bank, films, untouched, repeats))
+        for name, corrupt in CORRUPTIONS.items():
+            for level in SEVERITIES:
+                rng = np.random.default_rng([seed, level])
+                made = (model.reader.read_array(corrupt(one, level, rng)) for one in natives)
+                yield Probe("corruption", name, str(level), _mean_area(model, data, bank, films, made, repeats))
+                progress(1)
+    if volumes:
+        kept = [data.samples[i] for i in volumes]
+        prefix = "volumes, " if films else ""
+        yield Probe("corruption", f"{prefix}none", "0", _mean_area(model, data, bank, volumes, kept, repeats))
+        for name, corrupt in VOLUME_CORRUPTIONS.items():
+            for level in SEVERITIES:
+                rng = np.random.default_rng([seed, level])
+                made = (replace(one, pixels=torch.from_numpy(corrupt(one.pixels.float().numpy(), level, rng))) for one in kept)
+                yield Probe("corruption", f"{prefix}{name}", str(level), _mean_area(model, data, bank, volumes, made, repeats))
+                progress(1)
 
-    def mean(samples: Sequence[ImageSample]) -> Interval:
-        return _mean_area(model, data, bank, films, samples, repeats)
 
-    yield Probe("corruption", "none", "0", mean([model.reader.read_array(one) for one in natives]))
-    for name, corrupt in CORRUPTIONS.items():
-        for severity in SEVERITIES:
-            rng = np.random.default_rng([seed, severity])
-            yield Probe("corruption", name, str(severity), mean([model.reader.read_array(corrupt(one, severity, rng)) for one in natives]))
-            progress(1)
+class _Natives:
+    """Native pixels of films, again and again: kept as far as ``KEPT_BYTES`` goes, read anew beyond."""
+
+    def __init__(self, model: DualEncoder, rows: Iterable[StudyImage]) -> None:
+        self._reader, self._paths, self._kept, self._bytes = model.reader, [row.path for row in rows], dict[Path, NDArray[np.float32]](), 0
+
+    def __iter__(self) -> Iterator[NDArray[np.float32]]:
+        for path in self._paths:
+            if (found := self._kept.get(path)) is None:
+                found = self._reader.native(path).numpy()
+                if self._bytes + found.nbytes <= KEPT_BYTES:
+                    self._kept[path] = found
+                    self._bytes += found.nbytes
+            yield found
 
 
 def similarities(
-    model: DualEncoder, samples: Sequence[ImageSample], of: Callable[[ImageFeatures], torch.Tensor], size: int = 32
+    model: DualEncoder, samples: Iterable[ImageSample], of: Callable[[ImageFeatures], torch.Tensor], size: int = 32
 ) -> NDArray[np.float64]:
     """(N, ...) of the images, a batch at a time."""
+    left, parts = iter(samples), []
     with torch.inference_mode():
-        return np.concatenate([of(model.encode_samples(part)).double().cpu().numpy() for part in batches(samples, size)])
+        while part := list(islice(left, size)):
+            parts.append(of(model.encode_samples(part)).double().cpu().numpy())
+    return np.concatenate(parts)
 
 
 def _to(model: DualEncoder, texts: TextFeatures) -> Callable[[ImageFeatures], torch.Tensor]:
@@ -341,12 +374,12 @@ def probe_all(
     found += laterality(model, data, prompts, names, repeats)
     found += severity(model, data, prompts, bank, repeats)
     found += orientation(model, data, bank, repeats, progress)
-    if any(sample.affine is None for sample in data.samples):
-        found += corruptions(model, data, bank, repeats, seed, progress)
+    found += corruptions(model, data, bank, repeats, seed, progress)
     return found, data
 
 
 def steps(rows: Sequence[StudyImage]) -> int:
     """How often :func:`probe_all` calls its progress, if every image can be read."""
     films, volumes = (any(row.modality == kind for row in rows) for kind in ("xray", "ct"))
-    return len(rows) + films * (len(TURNS) + len(CORRUPTIONS) * len(SEVERITIES)) + volumes * len(VOLUME_FLIPS)
+    of_films, of_volumes = len(TURNS) + len(CORRUPTIONS) * len(SEVERITIES), len(VOLUME_FLIPS) + len(VOLUME_CORRUPTIONS) * len(SEVERITIES)
+    return len(rows) + films * of_films + volumes * of_volumes

@@ -60,7 +60,8 @@ def probe(
 ) -> None:
     """See what a model does with negated prompts, other wordings, left and right, mild and severe, turned images, and corrupted ones.
 
-    Corruptions (noise, blur, contrast, JPEG, crop, rotation, resolution, burnt-in markers) are at five severities, of films alone. Without
+    Corruptions are at five severities: of films noise, blur, contrast, JPEG, crop, rotation, resolution and burnt-in markers, of volumes
+    noise, blur, contrast, rotation and thick slices. Without
     a MANIFEST the studies are new phantoms, which no demo trains on. Rows that share patients, studies or images with training or
     validation rows are listed in leaks.csv and end it, unless allowed by name.
 

@@ -16,6 +16,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from tasks.cli import cli
+from tasks.corruptions import VOLUME_CORRUPTIONS
 from tasks.demo import recipe_path
 from tasks.phantoms import write_cohort
 
@@ -331,3 +332,14 @@ def test_a_volume_is_explained_by_signs_slices_and_maps(cohort: Path, run_folder
     best = max(series["findings"]["pleural_effusion"])
     assert f"{best:.3f}" in page and "from below" in page and "<polyline" in page
     assert page.count("data:image/jpeg;base64,") == 1 + len(finding["signs"]) and len(finding["signs"]) > 3
+
+
+def test_volumes_are_probed_turned_and_corrupted(cohort: Path, run_folder: Path, tmp_path: Path) -> None:
+    ask = ["--model", str(run_folder), "--manifest", str(cohort), "--modality", "ct", "--split", "all", "--repeats", "3"]
+    done = CliRunner().invoke(cli, ["probe", *ask, "--out", str(tmp_path), *SEEN])
+    assert done.exit_code == 0, done.output
+    probes = json.loads((tmp_path / "probes.json").read_text())["probes"]
+    corrupted = {(one["name"], one["setting"]) for one in probes if one["probe"] == "corruption"}
+    assert len(corrupted) == 1 + 5 * len(VOLUME_CORRUPTIONS) and ("thick slices", "5") in corrupted
+    turned = {one["setting"]: one["value"] for one in probes if one["probe"] == "orientation"}
+    assert len(turned) == 4 and len(set(turned.values())) > 1, turned

@@ -18,11 +18,12 @@ from medvl.data.manifest import StudyImage, read_manifest
 from medvl.metrics import Interval
 from reports.prompts import load_prompts
 from tasks.cli import cli
-from tasks.corruptions import CORRUPTIONS, SEVERITIES, TURNS
+from tasks.corruptions import CORRUPTIONS, SEVERITIES, TURNS, VOLUME_CORRUPTIONS
 from tasks.page.probes import write_probes
 from tasks.probes import (
     Probe,
     Read,
+    _Natives,
     flipped,
     laterality,
     negation,
@@ -238,3 +239,33 @@ def test_films_are_turned_as_numpy_turns_them(loaded):
     truth = data.labels(names)
     areas = [roc_auc_score(truth[known, f], scores[known, f]) for f in range(len(names)) if (known := np.isin(truth[:, f], (0, 1))).any()]
     assert found["films mirrored left to right"] == pytest.approx(np.mean(areas), abs=0.01)
+
+
+def test_corruptions_of_volumes_do_more_the_severer_they_are():
+    rng = np.random.default_rng(0)
+    volume = rng.normal(size=(1, 12, 96, 100)).astype(np.float32)
+    for name, corrupt in VOLUME_CORRUPTIONS.items():
+        changes = []
+        for level in SEVERITIES:
+            made = corrupt(volume, level, np.random.default_rng(1))
+            assert made.shape == volume.shape and made.dtype == np.float32, name
+            changes.append(float(np.abs(made - volume).mean()))
+        assert changes[0] > 0 and changes == sorted(changes), (name, changes)
+    steps_in_height = np.broadcast_to(np.arange(12, dtype=np.float32)[None, :, None, None], volume.shape)
+    for name in ("blur within slices", "rotation"):  # slices stay by themselves
+        np.testing.assert_allclose(VOLUME_CORRUPTIONS[name](steps_in_height.copy(), 5, rng), steps_in_height, atol=1e-4)
+    thick = VOLUME_CORRUPTIONS["thick slices"](volume, 2, rng)
+    np.testing.assert_allclose(thick[:, 1:-1], (volume[:, :-2] + volume[:, 1:-1] + volume[:, 2:]) / 3, atol=1e-6)
+
+
+def test_natives_are_read_anew_where_they_would_fill_memory(loaded, monkeypatch):
+    model, data, _ = loaded
+    reads = []
+    native = model.reader.native
+    monkeypatch.setattr(type(model.reader), "native", lambda self, path: reads.append(path) or native(path))
+    for limit, expected in ((2**31, 3), (0, 6), (48 * 40 * 4, 5)):
+        monkeypatch.setattr("tasks.probes.KEPT_BYTES", limit)
+        reads.clear()
+        films = _Natives(model, data.rows[:3])
+        first, second = (list(films) for _ in range(2))
+        assert len(reads) == expected and all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
