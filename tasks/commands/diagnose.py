@@ -290,12 +290,14 @@ def _write_explanation(
     found = explain(encoder, raw, scoring, list(raw.findings.values()) if of_run else None)
     probabilities = None if calibrated is None else dict(calibrated.findings)
     base = folder / f"{slug(Path(name).name)[:60]}-{hashlib.sha256(name.encode('utf-8', 'surrogateescape')).hexdigest()[:8]}"
-    told = found.to_dict() | {"study": name, "how": facts}
+    told = found.to_dict() | {"study": name, "how": facts, "unfamiliar": raw.unfamiliar_text}
     for one in told["findings"]:
         one["label"] = names[one["finding"]]
         one["probability"] = None if probabilities is None else probabilities[one["finding"]]
     write_atomically(base.with_suffix(".json"), (json_text(told) + "\n").encode("utf-8", "surrogateescape"))
-    return write_explanation(base.with_suffix(".html"), encoder, found, facts, called=names, probabilities=probabilities)
+    return write_explanation(
+        base.with_suffix(".html"), encoder, found, facts, called=names, probabilities=probabilities, unfamiliar=raw.unfamiliar_text
+    )
 
 
 def _write_table(path: Path, results: Sequence[Diagnosis], names: dict[str, str]) -> None:

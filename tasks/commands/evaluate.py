@@ -42,7 +42,10 @@ if TYPE_CHECKING:
 @model_options
 @click.option("--manifest", type=click.Path(path_type=Path), metavar="MANIFEST", help="Table of labelled studies, if not given first.")
 @click.option(
-    "--protocol", "protocol_name", metavar="NAME", help="Prompts, labels, rule, split and texts as it has them: phantom, or a YAML."
+    "--protocol",
+    "protocol_name",
+    metavar="NAME",
+    help="Prompts, labels, rule, split and texts as it has them: phantom, a label set's name, or a YAML.",
 )
 @labels_option
 @preset_option

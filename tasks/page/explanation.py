@@ -48,6 +48,7 @@ def write_explanation(
     *,
     called: Mapping[str, str] | None = None,
     probabilities: Mapping[str, float] | None = None,
+    unfamiliar: str | None = None,
     findings: int = SHOWN,
 ) -> Path:
     """Write the page whole or not at all.
@@ -56,6 +57,7 @@ def write_explanation(
         facts: how the scores were made, a line each.
         called: what findings are called, if not by their ids.
         probabilities: calibrated ones of the findings, where there are.
+        unfamiliar: why the study is not what the model was made for, if it is not.
         findings: how many have maps drawn, the highest scores first; a class that says that nothing is wrong has none.
     """
     names = called or {}
@@ -80,6 +82,7 @@ def write_explanation(
     ]
     page = {
         "images": [_image(view) for view in views],
+        "unfamiliar": unfamiliar,
         "left_out": max(0, len(explanation.paths) - len(views)),
         "findings": sections,
         "drawn": len(maps),

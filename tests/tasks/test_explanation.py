@@ -168,6 +168,7 @@ def test_the_command_explains_every_good_study_and_goes_on_where_it_was_stopped(
     assert len(names) == 4 and {Path(name).suffix for name in names} == {".json", ".html"} and names[0].startswith("s00_dcm-")
     told = json.loads((tmp_path / "whole" / names[1]).read_text(), parse_constant=lambda name: pytest.fail(name))
     assert told["calibrated"] is False and "not for diagnosis" in told["notice"] and told["study"] == str(tiny.dicom)
+    assert told["unfamiliar"] is None
     assert {one["label"] for one in told["findings"]} == set(FINDINGS)
     html = (tmp_path / "whole" / names[0]).read_text()
     seen = Page(html)
@@ -184,3 +185,12 @@ def test_the_command_explains_every_good_study_and_goes_on_where_it_was_stopped(
     assert again.exit_code == 1
     for name in names:
         assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+def test_a_page_says_that_its_study_is_not_what_the_model_was_made_for(model: Any, tiny: Any, tmp_path: Path) -> None:
+    bank = encode_prompts(model, load_prompts(), FINDINGS)
+    (one,) = diagnose(model, [tiny.png], bank)
+    path = page.write_explanation(tmp_path / "p.html", model, explain(model, one, bank), {}, unfamiliar="body part <HAND>", findings=1)
+    text = path.read_text()
+    assert "Not what the model was made for:" in text and "body part &lt;HAND&gt;." in text
+    assert Page(text).images and len(Page(text).images) == 1 + len(load_prompts().findings[FINDINGS[0]].positive)

@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from scipy.special import logit
 from sklearn.metrics import average_precision_score, brier_score_loss, f1_score, roc_auc_score
 
 import medvl
+import tasks.protocols
 from medvl.data.manifest import read_manifest
 from reports.prompts import load_prompts
 from tasks.cli import cli
@@ -155,3 +157,38 @@ def test_what_a_protocol_fixes_is_not_given_again(tiny, table, tmp_path):
     own.write_text("splits: val\n")
     with pytest.raises(ValueError, match="expected a protocol with"):
         named_protocol(str(own))
+
+
+def test_every_protocol_that_comes_with_the_package_names_what_there_is():
+    folder = Path(tasks.protocols.__file__).with_name("evaluation_protocols")
+    names = {path.stem for path in folder.glob("*.yaml")}
+    assert names >= {
+        "phantom",
+        "chexpert_14",
+        "chestxray_14",
+        "vindr_cxr",
+        "openi_18",
+        "padchest",
+        "rsna",
+        "siim",
+        "ct_rate_18",
+        "merlin_30",
+    }
+    for name in names:
+        fixed = named_protocol(name)
+        assert preset(fixed.preset) and fixed.split == "test" and fixed.modality in ("xray", "ct")
+        if fixed.labels is not None:
+            assert fixed.labels == name and load_prompts(name).label_set(name) and fixed.unit == "study"
+
+
+def test_a_label_set_s_protocol_measures_its_labels_and_says_which_the_table_lacks(tiny, table, tmp_path):
+    run("evaluate", table, "--model", tiny.model, "--protocol", "chexpert_14", "--repeats", "5", "--no-baseline", "--out", tmp_path)
+    found = measured(tmp_path / "results.json")
+    assert found["protocol"]["score"]["label_set"] == "chexpert_14" and found["protocol"]["unit"] == "study"
+    assert list(found["zero_shot"]["per_finding"]) == list(load_prompts("chexpert_14").label_set("chexpert_14").values())
+    known = {name: one["auroc"] for name, one in found["zero_shot"]["per_finding"].items() if one["auroc"] is not None}
+    assert set(known) == {"cardiomegaly", "pleural_effusion"}
+    assert found["zero_shot"]["macro_auroc"] == pytest.approx(np.mean(list(known.values())))
+    assert len(found["classification"]["macro"]["auroc"]["left_out"]) == 12
+    with pytest.raises(AssertionError, match="chexpert_14 has test"):
+        run("evaluate", table, "--model", tiny.model, "--protocol", "chexpert_14", "--split", "val", "--out", tmp_path)
