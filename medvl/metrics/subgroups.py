@@ -127,25 +127,26 @@ def subgroup_table(
         raise ValueError(f"least is {least}, expected at least 1")
     member = np.array(groups, dtype=object)
     order = sorted(set(groups))
+    rest = dict(zip(order, reversed(order), strict=True)) if len(order) == 2 else {group: f"all but\0{group}" for group in order}
+    sides = {**{group: member == group for group in order}, **({} if len(order) == 2 else {rest[one]: member != one for one in order})}
     statistics: dict[str, Statistic] = {}
     counting: dict[tuple[str, str], list[str]] = {}  # metric and rows -> findings that count
-    for group in order:
-        for side, rows in ((group, member == group), (_rest(group), member != group)):
-            for f, name in enumerate(names):
-                own = np.where(rows, labels[:, f], np.nan)
-                counts = label_counts(own)
-                if min(counts.positive, counts.negative) < least:
-                    continue
-                for metric, statistic in _statistics(own, scores[:, f], (thresholds or {}).get(name)).items():
-                    statistics[_key(metric, side, name)] = statistic
-                    counting.setdefault((metric, side), []).append(name)
+    for side, rows in sides.items():
+        for f, name in enumerate(names):
+            own = np.where(rows, labels[:, f], np.nan)
+            counts = label_counts(own)
+            if min(counts.positive, counts.negative) < least:
+                continue
+            for metric, statistic in _statistics(own, scores[:, f], (thresholds or {}).get(name)).items():
+                statistics[_key(metric, side, name)] = statistic
+                counting.setdefault((metric, side), []).append(name)
     drawn = bootstrap_resamples(statistics, patient_ids, repeats=repeats, seed=seed, level=level)
     metrics = ["auroc", *(("sensitivity", "specificity") if thresholds else ())]
     ids = np.array([str(one) for one in patient_ids], dtype=object)
     return SubgroupTable(
         rows={group: int((member == group).sum()) for group in order},
         patients={group: len(set(ids[member == group])) for group in order},
-        metrics={metric: {group: _subgroup(drawn, counting, metric, group) for group in order} for metric in metrics},
+        metrics={metric: {group: _subgroup(drawn, counting, metric, group, rest[group]) for group in order} for metric in metrics},
         gaps={metric: _widest(drawn, counting, metric, order) for metric in metrics},
         least=least,
     )
@@ -159,12 +160,12 @@ def _statistics(labels: NDArray[np.float64], scores: NDArray[np.float64], thresh
     return found
 
 
-def _subgroup(drawn: Resamples, counting: Mapping[tuple[str, str], list[str]], metric: str, group: str) -> Subgroup:
+def _subgroup(drawn: Resamples, counting: Mapping[tuple[str, str], list[str]], metric: str, group: str, rest: str) -> Subgroup:
     names = counting.get((metric, group), [])
     return Subgroup(
         per_finding={name: drawn.interval(_key(metric, group, name)) for name in names},
         mean=drawn.mean([_key(metric, group, name) for name in names]),
-        to_rest=_difference(drawn, counting, metric, group, _rest(group)),
+        to_rest=_difference(drawn, counting, metric, group, rest),
     )
 
 
@@ -190,7 +191,3 @@ def _widest(drawn: Resamples, counting: Mapping[tuple[str, str], list[str]], met
 
 def _key(metric: str, side: str, name: str) -> str:
     return f"{metric}\0{side}\0{name}"
-
-
-def _rest(group: str) -> str:
-    return f"all but\0{group}"
