@@ -277,7 +277,7 @@ def _write_explanation(
     """A study's explanation as JSON and as a page, both named after the study; the page.
 
     Args:
-        name: id of the study.
+        name: id of the study; files are named after it and, by a hash, its images: its first film alone is another study.
         raw: its scores; ``calibrated`` has probabilities in their place, where there are.
     """
     from medvl.model import write_atomically
@@ -289,7 +289,8 @@ def _write_explanation(
     of_run = isinstance(scoring, Scorer) and scoring.rule.depends_on_run
     found = explain(encoder, raw, scoring, list(raw.findings.values()) if of_run else None)
     probabilities = None if calibrated is None else dict(calibrated.findings)
-    base = folder / f"{slug(Path(name).name)[:60]}-{hashlib.sha256(name.encode('utf-8', 'surrogateescape')).hexdigest()[:8]}"
+    of = hashlib.sha256("\0".join((name, *raw.paths)).encode("utf-8", "surrogateescape")).hexdigest()[:8]
+    base = folder / f"{slug(Path(name).name)[:60]}-{of}"
     told = found.to_dict() | {"study": name, "how": facts, "unfamiliar": raw.unfamiliar_text}
     for one in told["findings"]:
         one["label"] = names[one["finding"]]

@@ -187,7 +187,7 @@ def test_a_volume_is_told_without_its_padding(monkeypatch):
     height = torch.arange(5.0).expand(2, 5)
     both = projected(ImageBatch(pixels, valid, height))
     alone = projected(ImageBatch(pixels[:1, :, :3], valid[:1, :3], height[:1, :3]))
-    assert torch.equal(alone.pooled[0], both.pooled[0])
+    torch.testing.assert_close(alone.pooled[0], both.pooled[0], rtol=1e-5, atol=1e-6)  # sums over strided and whole memory
     assert len(counting.shown) == 2
     with pytest.raises(ValueError, match="tokens of volumes are not kept"):
         ProjectedEncoder(Mean(), 3, tokens=True)(ImageBatch(pixels, valid, height))

@@ -144,7 +144,7 @@ def test_what_a_protocol_fixes_is_not_given_again(tiny, table, tmp_path):
     base = ["evaluate", table, "--model", tiny.model, "--out", tmp_path / "out"]
     for more, said in (
         (["--protocol", "phantom", "--split", "val"], "protocol phantom has test"),
-        (["--protocol", "nothing"], "known are phantom"),
+        (["--protocol", "nothing"], "known are chestxray_14, chexpert_14"),
         (["--manifest", table], "give the MANIFEST once"),
         (["--labels", "chexpert_15"], "chexpert_15"),
     ):
