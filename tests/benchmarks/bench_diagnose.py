@@ -123,7 +123,7 @@ def main() -> None:
     killed(small, found, cut, given.kills)
     with cut.open(newline="") as file:
         others = list(csv.DictReader(file))
-    columns = [name for name in lines[0] if name not in ("id", "ok", "error", "calibrated", "protocol", "paths", "notice")]
+    columns = [name for name in lines[0] if name not in ("id", "ok", "error", "calibrated", "unfamiliar", "protocol", "paths", "notice")]
     same = [line["id"] for line in lines] == [line["id"] for line in others]
     apart = max(abs(float(a[c]) - float(b[c])) for a, b in zip(lines, others, strict=True) if a["ok"] == "1" for c in columns)
     SAY(f"killed {given.kills} times and resumed: same lines {same}, scores apart by at most {apart:.1e}")
