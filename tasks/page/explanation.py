@@ -36,8 +36,16 @@ class _View:
     path: str
     sample: ImageSample
     features: ImageFeatures
-    native: NDArray[np.float32]
-    picture: Shown | None  # of a film
+    native: NDArray[np.float32]  # (H, W) of a film, (S, H, W) of a volume, 0 to 1
+    orientation: tuple[str, str] | None  # of a film
+
+    def drawn(self, scores: NDArray[np.float32], at: tuple[int, ...] | None) -> _Drawn:
+        """Scores of all its pixels on the film, or on the slice of the volume that the peak ``at`` lies in, else the middle one."""
+        name = Path(self.path).name
+        if self.sample.affine is None:
+            return _Drawn(Shown(self.native, self.orientation), scores, in_plane(at), name)
+        cut, of_cut, place, level = shown_slice(self.native, scores, self.sample.affine, at)
+        return _Drawn(cut, of_cut, place, f"{name}, slice {level} from below")
 
 
 def write_explanation(
@@ -106,9 +114,11 @@ class _Drawn:
 @torch.inference_mode()
 def _view(model: DualEncoder, path: str) -> _View:
     sample = model.read(Path(path))
-    picture = shown(model.reader, Path(path)) if sample.affine is None else None
-    native = picture.pixels if picture is not None else model.reader.native(Path(path)).numpy()
-    return _View(path, sample, model.encode_samples([sample]), native, picture)
+    features = model.encode_samples([sample])
+    if sample.affine is not None:
+        return _View(path, sample, features, model.reader.native(Path(path)).numpy(), None)
+    film = shown(model.reader, Path(path))
+    return _View(path, sample, features, film.pixels, film.orientation)
 
 
 def _maps(model: DualEncoder, views: Sequence[_View], one: FindingExplanation) -> list[list[_Drawn]]:
@@ -122,13 +132,7 @@ def _maps(model: DualEncoder, views: Sequence[_View], one: FindingExplanation) -
         for view in views if sign.positive else ():
             grids = token_maps(model, view.features, sign.positive)[0].amax(0, keepdim=True)
             scores = native_maps(grids, view.sample.transform, view.features.extent)[0]
-            at = peak(scores)
-            if view.picture is not None:
-                row.append(_Drawn(view.picture, scores, in_plane(at), Path(view.path).name))
-            else:
-                assert view.sample.affine is not None
-                cut, of_cut, place, level = shown_slice(view.native, scores, view.sample.affine, at)
-                row.append(_Drawn(cut, of_cut, place, f"{Path(view.path).name}, slice {level} from below"))
+            row.append(view.drawn(scores, peak(scores)))
         found.append(row)
     return found
 
@@ -176,14 +180,10 @@ def _map(drawn: _Drawn, limit: float) -> dict[str, str]:
 
 
 def _image(view: _View) -> dict[str, str]:
-    if view.picture is not None:
-        picture, what = view.picture, ""
-    else:
-        assert view.sample.affine is not None
-        picture, _, _, level = shown_slice(view.native, np.zeros_like(view.native), view.sample.affine, None)
-        what = f", slice {level} from below"
+    drawn = view.drawn(np.zeros_like(view.native), None)
+    picture = drawn.picture
     png = thumbnail(picture.pixels, orientation=picture.orientation, side=SIDE["image"], pixel_aspect=picture.pixel_aspect)
-    return {"src": _jpeg(png), "what": f"{Path(view.path).name}{what}"}
+    return {"src": _jpeg(png), "what": drawn.what}
 
 
 def _curve(series: Any, finding: str) -> dict[str, Any] | None:
