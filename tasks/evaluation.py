@@ -371,9 +371,7 @@ def _classification(
         return classification_table(labels, scores, names, patients, **options).to_dict()
     shares = bool(((scores >= 0) & (scores <= 1)).all())
     before = classification_table(labels, scores, names, patients, probabilities=scores if shares else None, **options).to_dict()
-    given = [decisions.probabilities(dict(zip(names, row, strict=True))) for row in scores.tolist()]
-    probabilities = np.array([[one[name] for name in names] for one in given])
-    cuts = {name: decisions.findings[name].threshold.value for name in names}
+    probabilities, cuts = _calls(decisions, names, scores)
     found = classification_table(labels, probabilities, names, patients, thresholds=cuts, probabilities=probabilities, **options).to_dict()
     for own, of_scores in ((found["macro"], before["macro"]), *((found["findings"][name], before["findings"][name]) for name in names)):
         own |= {metric: of_scores[metric] for metric in ("auroc", "auprc")}
@@ -386,23 +384,27 @@ def _classification(
     }
 
 
+def _calls(decisions: Decisions, names: Sequence[str], scores: NDArray[np.float64]) -> tuple[NDArray[np.float64], dict[str, float]]:
+    """(N, F) probabilities of the scores, and the thresholds of these."""
+    given = [decisions.probabilities(dict(zip(names, row, strict=True))) for row in scores.tolist()]
+    return np.array([[one[name] for name in names] for one in given]), {name: decisions.findings[name].threshold.value for name in names}
+
+
 def _subgroups(predictions: Predictions, patients: list[str], repeats: int, seed: int, decisions: Decisions | None) -> dict[str, Any]:
     """Each attribute that parts the units: AUROC of each subgroup; of calls at the thresholds of validation sensitivity and specificity."""
     names, counted = predictions.findings, predictions.counted()
     labels, scores = predictions.labels[counted], predictions.scores[counted]
     ids = [patients[i] for i in counted]
-    cuts = None
+    calls: dict[str, Any] = {}
     if decisions is not None and decisions.covers(names):
-        given = [decisions.probabilities(dict(zip(names, row, strict=True))) for row in scores.tolist()]
-        scores = np.array([[one[name] for name in names] for one in given])
-        cuts = {name: decisions.findings[name].threshold.value for name in names}
+        calls["probabilities"], calls["thresholds"] = _calls(decisions, names, scores)
     found: dict[str, Any] = {"attributes": {}, "of_one_kind": {}}
     for attribute, groups in subgroups(predictions.rows, by_unit(predictions.rows, predictions.unit)).items():
         kinds = sorted(set(groups))
         if len(kinds) < 2:
             found["of_one_kind"][attribute] = kinds[0]
             continue
-        table = subgroup_table(labels, scores, names, groups, ids, thresholds=cuts, repeats=repeats, seed=seed)
+        table = subgroup_table(labels, scores, names, groups, ids, repeats=repeats, seed=seed, **calls)
         found["attributes"][attribute] = table.to_dict()
     return found
 

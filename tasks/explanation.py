@@ -154,7 +154,12 @@ def _signs(
         others = [i for i in range(len(scores)) if not scoring.normal[i]]
         if others:
             highest = max(others, key=lambda i: scores[i])
-            return f"1 less the highest of the others, {scoring.findings[highest]} {scores[highest]:.3f}", "none", None, ()
+            return (
+                f"1 less the highest of the others, {scoring.findings[highest].replace('_', ' ')} {scores[highest]:.3f}",
+                "none",
+                None,
+                (),
+            )
     own = [(group, value) for group, value in scoring.signs(torch.stack(list(images))) if group.finding == f]
     values = [value for _, value in own]
     how, scale, whole, parts = _contributions(values, rule.combine)

@@ -25,7 +25,7 @@ from medvl.model import DualEncoder
 from medvl.types import Fact, ImageFeatures, ImageSample, Side, TextFeatures, UnreadableImageError
 from reports.facts import LexiconFacts
 from reports.prompts import PromptSet
-from tasks.corruptions import CORRUPTIONS, SEVERITIES, TURNS, VOLUME_CORRUPTIONS
+from tasks.corruptions import CORRUPTIONS, SEVERITIES, TURNS, VOLUME_CORRUPTIONS, Corruption
 from tasks.zero_shot import PromptBank, encode_prompts, pair_logits
 
 LEVELS: Mapping[str, float] = MappingProxyType({"mild": 0.0, "moderate": 1.0, "severe": 2.0})
@@ -274,9 +274,16 @@ def corruptions(
         for name, corrupt in VOLUME_CORRUPTIONS.items():
             for level in SEVERITIES:
                 rng = np.random.default_rng([seed, level])
-                made = (replace(one, pixels=torch.from_numpy(corrupt(one.pixels.float().numpy(), level, rng))) for one in kept)
+                made = (_corrupted(one, corrupt, level, rng) for one in kept)
                 yield Probe("corruption", f"{prefix}{name}", str(level), _mean_area(model, data, bank, volumes, made, repeats))
                 progress(1)
+
+
+def _corrupted(volume: ImageSample, corrupt: Corruption, severity: int, rng: np.random.Generator) -> ImageSample:
+    """The volume with its slices corrupted, and its padding as it was."""
+    pixels = volume.pixels.float().clone()
+    pixels[:, volume.valid] = torch.from_numpy(corrupt(pixels[:, volume.valid].numpy(), severity, rng))
+    return replace(volume, pixels=pixels)
 
 
 class _Natives:

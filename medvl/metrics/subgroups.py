@@ -102,6 +102,7 @@ def subgroup_table(
     patient_ids: PatientIds,
     *,
     thresholds: Mapping[str, float] | None = None,
+    probabilities: NDArray[np.float64] | None = None,
     least: int = LEAST,
     repeats: int = 1000,
     seed: int = 0,
@@ -115,7 +116,9 @@ def subgroup_table(
         names: (F,).
         groups: (N,) the subgroup of each row.
         patient_ids: (N,), what resamples are drawn by; a patient may have rows in several subgroups.
-        thresholds: finding -> threshold on the scale of ``scores``, chosen on other patients; None for AUROC alone.
+        thresholds: finding -> threshold, chosen on other patients; None for AUROC alone.
+        probabilities: (N, F) that the thresholds are of; None: they are of the scores. AUROC is of the scores always: a calibration may
+            turn a finding round.
         least: rows of each label that a finding needs in a subgroup, at least 1.
         repeats, seed, level: as in :func:`bootstrap_resamples`.
     Raises:
@@ -125,6 +128,9 @@ def subgroup_table(
         raise ValueError(f"labels {labels.shape}, scores {scores.shape}: expected both ({len(groups)}, {len(names)}), as groups and names")
     if least < 1:
         raise ValueError(f"least is {least}, expected at least 1")
+    decided = scores if probabilities is None else probabilities
+    if decided.shape != scores.shape:
+        raise ValueError(f"probabilities {decided.shape}: expected {scores.shape}, as the scores")
     member = np.array(groups, dtype=object)
     order = sorted(set(groups))
     rest = dict(zip(order, reversed(order), strict=True)) if len(order) == 2 else {group: f"all but\0{group}" for group in order}
@@ -137,7 +143,7 @@ def subgroup_table(
             counts = label_counts(own)
             if min(counts.positive, counts.negative) < least:
                 continue
-            for metric, statistic in _statistics(own, scores[:, f], (thresholds or {}).get(name)).items():
+            for metric, statistic in _statistics(own, scores[:, f], decided[:, f], (thresholds or {}).get(name)).items():
                 statistics[_key(metric, side, name)] = statistic
                 counting.setdefault((metric, side), []).append(name)
     drawn = bootstrap_resamples(statistics, patient_ids, repeats=repeats, seed=seed, level=level)
@@ -152,11 +158,13 @@ def subgroup_table(
     )
 
 
-def _statistics(labels: NDArray[np.float64], scores: NDArray[np.float64], threshold: float | None) -> dict[str, Statistic]:
+def _statistics(
+    labels: NDArray[np.float64], scores: NDArray[np.float64], decided: NDArray[np.float64], threshold: float | None
+) -> dict[str, Statistic]:
     found = {"auroc": auroc_statistic(labels, scores)}
     if threshold is not None:
-        found["sensitivity"] = sensitivity_statistic(labels, scores, threshold)
-        found["specificity"] = specificity_statistic(labels, scores, threshold)
+        found["sensitivity"] = sensitivity_statistic(labels, decided, threshold)
+        found["specificity"] = specificity_statistic(labels, decided, threshold)
     return found
 
 

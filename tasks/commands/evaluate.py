@@ -139,6 +139,8 @@ def evaluate(
         labels, preset = fixed.labels or labels, fixed.preset or preset
         split, modality, text_policy = fixed.split or split, fixed.modality or modality, fixed.text_policy or text_policy
         unit = fixed.unit or unit
+    if decisions_path is not None and unit != "study":
+        raise click.UsageError(f"--decisions: `medvl calibrate` fits scores of studies, not of each {unit}; leave out --unit {unit}")
     prompt_set = prompts_of(prompts, labels)
     out, name = (out.parent, out.name) if out.suffix == ".json" else (out, "results.json")
     table = load_manifest(manifest, columns, allow_outside)
@@ -180,8 +182,6 @@ def evaluate(
             )
     scores = score_protocol(model, encoder, preset, prompt_set, scoring, labels)
     decisions = decisions_of(decisions_path, model, scores, predictions.findings) if unit == "study" else None
-    if decisions_path is not None and unit != "study":
-        raise click.UsageError(f"--decisions: `medvl calibrate` fits scores of studies, not of each {unit}; leave out --unit {unit}")
     measured = results(predictions, repeats=repeats, seed=seed, decisions=decisions)
     measured["protocol"] = EvaluationProtocol(
         score=scores,

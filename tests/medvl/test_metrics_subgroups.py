@@ -82,6 +82,19 @@ def test_calls_at_given_thresholds_are_measured_too(data):
     assert spared.value == pytest.approx((~positive & ~called).sum() / (~positive).sum(), abs=1e-12)
 
 
+def test_a_calibration_that_turns_a_finding_round_leaves_its_ranking(data):
+    labels, scores, sex, patients = data
+    turned = 1 / (1 + np.exp(scores))
+    found = subgroup_table(labels, scores, NAMES, sex.tolist(), patients, thresholds={"edema": 0.4}, probabilities=turned, repeats=5)
+    rows = (sex == "male") & np.isin(labels[:, 0], (0, 1))
+    assert found.metrics["auroc"]["male"].per_finding["edema"].value == pytest.approx(area(labels[:, 0], scores[:, 0], sex == "male"))
+    positive, called = labels[rows, 0] == 1, turned[rows, 0] >= 0.4
+    own = found.metrics["sensitivity"]["male"].per_finding["edema"]
+    assert own.value == pytest.approx((positive & called).sum() / positive.sum(), abs=1e-12)
+    with pytest.raises(ValueError, match="as the scores"):
+        subgroup_table(labels, scores, NAMES, sex.tolist(), patients, probabilities=turned[:, :1])
+
+
 def test_subgroups_that_share_no_finding_have_no_gap():
     labels = np.array([[1, np.nan]] * 10 + [[0, np.nan]] * 10 + [[np.nan, 1]] * 10 + [[np.nan, 0]] * 10, dtype=float)
     scores = np.arange(80, dtype=float).reshape(40, 2)

@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from tasks.page.probes import write_probes
 from tasks.probes import (
     Probe,
     Read,
+    _corrupted,
     _Natives,
     flipped,
     laterality,
@@ -269,3 +271,22 @@ def test_natives_are_read_anew_where_they_would_fill_memory(loaded, monkeypatch)
         films = _Natives(model, data.rows[:3])
         first, second = (list(films) for _ in range(2))
         assert len(reads) == expected and all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@dataclass(frozen=True)
+class Padded:
+    """What of a sample a corruption looks at."""
+
+    pixels: torch.Tensor
+    valid: torch.Tensor
+
+
+def test_padding_of_a_volume_is_no_part_of_its_corruption():
+    pixels = torch.randn(1, 6, 40, 40)
+    pixels[:, 4:] = 1e6
+    valid = torch.tensor([True] * 4 + [False] * 2)
+    volume = Padded(pixels, valid)
+    for corrupt in VOLUME_CORRUPTIONS.values():
+        made = _corrupted(volume, corrupt, 5, np.random.default_rng(0))
+        alone = corrupt(pixels[:, :4].numpy(), 5, np.random.default_rng(0))
+        assert np.array_equal(made.pixels[:, :4].numpy(), alone) and (made.pixels[:, 4:] == 1e6).all()
