@@ -10,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medvl.geometry.grids import GridTransform, Step, letterbox
+from medvl.geometry.moments import GridMoments, Moments
 from medvl.geometry.resampling import Taps, resample
 
-__all__ = ["LPS_TO_RAS", "GridTransform", "Step", "Taps", "letterbox", "lps_to_ras", "resample"]
+__all__ = ["LPS_TO_RAS", "GridMoments", "GridTransform", "Moments", "Step", "Taps", "letterbox", "lps_to_ras", "resample"]
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 """DICOM's patient axes (left, posterior, superior) to RAS; its own inverse. DICOM PS3.3 C.7.6.2.1.1."""

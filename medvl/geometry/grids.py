@@ -243,20 +243,29 @@ class GridTransform:
         Returns:
             (..., *native_shape) float32, linear between token centres; NaN where the tower did not look.
         """
-        n = len(self.native_shape)
-        axes, ratio, shift, seen = self._composed
+        n, axes = len(self.native_shape), self.axes
         known = torch.isfinite(grid)
         total, weight = torch.where(known, grid, 0.0).float(), known.float()
-        for k in range(n):
-            native = np.arange(self.native_shape[axes[k]])
-            at = (native - shift[k]) / ratio[k]
-            size = self.shape[k] if extent is None else extent[k]
-            along = _token_weights(at, size, grid.shape[grid.ndim - n + k], seen[k]).to(grid.device)
-            total, weight = (_contract(along, x, x.ndim - n + k) for x in (total, weight))
+        for k, along in enumerate(self.token_weights(grid.shape[grid.ndim - n :], extent)):
+            total, weight = (_contract(along.to(grid.device), x, x.ndim - n + k) for x in (total, weight))
         order = [total.ndim - n + axes.index(a) for a in range(n)]
         leading = list(range(total.ndim - n))
         total, weight = (x.permute(*leading, *order) for x in (total, weight))
         return torch.where(weight > 1e-6, total / weight.clamp_min(1e-6), torch.nan)
+
+    def token_weights(self, tokens: Sequence[int], extent: Sequence[int] | None = None) -> list[Tensor]:
+        """What a map is made of: per tower axis (native, tokens) how much each token counts at each native index; 0 outside what was seen.
+
+        Args:
+            tokens: of the grid, by the tower's axes.
+            extent: as in :meth:`map_to_native`.
+        """
+        axes, ratio, shift, seen = self._composed
+        found = []
+        for k, (axis, count) in enumerate(zip(axes, tokens, strict=True)):
+            at = (np.arange(self.native_shape[axis]) - shift[k]) / ratio[k]
+            found.append(_token_weights(at, self.shape[k] if extent is None else extent[k], count, seen[k]))
+        return found
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready record, native shape and steps."""
