@@ -1,6 +1,6 @@
 """Means and variances of a map over regions of native pixels, without the map: exact sums on the token grid that it is made of.
 
-A map is linear in its tokens (:meth:`medvl.geometry.GridTransform.map_to_native`): pixel p has M_p = sum_n w_pn g_n, where w is a product of
+A map is linear in its tokens (:meth:`medvl.geometry.GridTransform.map_to_native`): M_p = sum_n w_pn g_n at pixel p, w a product of
 one weight per axis, and along an axis a pixel lies between two neighbouring tokens. So over any region R
 
     sum_{p in R} M_p   = sum_n c_n g_n,                   c_n  = sum_{p in R} w_pn

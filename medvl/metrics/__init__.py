@@ -13,6 +13,7 @@ from medvl.metrics.bootstrap import (
     mean_intervals,
     mean_statistic,
 )
+from medvl.metrics.boxes import Matches, accuracy_at_iou, average_precision_statistic, box_iou, match_boxes
 from medvl.metrics.calibration import Calibrator, Isotonic, Platt, Temperature, calibrator_from_dict
 from medvl.metrics.classification import (
     ClassificationTable,
@@ -35,7 +36,19 @@ from medvl.metrics.conformal import (
 )
 from medvl.metrics.delong import DeLongInterval, DeLongTest, delong_covariance, delong_interval, delong_test
 from medvl.metrics.labels import LabelCounts, label_counts
-from medvl.metrics.maps import contrast_to_noise, peak, pointing_game, tied_peaks
+from medvl.metrics.maps import (
+    IOU_THRESHOLDS,
+    above,
+    area_above,
+    contrast_of_moments,
+    contrast_to_noise,
+    distance_to_centre,
+    mean_iou,
+    overlap,
+    peak,
+    pointing_game,
+    tied_peaks,
+)
 from medvl.metrics.paired import Comparison, compare_models
 from medvl.metrics.ranking import auprc_statistic, auroc, auroc_intervals, auroc_statistic, concordance_statistic
 from medvl.metrics.retrieval import Retrieval, chance_of_a_hit, recall_at_k
@@ -44,6 +57,7 @@ from medvl.metrics.thresholds import Threshold, choose_threshold
 
 __all__ = [
     "ABSTAIN",
+    "IOU_THRESHOLDS",
     "MACRO",
     "Calibrator",
     "ClassificationTable",
@@ -57,6 +71,7 @@ __all__ = [
     "Isotonic",
     "LabelCounts",
     "Macro",
+    "Matches",
     "PatientIds",
     "Platt",
     "Resamples",
@@ -66,14 +81,19 @@ __all__ = [
     "SubgroupTable",
     "Temperature",
     "Threshold",
+    "above",
     "abstention_statistic",
+    "accuracy_at_iou",
+    "area_above",
     "auprc_statistic",
     "auroc",
     "auroc_intervals",
     "auroc_statistic",
+    "average_precision_statistic",
     "bootstrap_interval",
     "bootstrap_intervals",
     "bootstrap_resamples",
+    "box_iou",
     "brier_statistic",
     "calibration_error_statistic",
     "calibrator_from_dict",
@@ -83,6 +103,7 @@ __all__ = [
     "combined",
     "compare_models",
     "concordance_statistic",
+    "contrast_of_moments",
     "contrast_to_noise",
     "coverage_statistic",
     "decided_accuracy_statistic",
@@ -90,11 +111,15 @@ __all__ = [
     "delong_covariance",
     "delong_interval",
     "delong_test",
+    "distance_to_centre",
     "f1_statistic",
     "label_counts",
+    "match_boxes",
     "mcc_statistic",
     "mean_intervals",
+    "mean_iou",
     "mean_statistic",
+    "overlap",
     "peak",
     "pointing_game",
     "recall_at_k",
