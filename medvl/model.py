@@ -73,6 +73,9 @@ class DualEncoder(nn.Module):
         if image.embed_dim != report.embed_dim:
             raise ValueError(f"the image tower embeds in {image.embed_dim} dimensions, the report tower in {report.embed_dim}")
         self.image, self.report, self.similarity, self.reader = image, report, similarity, reader
+        self.token_offset: dict[int, tuple[float, ...]] = {}
+        """Axes of a grid (2 or 3) -> where its tokens look, in voxels of the tower's grid from the middle of their cells, as
+        :mod:`medvl.nn.offset` measures it; not there: not measured, taken as none."""
 
     @property
     def device(self) -> torch.device:
@@ -144,6 +147,10 @@ class DualEncoder(nn.Module):
                 raise TypeError(f"encode_text takes a string or a sequence of strings, but text {i} is of type {type(text).__name__}")
         return self.report(TextBatch(given))
 
+    def offset_record(self) -> dict[str, list[float]]:
+        """``token_offset`` as JSON holds it."""
+        return {str(axes): list(offset) for axes, offset in self.token_offset.items()}
+
     def spec(self) -> dict[str, Any]:
         """What :func:`load` rebuilds this model from."""
         return {name: getattr(self, name).spec() for name in PARTS}
@@ -170,6 +177,7 @@ class DualEncoder(nn.Module):
             "model": self.spec(),
             "weights_sha256": hashlib.sha256(weights).hexdigest(),
             "files": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()},
+            "token_offset": self.offset_record(),
             "provenance": provenance,
         }
         for name, content in files.items():
@@ -218,9 +226,12 @@ def load(
         specs = {name: config["model"][name] for name in PARTS}
         expected_hash = config["weights_sha256"]
         files = dict(config.get("files", {}))
+        offset = {int(axes): tuple(map(float, value)) for axes, value in config.get("token_offset", {}).items()}
+        if not all(len(value) == axes and all(abs(one) <= LARGEST for one in value) for axes, value in offset.items()):
+            raise ValueError("token_offset is no number for each axis")
     except ConfigError:
         raise
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{folder / CONFIG}: not a medvl config.json ({type(error).__name__}: {error})") from error
     _check_files(folder, files)
     weights = (folder / WEIGHTS).read_bytes()
@@ -236,6 +247,7 @@ def load(
     except ValueError as error:
         raise ConfigError(f"{folder / CONFIG}: {error}") from error
     _set_weights(model, state, folder)
+    model.token_offset = offset
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
 
 

@@ -163,6 +163,11 @@ class TextFeatures:
     token_valid: Tensor | None = None  # (M, L) bool, False on padding
     concepts: Tensor | None = None  # (M, L) int64: which concept of its text (0, 1, ...) a token is of, -1 none; None: not known
 
+    def copied(self) -> TextFeatures:
+        """A copy of every tensor: those of inference mode can take part in gradients only so."""
+        parts = {one.name: getattr(self, one.name) for one in fields(self)}
+        return replace(self, **{name: part.clone() for name, part in parts.items() if part is not None})
+
     def rows(self, start: int, stop: int) -> TextFeatures:
         """The texts from ``start`` to before ``stop``."""
         parts = {one.name: getattr(self, one.name) for one in fields(self)}
@@ -553,6 +558,14 @@ class ImageReader(Configurable, abc.ABC):
     @abc.abstractmethod
     def collate(self, samples: Sequence[ImageSample]) -> ImageBatch:
         """Stack samples to a batch."""
+
+    def enlarged(self, factor: int) -> ImageReader:
+        """A reader that shows the same part of an image on ``factor`` times the rows and columns.
+
+        Raises:
+            NotImplementedError: this reader reads at one resolution.
+        """
+        raise NotImplementedError(f"{type(self).__name__} reads at one resolution; crops of a higher one need a reader that has it")
 
 
 class UnreadableImageError(ValueError):

@@ -182,7 +182,7 @@ def predict(
             extent = batch_extent([one.sample for one in images], features)
             for one, grids in zip(images, maps, strict=True):
                 found = [  # a map at a time: ten of a full CT have gigabytes
-                    _pointed(one.masks[name], native_maps(grid[None], one.sample.transform, extent)[0])
+                    _pointed(one.masks[name], native_maps(grid[None], one.sample.transform, extent, model.token_offset.get(grid.ndim))[0])
                     for name, grid in zip(names, grids, strict=True)
                 ]
                 peaks.append(tuple(one.peak for one in found))

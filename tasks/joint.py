@@ -24,7 +24,9 @@ def join_models(xray: DualEncoder, ct: DualEncoder) -> DualEncoder:
                 f"the two models differ in their {name}, so their images lie in two spaces; train the second with start and locked set to"
                 " the report and similarity of the first"
             )
-    return DualEncoder(JointEncoder(xray.image, ct.image), xray.report, xray.similarity, JointReader(xray.reader, ct.reader))
+    joined = DualEncoder(JointEncoder(xray.image, ct.image), xray.report, xray.similarity, JointReader(xray.reader, ct.reader))
+    joined.token_offset = {**xray.token_offset, **ct.token_offset}
+    return joined
 
 
 def _equal(one: ReportEncoder | Similarity, other: ReportEncoder | Similarity) -> bool:

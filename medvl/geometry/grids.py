@@ -234,37 +234,41 @@ class GridTransform:
                 values = F.pad(as_float(values), [end for pair in reversed(ends) for end in pair], value=fill)
         return as_float(values)
 
-    def map_to_native(self, grid: Tensor, extent: Sequence[int] | None = None) -> Tensor:
+    def map_to_native(self, grid: Tensor, extent: Sequence[int] | None = None, offset: Sequence[float] | None = None) -> Tensor:
         """Lay scores of a token grid over the whole tower grid back on native voxels.
 
         Args:
             grid: (..., *tokens) with n token axes in the order of the tower's; NaN marks tokens the tower did not see.
             extent: voxels that the tokens cover along each axis, where a batch was padded at the end to more than this image's ``shape``.
+            offset: voxels of the tower's grid from the middle of a token's cell to where it looks, along each axis; None: there.
         Returns:
             (..., *native_shape) float32, linear between token centres; NaN where the tower did not look.
         """
         n, axes = len(self.native_shape), self.axes
         known = torch.isfinite(grid)
         total, weight = torch.where(known, grid, 0.0).float(), known.float()
-        for k, along in enumerate(self.token_weights(grid.shape[grid.ndim - n :], extent)):
+        for k, along in enumerate(self.token_weights(grid.shape[grid.ndim - n :], extent, offset)):
             total, weight = (_contract(along.to(grid.device), x, x.ndim - n + k) for x in (total, weight))
         order = [total.ndim - n + axes.index(a) for a in range(n)]
         leading = list(range(total.ndim - n))
         total, weight = (x.permute(*leading, *order) for x in (total, weight))
         return torch.where(weight > 1e-6, total / weight.clamp_min(1e-6), torch.nan)
 
-    def token_weights(self, tokens: Sequence[int], extent: Sequence[int] | None = None) -> list[Tensor]:
+    def token_weights(
+        self, tokens: Sequence[int], extent: Sequence[int] | None = None, offset: Sequence[float] | None = None
+    ) -> list[Tensor]:
         """What a map is made of: per tower axis (native, tokens) how much each token counts at each native index; 0 outside what was seen.
 
         Args:
             tokens: of the grid, by the tower's axes.
-            extent: as in :meth:`map_to_native`.
+            extent: as in :meth:`map_to_native`, as is ``offset``.
         """
         axes, ratio, shift, seen = self._composed
         found = []
         for k, (axis, count) in enumerate(zip(axes, tokens, strict=True)):
             at = (np.arange(self.native_shape[axis]) - shift[k]) / ratio[k]
-            found.append(_token_weights(at, self.shape[k] if extent is None else extent[k], count, seen[k]))
+            size = self.shape[k] if extent is None else extent[k]
+            found.append(_token_weights(at, size, count, seen[k], 0.0 if offset is None else offset[k]))
         return found
 
     def to_dict(self) -> dict[str, Any]:
@@ -299,10 +303,10 @@ def _contract(along: Tensor, x: Tensor, axis: int) -> Tensor:
     return torch.tensordot(x, along, dims=([axis], [1])).movedim(-1, axis)
 
 
-def _token_weights(at: NDArray[np.float64], size: int, tokens: int, seen: NDArray[np.float64]) -> Tensor:
+def _token_weights(at: NDArray[np.float64], size: int, tokens: int, seen: NDArray[np.float64], offset: float) -> Tensor:
     """(native, tokens): how much each token counts at native positions ``at`` (tower index coordinates); rows of 0 outside ``seen``."""
     inside = torch.from_numpy((at > seen[0] - 1e-6) & (at < seen[1] + 1e-6))
-    place = torch.from_numpy((at + 0.5) * tokens / size - 0.5).clamp(0, tokens - 1)  # outside the outer centres the edge holds
+    place = torch.from_numpy((at - offset + 0.5) * tokens / size - 0.5).clamp(0, tokens - 1)  # outside the outer centres the edge holds
     low = place.floor().long().clamp(max=max(tokens - 2, 0))
     fraction = (place - low).float()
     weights = torch.zeros(len(at), tokens)

@@ -58,20 +58,25 @@ class GridMoments:
     Args:
         transform: of the image.
         tokens: of the grid, by the tower's axes.
-        extent: voxels that the tokens cover, as :meth:`GridTransform.map_to_native` takes it.
+        extent: voxels that the tokens cover, as :meth:`GridTransform.map_to_native` takes it, and ``offset`` likewise.
         known: (*tokens) bool, False on tokens that are NaN in every map; None: all are known.
     Raises:
         ValueError: another number of axes than the image has.
     """
 
     def __init__(
-        self, transform: GridTransform, tokens: Sequence[int], extent: Sequence[int] | None = None, known: Tensor | None = None
+        self,
+        transform: GridTransform,
+        tokens: Sequence[int],
+        extent: Sequence[int] | None = None,
+        known: Tensor | None = None,
+        offset: Sequence[float] | None = None,
     ) -> None:
         if len(tokens) != len(transform.native_shape):
             raise ValueError(f"a grid of {tuple(tokens)} tokens for an image of {transform.native_shape}: expected as many axes")
         self.transform, self.tokens = transform, tuple(tokens)
         self.known = torch.ones(self.tokens, dtype=torch.bool) if known is None else known.cpu()
-        weights = [one.double() for one in transform.token_weights(tokens, extent)]
+        weights = [one.double() for one in transform.token_weights(tokens, extent, offset)]
         along = [self.known.any(dim=tuple(a for a in range(len(tokens)) if a != k)) for k in range(len(tokens))]
         separable = bool((self.known == _product(along)).all())
         self._share: NDArray[np.float64] | None = None
@@ -136,7 +141,7 @@ class GridMoments:
         square = values.new_zeros(len(values))
         for offset, first in self._pairs(twice, weights):
             here, there = _neighbours(self.tokens, offset)
-            product = (values[(slice(None), *here)] * values[(slice(None), *there)]).flatten(1)
+            product = (_at(values, here) * _at(values, there)).flatten(1)
             square = square + (2.0 if any(offset) else 1.0) * (product * first.flatten()).sum(1)
         return Moments(count[None], total[:, None], square[:, None])
 
@@ -155,7 +160,7 @@ class GridMoments:
         square = torch.zeros_like(total)
         for offset in _offsets(len(bands)):
             here, there = _neighbours(self.tokens, offset)
-            product = (values[(slice(None), *here)] * values[(slice(None), *there)]).flatten(1)
+            product = (_at(values, here) * _at(values, there)).flatten(1)
             factors = [band[abs(step)] for band, step in zip(bands, offset, strict=True)]
             square += (2.0 if any(offset) else 1.0) * (product @ _outer(factors).flatten(1).T)
         return Moments(count, total, square)
@@ -232,6 +237,12 @@ def _between(values: Tensor, low: Tensor, high: Tensor) -> Tensor:
 def _offsets(axes: int) -> list[tuple[int, ...]]:
     """Half of {-1, 0, 1}^axes: of a pair of opposite offsets the later one, and the offset 0."""
     return [offset for offset in itertools.product((-1, 0, 1), repeat=axes) if offset >= (0,) * axes]
+
+
+def _at(values: Tensor, cut: tuple[slice, ...]) -> Tensor:
+    """A part of the cells of every map."""
+    of_every_map = (slice(None), *cut)
+    return values[of_every_map]
 
 
 def _neighbours(tokens: Sequence[int], offset: Sequence[int]) -> tuple[tuple[slice, ...], tuple[slice, ...]]:

@@ -34,6 +34,7 @@ from medvl.training.callbacks import RESOLVED, AtomicCheckpointIO, KeepBest, Lis
 from medvl.training.data import REJECTED, StudyDataModule
 from medvl.training.estimate import estimate, show
 from medvl.training.module import AlignmentModule
+from medvl.training.offset import write_offset
 from medvl.training.signals import RESUME, SaveOnSignal, explained, no_other_requeue
 from medvl.training.watch import Watch
 
@@ -316,8 +317,11 @@ def run(subcommand: str, args: list[str], finished: Callable[[Path], object] | N
     args = ["--dry_run=true" if one == "--dry-run" else one for one in args]
     cli = _cli(subcommand, args)
     out = Path(cli.config[subcommand].out)
-    if finished is not None and cli.trainer.is_global_zero and (out / CONFIG).is_file() and not cli.config[subcommand].get("dry_run"):
-        finished(out)
+    if cli.trainer.is_global_zero and (out / CONFIG).is_file() and not cli.config[subcommand].get("dry_run"):
+        if subcommand == "fit":
+            write_offset(out, cli.datamodule.some_batches())
+        if finished is not None:
+            finished(out)
     return 1 if cli.rejected or cli.datamodule.unread or cli.datamodule.elsewhere else 0
 
 

@@ -10,7 +10,7 @@ import csv
 import io
 import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from medvl.data.studies import (
     Item,
     Links,
     Skipped,
+    StudyBatch,
     StudyDataset,
     ViewsOf,
     check_flip,
@@ -332,6 +333,11 @@ class StudyDataModule(L.LightningDataModule):
     def test_dataloader(self) -> StudyLoader | list[StudyLoader]:
         """Test studies in order, all their sentences."""
         return self._in_order("test")
+
+    def some_batches(self) -> Iterable[StudyBatch]:
+        """Validation items in order, of a run without any those of training, as they are read: nothing is changed by chance."""
+        loader = self._in_order("val" if len(self.sets["val"]) else "train")
+        return loader if isinstance(loader, StudyLoader) else ()
 
     def _in_order(self, split: str) -> StudyLoader | list[StudyLoader]:
         data = self.sets[split]

@@ -236,6 +236,14 @@ class CtReader(ImageReader):
         values = torch.from_numpy(np.ascontiguousarray(read_ct(Path(path), self.series).voxels, dtype=np.float32))
         return ((values - low) / (high - low)).clamp_(0, 1)
 
+    def enlarged(self, factor: int) -> CtReader:
+        """A reader of the same slices with ``factor`` times the rows and columns."""
+        if self.spacing_mm[1] is None or self.spacing_mm[2] is None:
+            raise NotImplementedError("a CT reader that keeps the file's own spacing has no finer one; give it spacing_mm")
+        spacing = (self.spacing_mm[0], self.spacing_mm[1] / factor, self.spacing_mm[2] / factor)
+        shape = (self.shape[0], *(None if side is None else side * factor for side in self.shape[1:]))
+        return CtReader(**{**self.spec()["init_args"], "spacing_mm": spacing, "shape": shape})
+
     def collate(self, samples: Sequence[ImageSample]) -> ImageBatch:
         """Samples of this reader to ``pixels`` (B, C, S, H, W), ``valid`` (B, S) and ``position_mm`` (B, S); S is that of the longest.
 

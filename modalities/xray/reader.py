@@ -45,6 +45,7 @@ class _Native:
     view: str | None
     warnings: tuple[str, ...]
     shape: tuple[int, int] | None = None  # of the native image, if not that of ``pixels``
+    spacing_mm: tuple[float, float] | None = None  # of the native image, between rows and between columns
 
 
 class XrayReader(ImageReader):
@@ -157,6 +158,10 @@ class XrayReader(ImageReader):
         """
         return torch.from_numpy(_read_native(Path(path)).pixels)
 
+    def enlarged(self, factor: int) -> XrayReader:
+        """A reader of images ``factor`` times as wide and high."""
+        return XrayReader(**{**self.spec()["init_args"], "size": self.size * factor})
+
     def collate(self, samples: Sequence[ImageSample]) -> ImageBatch:
         """Samples of this reader to ``pixels`` (I, C, S, S), ``valid`` (I, S, S) and ``view`` (I,).
 
@@ -206,7 +211,8 @@ class XrayReader(ImageReader):
         pixels = torch.zeros(self.channels, self.size, self.size)
         pixels[:, top:bottom, left:right] = normal
         valid = transform.valid()
-        return ImageSample(pixels=pixels, valid=valid, transform=transform, view=native.view, warnings=native.warnings)
+        spacing = None if native.spacing_mm is None else tuple(own / k for own, k in zip(native.spacing_mm, transform.scale, strict=True))
+        return ImageSample(pixels, valid, transform, view=native.view, warnings=native.warnings, spacing_mm=spacing)
 
 
 def grey_from_array(array: NDArray[Any]) -> tuple[NDArray[np.float32], tuple[str, ...]]:
@@ -283,9 +289,9 @@ def _read_native(path: Path, reduce_to: int | None = None) -> _Native:
     if reduce_to is not None:
         fitted = fit_radiograph(path, reduce_to, reduce=True, sections=False)
         note = (f"decoded at 1/{2**fitted.reduced} of its resolution, as the reader's reduced_decoding allows",) if fitted.reduced else ()
-        return _Native(fitted.pixels, fitted.view, (*fitted.warnings, *note), fitted.native_shape)
+        return _Native(fitted.pixels, fitted.view, (*fitted.warnings, *note), fitted.native_shape, fitted.spacing_mm)
     radiograph = read_radiograph(path, sections=False)
-    return _Native(radiograph.pixels, radiograph.view, radiograph.warnings)
+    return _Native(radiograph.pixels, radiograph.view, radiograph.warnings, spacing_mm=radiograph.spacing_mm)
 
 
 def read_picture_values(path: Path) -> tuple[NDArray[Any], tuple[str, ...]]:

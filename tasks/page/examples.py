@@ -75,7 +75,12 @@ def choose_examples(
 def _finding_map(model: DualEncoder, row: StudyImage, bank: PromptBank, finding: int) -> NDArray[np.float32]:
     sample = as_listed(model.read(row.path), row)
     features = model.encode_samples([sample])
-    return native_maps(finding_maps(model, features, bank)[0, finding][None], sample.transform, features.extent)[0]
+    return native_maps(
+        finding_maps(model, features, bank)[0, finding][None],
+        sample.transform,
+        features.extent,
+        model.token_offset.get(len(sample.transform.shape)),
+    )[0]
 
 
 def _example(

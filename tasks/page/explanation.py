@@ -131,7 +131,7 @@ def _maps(model: DualEncoder, views: Sequence[_View], one: FindingExplanation) -
         row = []
         for view in views if sign.positive else ():
             grids = token_maps(model, view.features, sign.positive)[0].amax(0, keepdim=True)
-            scores = native_maps(grids, view.sample.transform, view.features.extent)[0]
+            scores = native_maps(grids, view.sample.transform, view.features.extent, model.token_offset.get(grids.ndim - 1))[0]
             row.append(view.drawn(scores, peak(scores)))
         found.append(row)
     return found
