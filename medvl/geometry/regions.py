@@ -333,7 +333,7 @@ def overlap(one: Box, other: Box) -> float:
 
 
 def _unpacked(text: str | bytes, most: int) -> tuple[int, ...]:
-    data = text.encode("ascii", "replace") if isinstance(text, str) else text
+    data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
     counts: list[int] = []
     total = value = bits = 0
     for byte in data:

@@ -16,8 +16,8 @@ OPTIONAL = ("finding", "mask", "category", "patient", "study", "split", "reader"
 def read_plain(path: str | Path) -> AnnotationSet:
     """``image, phrase`` and a region: the corner and size ``x, y, width, height`` in pixels, or a ``mask`` file; neither: a negative.
 
-    ``image`` is a file name, or a path below the folder that images are sought in. ``finding`` is a label of
-    ChestX-ray14 or CheXpert, or an id as prompt files have them. A mask is a picture, or a NIfTI for a volume, named from the table's folder, and what is not 0 is
+    ``image`` is a file name, or a path below the folder that images are sought in. ``finding`` is a label of ChestX-ray14 or CheXpert, or
+    an id as prompt files have them. A mask is a picture, or a NIfTI for a volume, named from the table's folder, and what is not 0 is
     inside. Also ``category, patient, study, split, reader`` and, where boxes are of another copy of the image, ``image_width`` and
     ``image_height``. Rows of the same image and phrase belong together. Other columns are left aside.
     """
