@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tasks.annotations.files import FileMask, inside
 from tasks.annotations.records import Annotation, AnnotationError, AnnotationSet, BadRowError, Gathering, split_of
-from tasks.annotations.sources import entries, numbers_of, read_json, text_of
+from tasks.annotations.sources import entries, read_json, text_of, whole
 
 
 def read_rexgrounding_ct(path: str | Path, masks: str | Path | None = None) -> AnnotationSet:
@@ -43,14 +43,14 @@ def read_rexgrounding_ct(path: str | Path, masks: str | Path | None = None) -> A
                 name = text_of(entry, "name")
                 file = inside(folder, name)
                 try:
-                    height, width, depth = numbers_of(entry.get("shape"), "shape", 3)
+                    height, width, depth = whole(entry.get("shape"), "shape", 3)
                 except ValueError as error:
                     raise BadRowError(str(error)) from None
                 sentences = entry.get("findings")
                 if not isinstance(sentences, dict):
                     raise BadRowError("findings is missing or no object")
                 drawn = folder.is_dir() and file.is_file()
-                size = int(depth), int(width), int(height)
+                size = depth, width, height
                 study = re.fullmatch(r"((?:train|valid)_\d+)_([a-z]+)_\d+\.nii(?:\.gz)?", name)
                 for key, sentence in sentences.items():
                     with found.row(number):

@@ -124,11 +124,17 @@ def numbers_of(value: object, name: str, count: int | None = None) -> list[float
 
 
 def shape_of(value: object, name: str) -> tuple[int, int]:
-    """(rows, columns) from a list of two whole numbers."""
-    rows, columns = numbers_of(value, name, 2)
-    if min(rows, columns) < 1 or rows != int(rows) or columns != int(columns):
+    """(rows, columns) from a list of two whole numbers of at least 1."""
+    rows, columns = whole(value, name, 2)
+    return rows, columns
+
+
+def whole(value: object, name: str, count: int) -> list[int]:
+    """A list of ``count`` whole numbers of at least 1."""
+    numbers = numbers_of(value, name, count)
+    if any(number < 1 or number != int(number) for number in numbers):
         raise ValueError(f"{name} is no size in whole pixels")
-    return int(rows), int(columns)
+    return [int(number) for number in numbers]
 
 
 def size_of(fields: Mapping[str, Any], height: str, width: str) -> tuple[int, int] | None:
