@@ -3,8 +3,8 @@
 Where a phrase is a label, it is the label as published with its underscores as spaces. Corners and sizes are pixels counted from the
 image's outer corner (:mod:`medvl.geometry.regions`); a box x1, y1, x2, y2 is x2 - x1 wide, as all loaders that were read take it.
 
-What each docstring says of fields was read in public loaders and documentation of the data set, not in the files themselves, which are
-behind agreements, but for the two of which that is said. Fields of which no loader was seen either are marked (unseen).
+What each docstring says of fields was read in public loaders and documentation of the data set; the files themselves are behind
+agreements, and the one that was seen is marked so. Fields of which no loader was seen either are marked (unseen).
 """
 
 from __future__ import annotations
@@ -93,8 +93,8 @@ def read_rsna(path: str | Path) -> AnnotationSet:
 
     RSNA: ``patientId, x, y, width, height, Target``, one row for each box, the file is named after ``patientId``. MedKLIP (seen): ``ID,
     img_path, boxes, classes``, one row for each image, boxes "x;y;w;h" joined by bars, "nan" without; the key is the name of the file in
-    ``img_path``, which is the SOP instance of the first release, not ``patientId``. Images are 1024 x 1024. Source: PEERS' loaders and
-    MediaBrain-SJTU/MedKLIP, Sample_Zero-Shot_Grounding_RSNA.
+    ``img_path``, which is the SOP instance of the first release, not ``patientId``. Images are 1024 x 1024. Source: public loaders of the
+    first, and MediaBrain-SJTU/MedKLIP, Sample_Zero-Shot_Grounding_RSNA.
     """
     table = read_table(path)
     found = Gathering()

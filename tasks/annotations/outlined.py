@@ -1,6 +1,7 @@
 """Radiographs with outlines and masks: SIIM-ACR, Object-CXR and CheXlocalize.
 
-What each docstring says of fields was read in public loaders and documentation of the data set, not in the files themselves.
+What each docstring says of fields was read in public loaders and documentation of the data set, not in the files themselves; what was
+in neither is marked (unseen).
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from medvl.geometry.regions import Box, Ellipse, Polygon, Region, Rle
 from tasks.annotations.boxed import SQUARE
@@ -21,8 +22,8 @@ def read_siim(path: str | Path) -> AnnotationSet:
 
     Columns are ``ImageId`` (the SOP instance, and the DICOM file's name) and `` EncodedPixels``, in the first stage with a space before
     the name and before the "-1". A mask is pairs of a start and a length down the columns, each start counted from the end of the run
-    before. The first start counts from 0, as the challenge's own mask_functions.py writes and reads it; the challenge's page calls pixels
-    one-indexed, which would be one pixel higher up (unseen; said from memory). Source: that script, as loaders carry it.
+    before. The first start counts from 0, as the challenge's own mask_functions.py writes and reads it; numbers
+    that counted from 1 (:meth:`Rle.from_relative` takes either) would lie one pixel higher. Source: that script, as loaders carry it.
     """
     table = read_table(path, "ImageId", "EncodedPixels")
     found = Gathering()
@@ -58,7 +59,7 @@ def read_object_cxr(path: str | Path) -> AnnotationSet:
             cells = table.cells(record)
             objects = [part for part in cells["annotation"].split(";") if part.strip()]
             head = Annotation(
-                image=cells[column].lstrip("/"),
+                image=PurePosixPath(cells[column]).name,
                 phrase="foreign object",
                 finding=finding_of("abnormal foreign body", "padchest"),
                 category="foreign object",
