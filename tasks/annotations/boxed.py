@@ -3,8 +3,8 @@
 Where a phrase is a label, it is the label as published with its underscores as spaces. Corners and sizes are pixels counted from the
 image's outer corner (:mod:`medvl.geometry.regions`); a box x1, y1, x2, y2 is x2 - x1 wide, as all loaders that were read take it.
 
-What each docstring says of fields was read in public loaders and documentation of the data set; the files themselves are behind
-agreements, and the one that was seen is marked so. Fields of which no loader was seen either are marked (unseen).
+Where a docstring says "read whole", the published file was; of the others, which are behind agreements, fields were learnt from public
+loaders and documentation, and those of which no loader was seen either are marked (unseen).
 """
 
 from __future__ import annotations
@@ -64,9 +64,10 @@ def read_ms_cxr(path: str | Path) -> AnnotationSet:
 def read_chestx_det10(path: str | Path) -> AnnotationSet:
     """ChestX-Det10: ``train.json`` or ``test.json``, a list of ``file_name``, ``syms`` (labels) and ``boxes`` [x1, y1, x2, y2].
 
-    The two lists go together; an image with none of the ten findings has empty ones (unseen) and becomes a negative "No finding". The
-    split is the file's name. Images are 1024 x 1024, as those of ChestX-ray14 of which they are (of this copy unseen). Source: README of
-    Deepwise-AILab/ChestX-Det10-Dataset. Labels are ChestX-ray14's, with Calcification and Fracture.
+    The two lists go together; an image with none of the ten findings has empty ones and becomes a negative "No finding". The split is
+    the file's name. Images are 1024 x 1024, as those of ChestX-ray14 of which they are (the copy that comes with the boxes unseen).
+    Source: README of Deepwise-AILab/ChestX-Det10-Dataset; both files read whole. Labels are ChestX-ray14's, with Calcification and
+    Fracture.
     """
     path = Path(path)
     content, sha256 = read_json(path)
@@ -91,10 +92,10 @@ def read_chestx_det10(path: str | Path) -> AnnotationSet:
 def read_rsna(path: str | Path) -> AnnotationSet:
     """RSNA pneumonia: ``stage_2_train_labels.csv``, or MedKLIP's ``test.csv``; Target or class 0 is a negative.
 
-    RSNA: ``patientId, x, y, width, height, Target``, one row for each box, the file is named after ``patientId``. MedKLIP (seen): ``ID,
+    RSNA: ``patientId, x, y, width, height, Target``, one row for each box, the file is named after ``patientId``. MedKLIP: ``ID,
     img_path, boxes, classes``, one row for each image, boxes "x;y;w;h" joined by bars, "nan" without; the key is the name of the file in
-    ``img_path``, which is the SOP instance of the first release, not ``patientId``. Images are 1024 x 1024. Source: public loaders of the
-    first, and MediaBrain-SJTU/MedKLIP, Sample_Zero-Shot_Grounding_RSNA.
+    ``img_path``, which is the SOP instance of the first release, not ``patientId``. Images are 1024 x 1024. Source: a copy of the
+    first, and MediaBrain-SJTU/MedKLIP, Sample_Zero-Shot_Grounding_RSNA; both read whole.
     """
     table = read_table(path)
     found = Gathering()
@@ -150,7 +151,8 @@ def read_chestxray_14(path: str | Path) -> AnnotationSet:
 
     The header is ``Image Index,Finding Label,Bbox [x,y,w,h],,,``, so that the numbers stand under ``Bbox [x``, ``y``, ``w`` and ``h]``
     with three columns without a name after them, which rows may lack; numbers are fractional. The label of infiltration is here
-    "Infiltrate". The patient is the part of the file's name before "_". Source: loaders and tests that quote header and rows.
+    "Infiltrate". The patient is the part of the file's name before "_". Source: a copy of the file, read
+    whole (without the three columns), and loaders that quote its header.
     """
     table = read_table(path, "Image Index", "Finding Label")
     if len(table.header) < 6:

@@ -1,7 +1,6 @@
 """Radiographs with outlines and masks: SIIM-ACR, Object-CXR and CheXlocalize.
 
-What each docstring says of fields was read in public loaders and documentation of the data set, not in the files themselves; what was
-in neither is marked (unseen).
+What each docstring says of fields was read in public loaders and documentation of the data set, where it does not say that the file was.
 """
 
 from __future__ import annotations
@@ -22,8 +21,9 @@ def read_siim(path: str | Path) -> AnnotationSet:
 
     Columns are ``ImageId`` (the SOP instance, and the DICOM file's name) and `` EncodedPixels``, in the first stage with a space before
     the name and before the "-1". A mask is pairs of a start and a length down the columns, each start counted from the end of the run
-    before. The first start counts from 0, as the challenge's own mask_functions.py writes and reads it; numbers
-    that counted from 1 (:meth:`Rle.from_relative` takes either) would lie one pixel higher. Source: that script, as loaders carry it.
+    before. The first start counts from 0, as the challenge's own mask_functions.py writes and reads it; counted from 1, as
+    :meth:`Rle.from_relative` also can, masks would lie one pixel higher. Source: that script, as loaders carry it, and the first rows of
+    a copy of the file.
     """
     table = read_table(path, "ImageId", "EncodedPixels")
     found = Gathering()
@@ -76,8 +76,8 @@ def read_chexlocalize(path: str | Path) -> AnnotationSet:
     One key for each image, "patient64622_study1_view1_frontal", which becomes the path "patient64622/study1/view1_frontal" that CheXpert
     has for it. In segmentations every pathology has a mask, ``size`` [rows, columns] and ``counts``, all zeros where its label is not
     positive, which is taken as a negative. In annotations only the positive ones stand, as lists of contours of [x, y], beside
-    ``img_size`` [rows, columns]; every contour is a region. Row: the number of the image. Source: README of rajpurkarlab/cheXlocalize.
-    Pathologies are CheXpert's labels ("Airspace Opacity" for Lung Opacity in some copies).
+    ``img_size`` [rows, columns]; every contour is a region. Row: the number of the image. Source: README of rajpurkarlab/cheXlocalize
+    and its sample of both files, in which outlines and masks agree. Pathologies are CheXpert's labels, Lung Opacity as "Airspace Opacity".
     """
     path = Path(path)
     content, sha256 = read_json(path)

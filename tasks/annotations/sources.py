@@ -36,7 +36,8 @@ class Table:
             AnnotationError: one is missing.
         """
         if missing := [name for name in names if name not in self.header]:
-            raise AnnotationError(f"{self.path}: missing column {', '.join(missing)}; its first row has {len(self.header)} columns")
+            other = "; it looks as if semicolons part them" if len(self.header) == 1 and ";" in self.header[0] else ""
+            raise AnnotationError(f"{self.path}: missing column {', '.join(missing)}; its first row has {len(self.header)} columns{other}")
 
     def cells(self, record: Sequence[str]) -> dict[str, str]:
         """Stripped cells by column; a record of another length than the header is a bad row."""

@@ -750,6 +750,8 @@ def test_files_that_cannot_be_read_are_refused_whole(tmp_path):
     for name in ("ms_cxr", "chestx_det10", "padchest_gr", "chexlocalize", "rexgrounding_ct"):
         with pytest.raises(AnnotationError, match="got int"):
             read_annotations(name, tmp_path / "other.json")
+    with pytest.raises(AnnotationError, match="semicolons part them"):
+        read_annotations("rsna", put(tmp_path / "saved.csv", "patientId;x;y;width;height;Target", "0004;;;;;0"))
     for file, says in (("latin.csv", "UTF-8"), ("null.csv", "null byte"), ("half.csv.gz", "gzip")):
         with pytest.raises(AnnotationError, match=says):
             read_annotations("vindr_cxr", tmp_path / file)
