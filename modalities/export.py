@@ -187,6 +187,25 @@ def write_map(path: Path, scores: NDArray[np.float32], affine: NDArray[np.float6
     write_whole(path, _nifti_bytes(np.asarray(scores, dtype=np.float32), affine, b"similarity map (medvl), research use only"))
 
 
+def read_map(path: Path) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """A map that :func:`write_map` or another tool wrote as NIfTI: (S, H, W), x being the last axis, and its affine to RAS mm.
+
+    Raises:
+        ValueError: no NIfTI, or one that is no volume.
+    """
+    import nibabel
+    from nibabel.filebasedimages import ImageFileError
+
+    try:
+        image = nibabel.load(path)
+        values = np.asarray(image.dataobj, dtype=np.float64)
+    except (ImageFileError, OSError, EOFError) as error:
+        raise ValueError(f"{path}: no NIfTI volume that can be read ({type(error).__name__})") from error
+    if values.ndim != 3:
+        raise ValueError(f"{path}: {values.ndim} axes, expected a volume of 3")
+    return values.transpose(2, 1, 0), np.asarray(image.affine, dtype=np.float64)[:, [2, 1, 0, 3]]
+
+
 def write_whole(path: Path, content: bytes) -> None:
     """Put a file in place whole: a reader never sees half of it, and a killed run leaves none."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")

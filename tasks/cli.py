@@ -17,12 +17,14 @@ import click
 import medvl
 from tasks.commands.average import average
 from tasks.commands.calibrate import calibrate
+from tasks.commands.calibrate_maps import calibrate_maps
 from tasks.commands.card import card
 from tasks.commands.common import INTERNAL
 from tasks.commands.compare import compare
 from tasks.commands.demo import demo
 from tasks.commands.diagnose import diagnose
 from tasks.commands.evaluate import evaluate
+from tasks.commands.evaluate_maps import evaluate_maps
 from tasks.commands.ground import ground
 from tasks.commands.inspect import inspect
 from tasks.commands.match import match
@@ -123,7 +125,7 @@ def cli(debug: bool) -> None:
 
 for _command in (
     *(demo, phantom, inspect, reports, shards, match, fit, validate, test, average),
-    *(diagnose, calibrate, ground, search, evaluate, tabulate, probe, compare, card),
+    *(diagnose, calibrate, ground, calibrate_maps, search, evaluate, evaluate_maps, tabulate, probe, compare, card),
 ):
     cli.add_command(_command)
 

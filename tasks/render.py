@@ -42,15 +42,25 @@ def overlay(
     path: Path,
     *,
     mask: NDArray[np.bool_] | None = None,
+    region: NDArray[np.bool_] | None = None,
     peak: tuple[int, int] | None = None,
     limits: tuple[float, float] | None = None,
     orientation: tuple[str, str] | None = None,
     label: str = "cosine",
     pixel_aspect: float = 1.0,
+    column_mm: float | None = None,
 ) -> Path:
     """Write the picture that :func:`plot_map` makes as PNG; the arguments are its."""
     figure = plot_map(
-        native, scores, phrase, mask=mask, peak=peak, limits=limits, orientation=orientation, label=label, pixel_aspect=pixel_aspect
+        *(native, scores, phrase),
+        mask=mask,
+        region=region,
+        peak=peak,
+        limits=limits,
+        orientation=orientation,
+        label=label,
+        pixel_aspect=pixel_aspect,
+        column_mm=column_mm,
     )
     write_atomically(path, _png(figure))
     return path
@@ -62,11 +72,13 @@ def plot_map(
     phrase: str,
     *,
     mask: NDArray[np.bool_] | None = None,
+    region: NDArray[np.bool_] | None = None,
     peak: tuple[int, int] | None = None,
     limits: tuple[float, float] | None = None,
     orientation: tuple[str, str] | None = None,
     label: str = "cosine",
     pixel_aspect: float = 1.0,
+    column_mm: float | None = None,
 ) -> Figure:
     """A similarity map over its image, with colour bar, isolines and footer.
 
@@ -74,16 +86,19 @@ def plot_map(
         native: (H, W) grey in 0..1.
         scores: (H, W), NaN where the tower did not look.
         phrase: the title.
-        mask: (H, W), outlined in yellow.
+        mask: (H, W), the truth, outlined in yellow.
+        region: (H, W), what was found, outlined in cyan.
         peak: row and column, marked with a cross.
         limits: ends of the colour scale; None takes the largest absolute score on both sides, so that the colour of 0 stays.
         orientation: DICOM's PatientOrientation, such as ("L", "F"); without it no side is marked.
         label: of the colour bar.
         pixel_aspect: height of a pixel over its width, in mm.
+        column_mm: width of a pixel, for a scale bar; None: no bar, since nobody knows how long it would be.
     Raises:
         ValueError: arrays of different shapes, or scores without a finite value.
     """
     _check(native, scores, mask)
+    _check(native, None, region)
     rows, columns = native.shape
     across, down = _axes_pixels(max(1, round(rows * pixel_aspect)), columns)
     left, right, top, bottom = 16, 120, 44, 34  # pixels for title, colour bar and footer
@@ -91,8 +106,12 @@ def plot_map(
     figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI, facecolor="white")
     axes = figure.add_axes((left / width, bottom / height, across / width, down / height))
     colours, levels = _draw(axes, native, scores, mask, peak, _limits(scores, limits))
+    if region is not None:
+        _outline(axes, region, PEAK_COLOUR)
     axes.set_aspect("auto")  # the axes have the picture's proportions in mm
     _mark_sides(axes, orientation)
+    if column_mm is not None:
+        _scale_bar(axes, columns, column_mm)
     beside = figure.add_axes(((left + across + 14) / width, bottom / height, 14 / width, down / height))
     bar = figure.colorbar(colours, cax=beside)
     bar.set_label(label)
@@ -101,6 +120,7 @@ def plot_map(
         bar.ax.axhline(level, color="black", linewidth=1.0)
     _title(figure, phrase, left / width, 1 - 14 / height, across + 100)
     note = f"{RESEARCH_USE} · lines: highest 10, 5, 1 % of pixels" + (" · yellow: true mask" if mask is not None else "")
+    note += " · cyan: found" if region is not None and region.any() else ""
     figure.text(left / width, 10 / height, note, fontsize=7.5, color="#444444", va="center")
     return figure
 
@@ -157,16 +177,34 @@ def _draw(
             lines = axes.contour(np.ma.masked_invalid(scores), levels=levels, colors="white", linewidths=(0.7, 1.0, 1.4)[: len(levels)])
             lines.set_path_effects(edge)
         colours = _opaque(norm)
-    if mask is not None and mask.any():
-        outline = np.pad(mask, 1).astype(float)  # so that a mask that touches the border is closed there
-        at = (np.arange(-1, native.shape[1] + 1), np.arange(-1, native.shape[0] + 1))
-        axes.contour(*at, outline, levels=[0.5], colors=MASK_COLOUR, linewidths=1.4)
+    if mask is not None:
+        _outline(axes, mask, MASK_COLOUR)
     if peak is not None:
         stroke = [withStroke(linewidth=3.5, foreground="black")]
         axes.plot(peak[1], peak[0], "+", color=PEAK_COLOUR, markersize=13, markeredgewidth=1.8, path_effects=stroke)
     axes.set_xlim(-0.5, native.shape[1] - 0.5)
     axes.set_ylim(native.shape[0] - 0.5, -0.5)
     return colours, levels
+
+
+def _outline(axes: Axes, mask: NDArray[np.bool_], colour: str) -> None:
+    """The border of a mask; nothing of an empty one."""
+    if mask.any():
+        closed = np.pad(mask, 1).astype(float)  # so that a mask that touches the border is closed there
+        at = (np.arange(-1, mask.shape[1] + 1), np.arange(-1, mask.shape[0] + 1))
+        axes.contour(*at, closed, levels=[0.5], colors=colour, linewidths=1.4)
+
+
+def _scale_bar(axes: Axes, columns: int, column_mm: float) -> None:
+    """A bar of a round number of mm, at most a quarter of the picture, at the lower left."""
+    room = 0.25 * columns * column_mm
+    length = max((step for step in (1, 2, 5, 10, 20, 50, 100, 200) if step <= room), default=None)
+    if length is None:
+        return
+    share, stroke = length / (columns * column_mm), [withStroke(linewidth=2.5, foreground="black")]
+    axes.plot((0.03, 0.03 + share), (0.03, 0.03), transform=axes.transAxes, color="white", linewidth=2.5, path_effects=stroke)
+    words = f"{length // 10} cm" if length >= 10 else f"{length} mm"
+    axes.text(0.03, 0.04, words, transform=axes.transAxes, color="white", fontsize=9, va="bottom", path_effects=stroke)
 
 
 def isolines(scores: NDArray[np.float32]) -> list[float]:

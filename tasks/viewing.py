@@ -19,6 +19,7 @@ class Shown:
     pixels: NDArray[np.float32]
     orientation: tuple[str, str] | None
     pixel_aspect: float = 1.0  # height of a pixel over its width, in mm
+    column_mm: float | None = None  # width of a pixel, of a radiograph at the detector; None if the file does not say
 
 
 def shown(reader: ImageReader, path: Path) -> Shown:
@@ -27,8 +28,11 @@ def shown(reader: ImageReader, path: Path) -> Shown:
     Raises:
         UnreadableImageError: the file cannot be read.
     """
-    orientation = read_radiograph(path).patient_orientation if path.is_file() and has_dicom_magic(path) else None
-    return Shown(reader.native(path).numpy(), orientation)
+    if not path.is_file() or not has_dicom_magic(path):
+        return Shown(reader.native(path).numpy(), None)
+    film = read_radiograph(path)
+    aspect, width = (1.0, None) if film.spacing_mm is None else (film.spacing_mm[0] / film.spacing_mm[1], film.spacing_mm[1])
+    return Shown(reader.native(path).numpy(), film.patient_orientation, aspect, width)
 
 
 def in_plane(peak: tuple[int, ...] | None) -> tuple[int, int] | None:
@@ -58,4 +62,4 @@ def shown_slice(
         at = tuple(n - 1 - peak[a] if f else peak[a] for a, f, n in zip(axes, flipped, shape, strict=True))
     pixels, found = (np.ascontiguousarray(x.transpose(axes)[cut][at[0]]) for x in (volume, scores))
     step = np.linalg.norm(affine[:3, :3], axis=0)[list(axes)]
-    return Shown(pixels, ("L", "P"), float(step[1] / step[2])), found, None if peak is None else (at[1], at[2]), at[0]
+    return Shown(pixels, ("L", "P"), float(step[1] / step[2]), float(step[2])), found, None if peak is None else (at[1], at[2]), at[0]

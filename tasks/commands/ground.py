@@ -1,10 +1,10 @@
-"""``medvl ground``: where in an image a phrase or a finding is."""
+"""``medvl ground``: where in images phrases or findings are."""
 
 from __future__ import annotations
 
-import io
+import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,184 +17,241 @@ from tasks.commands.common import (
     echo_notice,
     json_option,
     json_text,
+    load_manifest,
     load_model,
     load_prompt_set,
     model_options,
     new_table,
+    progress,
     prompts_option,
+    report_rejected,
     usage_errors,
     weights_sha256,
+    write_csv,
 )
+from tasks.commands.diagnose import TABLES, find_images
+from tasks.commands.maps import settings_of, settings_options, thresholds_of
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
     from medvl.model import DualEncoder
-    from medvl.types import ImageSample
+    from medvl.types import ImageReader
     from reports.prompts import PromptSet
-    from tasks.grounding import SimilarityMap
+    from tasks.grounding import Query
+    from tasks.grounding.settings import MapSettings
+    from tasks.grounding.thresholds import MapThresholds
 
-
-@dataclass(frozen=True)
-class NamedMap:
-    """A similarity map, the name its files have and what its numbers are."""
-
-    slug: str
-    map: SimilarityMap
-    kind: str  # "phrase", or "finding": the highest over the prompts for it
+INDEX, REJECTED_FILE = "maps.csv", "rejected.csv"
 
 
 @click.command()
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="FILE...")
 @click.option("--phrase", "phrases", multiple=True, metavar="TEXT", help="What to look for (repeatable).")
 @click.option("--finding", "findings", multiple=True, metavar="NAME", help="A finding to look for by its prompt pair (repeatable).")
 @model_options
 @prompts_option
+@settings_options
+@click.option("--maps", "maps_folder", type=click.Path(path_type=Path), metavar="DIR", help="Take maps made elsewhere: DIR/SLUG.npy ...")
+@click.option(
+    "--thresholds", type=click.Path(path_type=Path), metavar="FILE", help="Of `medvl calibrate-maps`; beside the model unless told."
+)
 @click.option("--out", type=click.Path(path_type=Path), required=True, metavar="DIR", help="Where the maps go.")
+@click.option("--dicom", is_flag=True, help="Also DICOM: parametric maps, a segmentation, an SR (extra 'sr').")
+@click.option("--anew", is_flag=True, help="Make again what is there already.")
 @json_option
 @click.pass_context
 def ground(
     ctx: click.Context,
-    file: Path,
+    files: tuple[Path, ...],
     phrases: tuple[str, ...],
     findings: tuple[str, ...],
     model: Path,
     device: str | None,
     prompts: Path | None,
+    maps_folder: Path | None,
+    thresholds: Path | None,
     out: Path,
+    dicom: bool,
+    anew: bool,
     as_json: bool,
+    **how: Any,
 ) -> None:
-    """Lay the similarity of each phrase over the image FILE: a radiograph, or with a CT model a volume or the folder of a series.
+    """Lay the similarity of each phrase over each image, and say whether and where it was found.
 
-    Writes SLUG.npy (float32, the file's own pixels, NaN where the model did not look), SLUG.png (overlay) and maps.json, SLUG made from
-    the phrase; of a volume also SLUG.nii.gz with its affine, and the picture is of the slice that the map points at. Values are cosines;
-    a finding's are the highest over the prompts for it.
+    FILE is a radiograph, or with a CT model a volume, a zip or the folder of a series; a folder of them, or a manifest (.csv, .parquet).
+    Of one image DIR gets, of several a subfolder each gets: SLUG.npy (float32, the file's own pixels, NaN where the model did not look),
+    SLUG.png (overlay), of a volume SLUG.nii.gz with its affine and a picture of the slice that the map points at, grids.npz (token grids),
+    and maps.json: peak, score, threshold, found or not, boxes. Thresholds are of `medvl calibrate-maps`; without them a phrase counts as
+    found where it fits better than its denial, which is no calibrated decision and is said to be none. Of several images DIR also gets
+    maps.csv and, if any could not be read, rejected.csv; what a stopped run has finished is kept.
 
     \b
     Examples:
       medvl ground film.dcm --phrase "left pleural effusion" --model demo/model --out maps
       medvl ground film.dcm --finding pneumothorax --finding lung_nodule --model demo/model --out maps --json
+      medvl ground films/ --phrase "a chest tube" --shifts 2 --model demo/model --out maps
+      medvl ground series/ --phrase "a nodule" --model demo_ct/model --out maps --dicom
+      medvl ground film.dcm --phrase "pneumonia" --maps made_elsewhere --model demo/model --out maps
     """
-    if not file.exists():
-        raise click.UsageError(f"{file}: no such file; expected an image that the model reads")
+    if missing := next((file for file in files if not file.exists()), None):
+        raise click.UsageError(f"{missing}: no such file; expected an image that the model reads")
     if not phrases and not findings:
         raise click.UsageError("nothing to look for: give --phrase TEXT or --finding NAME")
     if not all(phrase.strip() for phrase in phrases):
         raise click.UsageError("--phrase is empty")
+    if maps_folder is not None and not maps_folder.is_dir():
+        raise click.UsageError(f"--maps {maps_folder}: no such folder")
     prompt_set = load_prompt_set(prompts)
     if unknown := [name for name in findings if name not in prompt_set.findings]:
         raise click.UsageError(f"--finding {', '.join(unknown)}: no prompts for it; known: {', '.join(prompt_set.findings)}")
     encoder = load_model(model, device)
     check_out_folder(out)
-    from medvl.types import RESEARCH_USE, UnreadableImageError
+    from medvl.types import RESEARCH_USE
 
-    try:
-        with usage_errors(NotImplementedError):
-            sample = encoder.read(file)
-            maps = find_maps(encoder, sample, list(dict.fromkeys(phrases)), list(dict.fromkeys(findings)), prompt_set)
-    except UnreadableImageError as error:
-        if as_json:
-            click.echo(json_text({"path": str(file), "ok": False, "error": str(error), "maps": [], "notice": RESEARCH_USE}))
-        click.echo(f"1 file rejected:\n  {error}", err=True)
+    settings = settings_of(**how)
+    levels = None if maps_folder is not None else thresholds_of(thresholds, model, settings)
+    work = _Work(encoder, _queries(phrases, findings, prompt_set), settings, levels, maps_folder, weights_sha256(model), dicom)
+    images, rejected = _images(encoder.reader, files)
+    several = len(images) > 1 or any(file.suffix.lower() in TABLES for file in files)
+    written: list[tuple[Path, Path, list[dict[str, Any]]]] = []
+    with progress("images", len(images)) as step:
+        for name, path in images:
+            folder = out / name if several else out
+            records = None if anew or not several else work.kept(folder, path)
+            error = None
+            if records is None:
+                records, error = work.make(folder, path)
+            step(1)
+            if error is not None:
+                rejected.append((str(path), error))
+            else:
+                written.append((path, folder, records))
+            if as_json:
+                click.echo(json_text({"path": str(path), "ok": error is None, "error": error, "maps": records, "notice": RESEARCH_USE}))
+    if several:
+        _write_index(out, written)
+    if not as_json:
+        _show(written)
+    report_rejected(rejected, "files", out / REJECTED_FILE if several and rejected else None)
+    if not as_json:
+        if levels is None and written:
+            click.echo("not calibrated: found means that a phrase fits better than its denial; `medvl calibrate-maps` makes thresholds")
+        echo_notice()
+    if rejected:
         ctx.exit(REJECTED)
-    records = write_maps(encoder, file, sample, maps, out, weights_sha256(model))
-    if as_json:
-        click.echo(json_text({"path": str(file), "ok": True, "error": None, "maps": records, "notice": RESEARCH_USE}))
-        return
+
+
+class _Work:
+    """Making and writing the maps of one image after the other."""
+
+    def __init__(
+        self,
+        model: DualEncoder,
+        queries: Sequence[Query],
+        settings: MapSettings,
+        thresholds: MapThresholds | None,
+        external: Path | None,
+        sha256: str,
+        dicom: bool,
+    ) -> None:
+        from tasks.grounding import Grounder
+        from tasks.grounding.outputs import denial_of
+
+        self.model, self.queries, self.thresholds, self.dicom = model, queries, thresholds, dicom
+        asked = [*queries, *(() if thresholds is not None else map(denial_of, queries))]
+        self.grounder = None if external is not None else Grounder(model, asked, settings)
+        self.external = external
+        made = {"maps": settings.to_dict()} if external is None else {"maps": {"source": "external"}}
+        offset = {"token_offset": model.offset_record()}
+        told = [sha256, made, offset, [query.name for query in queries], None if thresholds is None else thresholds.to_dict(), dicom]
+        self.facts = {**made, "weights_sha256": sha256, "fingerprint": hashlib.sha256(json_text(told).encode()).hexdigest()}
+
+    def kept(self, folder: Path, path: Path) -> list[dict[str, Any]] | None:
+        """The records of an image that an earlier run has finished; None if it has to be made."""
+        from tasks.grounding.outputs import RECORD
+
+        try:
+            records: list[dict[str, Any]] = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+            same = bool(records) and all(
+                one["fingerprint"] == self.facts["fingerprint"] and one["path"] == str(path) and (folder / one["png"]).is_file()
+                for one in records
+            )
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return records if same else None
+
+    def make(self, folder: Path, path: Path) -> tuple[list[dict[str, Any]], str | None]:
+        """Records of an image, or none and why."""
+        from medvl.types import UnreadableImageError
+        from tasks.grounding.external import external_maps, from_folder
+        from tasks.grounding.outputs import write_image
+
+        try:
+            sample = self.model.read(path)
+            if self.external is not None:
+                maps = external_maps(from_folder(self.external), path, sample, self.queries)
+            else:
+                assert self.grounder is not None
+                with usage_errors(NotImplementedError):
+                    (maps,) = self.grounder.of_samples([sample], [path])
+            return write_image(folder, path, self.model, sample, maps, self.queries, self.thresholds, self.facts, self.dicom), None
+        except UnreadableImageError as error:
+            return [], str(error)
+        except ValueError as error:
+            if self.external is None and not self.dicom:
+                raise click.UsageError(str(error)) from error
+            return [], str(error)
+
+
+def _queries(phrases: Sequence[str], findings: Sequence[str], prompts: PromptSet) -> list[Query]:
+    from tasks.grounding import finding_query, phrase_query
+
+    return [*map(phrase_query, dict.fromkeys(phrases)), *(finding_query(name, prompts) for name in dict.fromkeys(findings))]
+
+
+def _images(reader: ImageReader, files: Sequence[Path]) -> tuple[list[tuple[str, Path]], list[tuple[str, str]]]:
+    """Name of its subfolder and path of each image, and what of a manifest cannot be used."""
+    from tasks.grounding import slug
+
+    rejected: list[tuple[str, str]] = []
+    paths: list[Path] = []
+    for file in files:
+        if file.is_file() and file.suffix.lower() in TABLES:
+            manifest = load_manifest(file, None, allow_outside=True)
+            rejected += [(str(bad.path), str(bad)) for bad in manifest.rejected]
+            paths += [row.path for row in manifest.rows]
+        else:
+            paths += find_images(reader, [file])
+    named = []
+    for path in dict.fromkeys(paths):
+        of = hashlib.sha256(str(path).encode("utf-8", "surrogateescape")).hexdigest()[:8]
+        named.append((f"{slug(path.name)[:60]}-{of}", path))
+    return named, rejected
+
+
+def _write_index(out: Path, written: Sequence[tuple[Path, Path, list[dict[str, Any]]]]) -> None:
+    header = ("path", "folder", "phrase", "kind", "found", "score", "probability", "threshold", "peak", "boxes")
+    lines = []
+    for path, folder, records in written:
+        for one in records:
+            numbers = ("" if one[key] is None else repr(one[key]) for key in ("score", "probability", "threshold"))
+            peak = "" if one["peak"] is None else " ".join(map(str, one["peak"]))
+            lines.append(
+                (str(path), folder.name, one["phrase"], one["kind"], str(one["found"]).lower(), *numbers, peak, str(len(one["boxes"])))
+            )
+    write_csv(out / INDEX, header, lines)
+
+
+def _show(written: Sequence[tuple[Path, Path, list[dict[str, Any]]]]) -> None:
     from rich.markup import escape
 
-    headings = ("looked for", "peak (row, col)" if sample.affine is None else "peak (slice, row, col)", "highest", "lowest", "overlay")
-    table = new_table(None, *headings, numbers=("highest", "lowest"), whole=("looked for", "overlay"))
-    for record in records:
-        peak = "none: the map is flat" if record["peak"] is None else ", ".join(map(str, record["peak"]))
-        numbers = ("" if record[key] is None else f"{record[key]:.3f}" for key in ("max", "min"))
-        table.add_row(escape(record["phrase"]), peak, *numbers, escape(str(out / record["png"])))
-    click.echo(str(file))
-    console().print(table)
-    echo_notice()
-
-
-def find_maps(model: DualEncoder, sample: ImageSample, phrases: list[str], findings: list[str], prompts: PromptSet) -> list[NamedMap]:
-    """Maps of phrases, then of findings, with names that differ."""
-    from medvl.metrics import peak
-    from tasks.evaluation import finding_maps
-    from tasks.grounding import SimilarityMap, native_maps, slug, token_maps
-    from tasks.zero_shot import encode_prompts
-
-    features = model.encode_samples([sample])
-    found: list[tuple[str, NDArray[np.float32], str]] = []
-    if phrases:
-        scores = native_maps(token_maps(model, features, phrases)[0], sample.transform, features.extent)
-        found += [(phrase, one, "phrase") for phrase, one in zip(phrases, scores, strict=True)]
-    if findings:
-        grids = finding_maps(model, features, encode_prompts(model, prompts, findings))[0]
-        scores = native_maps(grids, sample.transform, features.extent)
-        found += [(name, one, "finding") for name, one in zip(findings, scores, strict=True)]
-    taken: set[str] = set()
-    named = []
-    for text, one, kind in found:
-        base = slug(text)
-        name = next(name for i in range(1, len(found) + 2) if (name := base if i == 1 else f"{base}_{i}") not in taken)
-        taken.add(name)
-        named.append(NamedMap(name, SimilarityMap(text, one, peak(one)), kind))
-    return named
-
-
-def write_maps(model: DualEncoder, file: Path, sample: ImageSample, maps: list[NamedMap], out: Path, sha256: str) -> list[dict[str, Any]]:
-    """Write .npy, .png, of volumes .nii.gz, and maps.json; returns what maps.json holds."""
-    import numpy as np
-
-    from medvl.model import write_atomically
-    from medvl.types import RESEARCH_USE
-    from modalities.export import write_map
-    from tasks.render import overlay
-    from tasks.viewing import in_plane, shown, shown_slice
-
-    volume = None if sample.affine is None else model.reader.native(file).numpy()
-    view = shown(model.reader, file) if volume is None else None
-    records = []
-    for named in maps:
-        scores, picture, at = named.map.scores, named.map.scores, in_plane(named.map.peak)
-        seen = scores[np.isfinite(scores)]
-        array = io.BytesIO()
-        np.save(array, scores, allow_pickle=False)
-        write_atomically(out / f"{named.slug}.npy", array.getvalue())
-        of_volume: dict[str, Any] = {}
-        if volume is not None and sample.affine is not None:
-            view, picture, at, height = shown_slice(volume, scores, sample.affine, named.map.peak)
-            write_map(out / f"{named.slug}.nii.gz", scores, sample.affine)
-            world = None if named.map.peak is None else (sample.affine @ [*named.map.peak, 1])[:3].tolist()
-            of_volume = {"nifti": f"{named.slug}.nii.gz", "slices": scores.shape[0], "shown_slice_from_below": height, "peak_ras_mm": world}
-        assert view is not None
-        overlay(
-            view.pixels,
-            picture,
-            named.map.phrase,
-            out / f"{named.slug}.png",
-            peak=at,
-            orientation=view.orientation,
-            label="cosine",
-            pixel_aspect=view.pixel_aspect,
-        )
-        records.append(
-            {
-                "phrase": named.map.phrase,
-                "kind": named.kind,
-                "slug": named.slug,
-                "npy": f"{named.slug}.npy",
-                "png": f"{named.slug}.png",
-                "rows": scores.shape[-2],
-                "columns": scores.shape[-1],
-                **of_volume,
-                "peak": None if named.map.peak is None else list(named.map.peak),
-                "min": float(seen.min()) if seen.size else None,
-                "max": float(seen.max()) if seen.size else None,
-                "finite_fraction": seen.size / scores.size,
-                "path": str(file),
-                "weights_sha256": sha256,
-                "notice": RESEARCH_USE,
-            }
-        )
-    write_atomically(out / "maps.json", (json.dumps(records, indent=2, allow_nan=False) + "\n").encode())
-    return records
+    for path, folder, records in written:
+        volume = any("nifti" in one for one in records)
+        headings = ("looked for", "found", "peak (slice, row, col)" if volume else "peak (row, col)", "score", "threshold", "overlay")
+        table = new_table(None, *headings, numbers=("score", "threshold"), whole=("looked for", "overlay"))
+        for one in records:
+            peak = "none: the map is flat" if one["peak"] is None else ", ".join(map(str, one["peak"]))
+            numbers = ("" if one[key] is None else f"{one[key]:.3f}" for key in ("score", "threshold"))
+            found = "no" if not one["found"] else f"yes, {len(one['boxes'])} {'place' if len(one['boxes']) == 1 else 'places'}"
+            table.add_row(escape(one["phrase"]), found, peak, *numbers, escape(str(folder / one["png"])))
+        click.echo(str(path))
+        console().print(table)

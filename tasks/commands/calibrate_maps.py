@@ -1,0 +1,123 @@
+"""``medvl calibrate-maps``: from maps to found or not found, with levels chosen on the validation images of a manifest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from tasks.commands.common import (
+    REJECTED,
+    check_out_file,
+    console,
+    echo_notice,
+    load_manifest,
+    load_model,
+    load_prompt_set,
+    manifest_options,
+    model_options,
+    new_table,
+    progress,
+    prompts_option,
+    report_rejected,
+    usage_errors,
+    weights_sha256,
+)
+from tasks.commands.leaks import leak_options, leaks_checked
+from tasks.commands.maps import settings_of, settings_options
+
+
+@click.command("calibrate-maps", short_help="Choose the thresholds of maps.")
+@click.argument("manifest", type=click.Path(path_type=Path), metavar="MANIFEST")
+@model_options
+@prompts_option
+@click.option("--finding", "findings", multiple=True, metavar="NAME", help="Only this finding (repeatable).")
+@settings_options
+@click.option(
+    "--split", type=click.Choice(["val", "train"]), default="val", show_default=True, help="Which studies; never those of a figure."
+)
+@click.option(
+    "--false-share",
+    type=click.FloatRange(0, 0.5, min_open=True),
+    default=0.05,
+    show_default=True,
+    help="How often a finding may be found where it is absent.",
+)
+@click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="Where to; beside the model unless told.")
+@leak_options
+@manifest_options
+@click.pass_context
+def calibrate_maps(
+    ctx: click.Context,
+    manifest: Path,
+    model: Path,
+    device: str | None,
+    prompts: Path | None,
+    findings: tuple[str, ...],
+    split: str,
+    false_share: float,
+    out: Path | None,
+    trained_on: tuple[Path, ...],
+    allowed: tuple[str, ...],
+    columns: Path | None,
+    modality: str,
+    allow_outside: bool,
+    **how: Any,
+) -> None:
+    """Choose when a map means that a finding is there, and how far it reaches, on the validation images of a MANIFEST.
+
+    Each finding gets a calibration of its map's highest value; one threshold of the probability holds for all, so that an absent finding
+    is found in no more than the share of images asked for; where there are masks or boxes, how far a region spreads is chosen by Dice.
+    `medvl ground` of the same model with maps made the same way then says found or not found, with boxes.
+
+    \b
+    Examples:
+      medvl calibrate-maps demo/data/manifest.csv --model demo/model
+      medvl calibrate-maps films/manifest.csv --model runs/first --shifts 2 --false-share 0.02
+    """
+    check_out_file(out, "--out")
+    prompt_set = load_prompt_set(prompts)
+    table = load_manifest(manifest, columns, allow_outside)
+    rows = table.select(split=split, modality=modality).rows
+    known = {name for row in rows for name, value in row.labels.items() if value in (0, 1)}
+    names = [name for name in (dict.fromkeys(findings) or prompt_set.labels) if name in known and name in prompt_set.findings]
+    if not names:
+        raise click.UsageError(f"{manifest}: no {modality} row of split {split!r} has a label of a finding that the prompts have")
+    encoder = load_model(model, device)
+    from tasks.grounding import Grounder, finding_query
+    from tasks.grounding.calibration import calibrate_maps as fit
+    from tasks.grounding.evaluation import of_manifest
+    from tasks.grounding.thresholds import place_of
+
+    settings = settings_of(**how)
+    place = out or place_of(model, settings)
+    checked: dict[str, Any] = {"model": model, "trained_on": trained_on, "columns": columns, "allow_outside": allow_outside}
+    leaks_checked(encoder.reader, manifest, table, rows, split, place.parent, allowed=allowed, **checked)
+    grounder = Grounder(encoder, [finding_query(name, prompt_set) for name in names], settings)
+    images = of_manifest(rows, names)
+    with usage_errors(ValueError, NotImplementedError), progress("images", len(images)) as step:
+        fitted, rejected = fit(
+            *(grounder, images, weights_sha256(model)),
+            false_share=false_share,
+            fitted_on={"split": split, "manifest_sha256": table.sha256, "modality": modality},
+            progress=step,
+        )
+    fitted.save(place)
+    shown = new_table(None, "finding", "found at a map of", "reaches to", numbers=("found at a map of", "reaches to"))
+    for name in names:
+        levels = fitted.levels(name)
+        shown.add_row(name, f"{levels.detect:.3f}", f"{levels.spread:.3f}", style=None if name in fitted.findings else "dim")
+    console().print(shown)
+    for name, why in fitted.left_out.items():
+        click.echo(f"{name}: {why}", err=True)
+    of = fitted.fitted_on
+    click.echo(
+        f"threshold {fitted.threshold:.3f}: on validation found in {of['false_share']:.1%} of {of['absent']} where absent and in "
+        f"{of['found_share']:.1%} of {of['present']} where present; written to {place}"
+    )
+    problems = [*((str(bad.path), str(bad)) for bad in table.rejected), *rejected]
+    report_rejected(problems, "rows")
+    echo_notice()
+    if problems:
+        ctx.exit(REJECTED)
