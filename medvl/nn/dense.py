@@ -16,6 +16,7 @@ learned query that pools tokens) is left as it is.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, TypeVar, get_args
@@ -23,10 +24,11 @@ from typing import Any, Literal, TypeVar, get_args
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 Reading = Literal["values", "value_similarity", "early_attention"]
 Result = TypeVar("Result")
+_REPLACED = threading.Lock()
+"""Held while the function is replaced, so that two threads do not put back each other's."""
 
 
 def with_reading(run: Callable[[], Result], reading: Reading, layers: int = 1) -> Result:
@@ -54,33 +56,42 @@ def with_reading(run: Callable[[], Result], reading: Reading, layers: int = 1) -
             return run()
 
 
-class _Attentions(TorchFunctionMode):
-    """While entered, counts self-attentions, and changes those from number ``start`` on."""
+class _Attentions:
+    """While entered, counts the self-attentions of this thread, and changes those from number ``start`` on.
+
+    The function is replaced where libraries look it up: torch's own layers call it from within another function, where a
+    ``TorchFunctionMode`` no longer sees it. Other threads get what they always got.
+    """
 
     def __init__(self, start: int | None = None, reading: Reading = "values") -> None:
-        super().__init__()
         self.start, self.reading, self.count = start, reading, 0
         self._early: Tensor | None = None
         self._summed = 0
+        self._thread = threading.get_ident()
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = kwargs or {}
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **given)
-        query, key, value = (args[i] if i < len(args) else given[name] for i, name in enumerate(("query", "key", "value")))
-        if query.shape != key.shape or query.shape[-2] < 2:
-            return func(*args, **given)
+    def __enter__(self) -> _Attentions:
+        _REPLACED.acquire()
+        self._own = F.scaled_dot_product_attention
+        F.scaled_dot_product_attention = self._attend
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        F.scaled_dot_product_attention = self._own
+        _REPLACED.release()
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """As the function that it stands for."""
+        if threading.get_ident() != self._thread or query.shape != key.shape or query.shape[-2] < 2:
+            return self._own(query, key, value, *args, **kwargs)
         self.count += 1
-        if self.start is None:
-            return func(*args, **given)
-        if self.count <= self.start:
-            if self.reading == "early_attention":
+        if self.start is None or self.count <= self.start:
+            if self.start is not None and self.reading == "early_attention":
                 self._remember(query, key)
-            return func(*args, **given)
+            return self._own(query, key, value, *args, **kwargs)
         if self.reading == "values":
             return value
         if self.reading == "value_similarity":
-            return func(value, value, value)
+            return self._own(value, value, value)
         assert self._early is not None
         return (self._early / self._summed).to(value.dtype) @ value
 
