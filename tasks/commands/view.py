@@ -119,7 +119,6 @@ def _serve(viewer: Viewer, studies: Studies, phrases: list[str], host: str, port
     import secrets
     import webbrowser
 
-    from tasks.view.content import Viewer
     from tasks.view.server import Offer, make_app, serve
 
     try:

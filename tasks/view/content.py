@@ -386,12 +386,11 @@ def plane_words(native: NDArray[np.float64], shown: Shown) -> str:
     if runs_to in ends:
         opposite = {"L": "R", "R": "L"}[runs_to]
         side = f"{side}, the patient's {ends[runs_to if right_half else opposite]}"
+    words = f"{height} third, {side}; row {max(0, round(row)) + 1} of {rows}, column {max(0, round(column)) + 1} of {columns}"
+    if shown.unit == "pixels":
+        return words
     step = np.linalg.norm(shown.affine[:3, :3], axis=0)
-    down, across = row * step[1], column * step[2]
-    return (
-        f"{height} third, {side}; row {max(0, round(row)) + 1} of {rows}, column {max(0, round(column)) + 1} of {columns}; "
-        f"{down:.0f} {shown.unit} from the top, {across:.0f} from the left"
-    )
+    return f"{words}; {row * step[1]:.0f} {shown.unit} from the top, {column * step[2]:.0f} from the left"
 
 
 def _mm(affine: NDArray[np.float64], at: Sequence[int]) -> list[float]:

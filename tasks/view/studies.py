@@ -72,6 +72,7 @@ class Studies:
         self.readers, self.max_upload = tuple(readers), max_upload
         self.all = find_studies(self.readers, path)
         self._drops: dict[int, Drop] = {}
+        self._begun = 0
         self._lock = threading.Lock()
         self._ended = threading.Event()
 
@@ -103,7 +104,8 @@ class Studies:
     def begin_drop(self) -> int:
         """Room for files that are dropped together; its number."""
         with self._lock:
-            number = len(self._drops)
+            number = self._begun
+            self._begun += 1
             folder = Path(self._folder.name, f"{number:04d}")
             folder.mkdir()
             self._drops[number] = Drop(folder, self.max_upload)

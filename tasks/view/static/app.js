@@ -57,6 +57,7 @@ medvl.App = class {
       });
     }
     on("map-on", "change", () => this.restyle());
+    on("cross-on", "change", () => this.info && this.panels.forEach((panel) => panel.crosshair(this.get("cross-on").checked)));
     on("zoom-in", "click", () => this.zoom(1.25));
     on("zoom-out", "click", () => this.zoom(0.8));
     on("reset", "click", () => this.panels.forEach((panel) => this.info && panel.fit()));
@@ -138,6 +139,7 @@ medvl.App = class {
       if (turn !== this.opened) return;
       this.info = info;
       this.volume = volume;
+      this.get("cross-on").checked = info.kind === "ct"; // across a film it would be in the way
     } catch (error) {
       if (turn !== this.opened) return;
       for (const panel of this.panels) {
@@ -152,6 +154,8 @@ medvl.App = class {
       this.status(`${name} cannot be shown: ${error.message}`);
       return;
     }
+    this.windowBefore3d = null;
+    if (this.view === 4) this.view = 3;
     this.offerViews();
     this.offerWindows();
     for (const panel of this.panels) this.showIn(panel);
@@ -166,6 +170,7 @@ medvl.App = class {
   showIn(panel) {
     panel.wait(null);
     panel.show(this.info, this.volume);
+    panel.crosshair(this.get("cross-on").checked);
     panel.setView(this.info.kind === "xray" ? 0 : this.view);
   }
 
@@ -298,8 +303,8 @@ medvl.App = class {
     const query = panel.query;
     if (!query) {
       panel.wait(null);
+      if (panel.found) this.status("No map is shown.");
       await panel.lay(null);
-      this.status("No map is shown.");
       return;
     }
     const stop = new AbortController();
@@ -334,7 +339,11 @@ medvl.App = class {
   goToStrongest(panel) {
     const mm = panel.strongest();
     if (!mm) return;
-    for (const each of this.panels) each.moveTo(mm);
+    this.get("cross-on").checked = true;
+    for (const each of this.panels) {
+      each.moveTo(mm);
+      each.crosshair(true);
+    }
     const place = this.info.kind === "xray" ? panel.found.peak.words : `slice ${panel.slice() + 1} of ${panel.sliceCount()} from below, ${medvl.directions(mm)}`;
     this.status(`At ${place}.`);
   }
@@ -407,9 +416,18 @@ medvl.App = class {
 
   setView(type) {
     if (!this.info || this.info.kind === "xray") return;
+    if ((type === 4) !== (this.view === 4)) this.turnTo3d(type === 4);
     this.view = type;
     [...this.get("views").children].forEach((button, i) => button.setAttribute("aria-checked", String(medvl.VIEWS[i][1] === type)));
     for (const panel of this.panels) panel.setView(type);
+  }
+
+  /** In 3D a window of slices shows the skin alone: bones take its place there, and it comes back afterwards. */
+  turnTo3d(enter) {
+    const now = [this.volume.cal_min, this.volume.cal_max];
+    const [low, high] = enter ? medvl.BONES_IN_3D : this.windowBefore3d || now;
+    this.windowBefore3d = enter ? now : null;
+    this.setWindow(low, high);
   }
 
   offerWindows() {
@@ -498,6 +516,7 @@ medvl.App = class {
       "-": () => this.zoom(0.8),
       0: click("reset"),
       m: click("map-on"),
+      x: click("cross-on"),
       ",": slide("opacity", -10),
       ".": slide("opacity", 10),
       "[": slide("threshold", -5),

@@ -5,6 +5,7 @@ var medvl = medvl || {};
 
 medvl.VIEWS = [["Axial", 0], ["Coronal", 1], ["Sagittal", 2], ["All", 3], ["3D", 4]]; // and NiiVue's number for each
 medvl.COLOURS = { R: [88, 88, 190, 245, 255], G: [20, 20, 40, 110, 235], B: [140, 140, 110, 40, 90], A: [0, 255, 255, 255, 255], I: [0, 1, 85, 170, 255] };
+medvl.BONES_IN_3D = [150, 900]; // HU
 medvl.NOWHERE = -1e4; // what a map has where the model did not look: below any threshold, so that nothing is drawn
 
 /** An element with attributes and children; text is only ever text. */
@@ -108,7 +109,7 @@ medvl.Panel = class {
   /** Make the canvas ready; throws where the browser has no WebGL 2. */
   async start() {
     this.nv = new niivue.Niivue({
-      backColor: [0, 0, 0, 1], crosshairColor: [0.35, 0.8, 1, 0.75], crosshairGap: 6, fontColor: [0.95, 0.91, 0.72, 1], show3Dcrosshair: true, sagittalNoseLeft: true,
+      backColor: [0, 0, 0, 1], crosshairColor: [0.35, 0.8, 1, 0.75], crosshairWidthUnit: "mm", crosshairGap: 8, showAllOrientationMarkers: true, fontColor: [0.95, 0.91, 0.72, 1], show3Dcrosshair: true, sagittalNoseLeft: true,
       dragAndDropEnabled: false, logLevel: "silent", loadingText: "", multiplanarShowRender: 0, viewModeHotKey: "", clipPlaneHotKey: "", cycleClipPlaneHotKey: "",
       isAlphaClipDark: false, isAntiAlias: false,
     });
@@ -145,6 +146,14 @@ medvl.Panel = class {
   forgetGradients() {
     if (this.nv.gradientTexture) this.nv.gl.deleteTexture(this.nv.gradientTexture);
     this.nv.gradientTexture = null;
+  }
+
+  /** Draw the crosshair or not: as fine on a film as on a slice. */
+  crosshair(on) {
+    const { dimsRAS, pixDimsRAS } = this.nv.volumes[0];
+    this.nv.opts.crosshairWidth = on ? 0.002 * Math.max(dimsRAS[1] * pixDimsRAS[1], dimsRAS[2] * pixDimsRAS[2]) : 0;
+    this.nv.opts.show3Dcrosshair = on;
+    this.nv.drawScene();
   }
 
   fit() {
