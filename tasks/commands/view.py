@@ -30,12 +30,16 @@ MOST_MODELS = 4
 
 @click.command()
 @click.argument("path", type=click.Path(path_type=Path), metavar="FILE|FOLDER")
-@click.option("--model", "models", multiple=True, required=True, type=click.Path(path_type=Path), metavar="DIR", help="A model (repeatable).")
+@click.option(
+    "--model", "models", multiple=True, required=True, type=click.Path(path_type=Path), metavar="DIR", help="A model (repeatable)."
+)
 @click.option("--device", metavar="DEVICE", help="cpu, cuda or cuda:1; CUDA if there is one unless told.")
 @prompts_option
 @click.option("--phrase", "phrases", multiple=True, metavar="TEXT", help="What to look for at first; of two, side by side (repeatable).")
 @click.option("--export", "out", type=click.Path(path_type=Path), metavar="DIR", help="Write a page that needs no server, and end.")
-@click.option("--host", default="127.0.0.1", show_default=True, metavar="ADDRESS", help="Address to listen on; others can be seen by others.")
+@click.option(
+    "--host", default="127.0.0.1", show_default=True, metavar="ADDRESS", help="Address to listen on; others can be seen by others."
+)
 @click.option("--port", type=click.IntRange(0, 65535), default=0, show_default="a free one", help="Port to listen on.")
 @click.option("--no-browser", is_flag=True, help="Print the address and open nothing.")
 @click.option("--max-upload", type=click.IntRange(min=1), default=1024, show_default=True, metavar="MIB", help="Most to drop at once.")

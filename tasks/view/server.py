@@ -159,7 +159,9 @@ def _cookie(header: str, name: str) -> str:
     return "" if morsel is None else morsel.value
 
 
-def make_app(viewer: Viewer, studies: Studies, *, token: str, host: str = "127.0.0.1", port: int = 0, offer: Offer | None = None) -> ASGIApp:
+def make_app(
+    viewer: Viewer, studies: Studies, *, token: str, host: str = "127.0.0.1", port: int = 0, offer: Offer | None = None
+) -> ASGIApp:
     """The whole server as an ASGI application."""
     from starlette.applications import Starlette
     from starlette.exceptions import HTTPException

@@ -51,7 +51,7 @@ from starlette.testclient import TestClient  # noqa: E402 (after the check)
 
 TOKEN = "a-token-of-the-tests"
 FINDINGS = ["lung_nodule", "cardiomegaly"]
-EVIL = "<img src=x onerror=\"window.hacked=1\"><script>window.hacked=2</script>"
+EVIL = '<img src=x onerror="window.hacked=1"><script>window.hacked=2</script>'
 
 
 class Bright(ImageEncoder):
@@ -109,7 +109,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     volume = np.full((30, 64, 64), -900, np.int16)
     volume[22:26, 40:52, 8:20] = 900  # high, at the back, at the patient's right
     write_nifti(folder / "volume.nii.gz", volume, affine_of((5, 4, 4), (126, 126, -300)))
-    write_ct_series(folder / "series", volume[::-1].copy(), affine_of((5, 4, 4), (126, 126, -155), up=False), patient_id="SECRET-ID", study_id="s")
+    write_ct_series(
+        folder / "series", volume[::-1].copy(), affine_of((5, 4, 4), (126, 126, -155), up=False), patient_id="SECRET-ID", study_id="s"
+    )
     return folder
 
 
@@ -200,7 +202,9 @@ def test_the_strongest_slice_and_the_peak_are_those_of_the_cube(files: Path, nam
     heights = [point[2] for point in bar["points"]]
     assert heights == sorted(heights) and len(heights) > 10
     assert ("whole study" in bar["of"]) is slices
-    numbers = re.search(r"slice (\d+) of 30 from below; .* (\d+) mm to the patient's right, (\d+) mm to the back, (\d+) mm up", found["peak"]["words"])
+    numbers = re.search(
+        r"slice (\d+) of 30 from below; .* (\d+) mm to the patient's right, (\d+) mm to the back, (\d+) mm up", found["peak"]["words"]
+    )
     assert numbers and 22 <= int(numbers[1]) <= 27
 
 
@@ -246,7 +250,13 @@ def test_a_folder_lists_its_studies_and_no_link_leads_out(files: Path, tmp_path:
 
 @pytest.mark.parametrize(
     ("given", "kept"),
-    [("../../etc/passwd", "passwd"), ("C:\\x\\film.dcm", "film.dcm"), (".hidden", "hidden"), ("", "file"), ("a b\n<c>.nii.gz", "a_b_c_.nii.gz")],
+    [
+        ("../../etc/passwd", "passwd"),
+        ("C:\\x\\film.dcm", "film.dcm"),
+        (".hidden", "hidden"),
+        ("", "file"),
+        ("a b\n<c>.nii.gz", "a_b_c_.nii.gz"),
+    ],
 )
 def test_names_of_dropped_files_are_plain(given: str, kept: str) -> None:
     assert safe_name(given) == kept
@@ -297,7 +307,11 @@ def test_another_host_or_page_is_refused(client: TestClient) -> None:
     assert client.post("/api/drops", headers={"origin": "http://evil.example"}).status_code == 403
     assert client.post("/api/drops", headers={"origin": "http://127.0.0.1:8888"}).status_code == 403
     assert client.post("/api/drops", headers={"origin": "http://127.0.0.1:1"}).status_code == 201
-    assert allowed_host("10.0.0.5:80", "0.0.0.0") and not allowed_host("name.example", "0.0.0.0") and allowed_host("name.example", "name.example")
+    assert (
+        allowed_host("10.0.0.5:80", "0.0.0.0")
+        and not allowed_host("name.example", "0.0.0.0")
+        and allowed_host("name.example", "name.example")
+    )
 
 
 def test_every_answer_shuts_the_page_in(client: TestClient) -> None:
@@ -352,7 +366,10 @@ def test_image_and_map_come_as_nifti_and_no_header_text_does(client: TestClient)
     film = number_of(client, "film.dcm")
     answer = client.get(f"/api/studies/{film}/image")
     assert answer.headers["content-encoding"] == "gzip" and opened(gzip.compress(answer.content)).shape == (200, 300, 1)
-    told = [client.get(path).text for path in ("/api/state", f"/api/studies/{film}", f"/api/studies/{film}/scores", f"/api/studies/{film}/map?phrase=bright")]
+    told = [
+        client.get(path).text
+        for path in ("/api/state", f"/api/studies/{film}", f"/api/studies/{film}/scores", f"/api/studies/{film}/map?phrase=bright")
+    ]
     assert not any(secret in text for text in told for secret in ("SECRET", "Synthetic^", "study-of-a-film"))
     assert client.get(f"/api/studies/{film}/map?phrase=bright&model=1").json()["max"] == pytest.approx(1, abs=0.05)
 
@@ -468,7 +485,10 @@ class Visit:
 
     def look_for(self, phrase: str, panel: int = 0) -> None:
         self.page.fill(f"#phrase-{panel}", phrase)
-        until(self.page, f"medvl.app.panels[{panel}].found?.what === {json.dumps(' '.join(phrase.split()))} && medvl.app.panels[{panel}].busy.hidden")
+        until(
+            self.page,
+            f"medvl.app.panels[{panel}].found?.what === {json.dumps(' '.join(phrase.split()))} && medvl.app.panels[{panel}].busy.hidden",
+        )
 
     def canvas(self, panel: int = 0) -> Any:
         """(rows, columns, 3) of what the canvas shows."""
@@ -634,7 +654,9 @@ def test_keys_help_theme_and_windows(browser: Any, served: Any, files: Path) -> 
     assert page.input_value("#phrase-0") == "gc?" and not page.get_by_role("dialog").is_visible()
     for selector in ("button", "input", "select", "canvas[tabindex]"):
         for element in page.locator(f"{selector}:visible").all():
-            name = element.evaluate("(e) => e.getAttribute('aria-label') || e.textContent.trim() || e.labels?.[0]?.textContent.trim() || ''")
+            name = element.evaluate(
+                "(e) => e.getAttribute('aria-label') || e.textContent.trim() || e.labels?.[0]?.textContent.trim() || ''"
+            )
             assert name, element.evaluate("(e) => e.outerHTML")
     visit.check()
     page.close()

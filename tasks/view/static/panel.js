@@ -5,6 +5,7 @@ var medvl = medvl || {};
 
 medvl.VIEWS = [["Axial", 0], ["Coronal", 1], ["Sagittal", 2], ["All", 3], ["3D", 4]]; // and NiiVue's number for each
 medvl.COLOURS = { R: [88, 88, 190, 245, 255], G: [20, 20, 40, 110, 235], B: [140, 140, 110, 40, 90], A: [0, 255, 255, 255, 255], I: [0, 1, 85, 170, 255] };
+medvl.MAP_TEXELS = 2 ** 22;
 medvl.BONES_IN_3D = [150, 900]; // HU
 medvl.NOWHERE = -1e4; // what a map has where the model did not look: below any threshold, so that nothing is drawn
 
@@ -125,13 +126,11 @@ medvl.Panel = class {
     const nv = this.nv;
     this.info = info;
     this.found = this.overlay = null;
-    if (nv.overlayTexture) nv.gl.deleteTexture(nv.overlayTexture);
-    nv.overlayTexture = null;
+    nv.overlayTexture = nv.rgbaTex(nv.overlayTexture, nv.gl.TEXTURE2, [3, 2, 2, 2], true); // as NiiVue begins
     Object.assign(nv.opts, { isRadiologicalConvention: !flat, isOrientationTextVisible: !flat, dragMode: flat ? niivue.DRAG_MODE.pan : niivue.DRAG_MODE.windowing });
     nv.volumes = [];
     nv.overlays = [];
     nv.addVolume(volume);
-    this.forgetGradients();
     const ends = flat && info.orientation ? info.orientation : null;
     const opposite = (letters) => [...letters].map((letter) => ({ L: "R", R: "L", A: "P", P: "A", H: "F", F: "H" })[letter] || "").join("");
     const text = ends ? { right: ends[0], left: opposite(ends[0]), bottom: ends[1], top: opposite(ends[1]) } : {};
@@ -140,12 +139,6 @@ medvl.Panel = class {
     this.jump.textContent = flat ? "Highest point" : "Strongest slice";
     this.told(null);
     this.fit();
-  }
-
-  /** Gradients serve lighting in 3D, which is not used, and take as much of the graphics card as the image does. */
-  forgetGradients() {
-    if (this.nv.gradientTexture) this.nv.gl.deleteTexture(this.nv.gradientTexture);
-    this.nv.gradientTexture = null;
   }
 
   /** Draw the crosshair or not: as fine on a film as on a slice. */
@@ -179,7 +172,6 @@ medvl.Panel = class {
     const nv = this.nv;
     if (!nv.volumes.length) return;
     nv.refreshLayers(nv.volumes[0], 0);
-    this.forgetGradients();
     nv.drawScene();
   }
 
@@ -225,9 +217,26 @@ medvl.Panel = class {
       this.high.textContent = this.found.max.toFixed(2);
     }
     this.overlay.opacity = on && this.found ? opacity : 0;
-    if (nv.overlayTexture) nv.gl.deleteTexture(nv.overlayTexture);
-    nv.refreshLayers(this.overlay, 1);
+    this.paint();
     nv.drawScene();
+  }
+
+  /**
+   * Colour the map into a texture about as fine as the map is. NiiVue takes the image's own size, which of a large CT is 300 MB and, on a
+   * machine without a graphics card, some seconds for every letter typed.
+   */
+  paint() {
+    const nv = this.nv;
+    const { dims } = nv.back;
+    const shrink = Math.max(1, Math.cbrt((dims[1] * dims[2] * dims[3]) / medvl.MAP_TEXELS));
+    nv.gl.deleteTexture(nv.overlayTexture);
+    nv.back.dims = [dims[0], ...dims.slice(1, 4).map((n) => Math.max(1, Math.round(n / shrink)))];
+    nv.refreshLayers(this.overlay, 1);
+    nv.back.dims = dims;
+    for (const shader of [nv.renderShader, nv.pickingImageShader]) {
+      shader.use(nv.gl);
+      nv.gl.uniform3fv(shader.uniforms.texVox, nv.vox); // the step through the image is still the image's
+    }
   }
 
   /** Say what was found, without drawing. */
