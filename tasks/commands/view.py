@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -85,7 +86,8 @@ def view(
         with usage_errors(ImportError):
             import_server()
     prompt_set = load_prompt_set(prompts)
-    loaded = [_view_model(folder, device, prompt_set) for folder in dict.fromkeys(models)]
+    folders = list(dict.fromkeys(models))
+    loaded = [_view_model(name, folder, device, prompt_set) for name, folder in zip(short_names(folders), folders, strict=True)]
     from tasks.view.content import Viewer
     from tasks.view.studies import Studies
 
@@ -105,7 +107,17 @@ def view(
         ctx.exit(REJECTED)
 
 
-def _view_model(folder: Path, device: str | None, prompts: PromptSet) -> ViewModel:
+def short_names(folders: Sequence[Path]) -> list[str]:
+    """What models are called: as many of the last parts of their folders as tell them apart, and more than ``model``."""
+    parts = [folder.resolve().parts for folder in folders]
+    for count in range(1, max(map(len, parts))):
+        names = [Path(*own[-count:]).as_posix() for own in parts]
+        if len(set(names)) == len(names) and "model" not in names:
+            return names
+    return [str(folder) for folder in folders]
+
+
+def _view_model(name: str, folder: Path, device: str | None, prompts: PromptSet) -> ViewModel:
     """A model with its prompts encoded, and with the decisions beside it where it has some."""
     from tasks.view.content import ViewModel
     from tasks.zero_shot import PromptBank
@@ -115,7 +127,7 @@ def _view_model(folder: Path, device: str | None, prompts: PromptSet) -> ViewMod
     assert isinstance(bank, PromptBank)
     protocol = score_protocol(folder, encoder, None, prompts, bank, None)
     decisions = decisions_of(None, folder, protocol, bank.findings)
-    return ViewModel(str(folder), encoder, bank, familiar_of(None, folder, encoder, protocol), decisions)
+    return ViewModel(name, encoder, bank, familiar_of(None, folder, encoder, protocol), decisions)
 
 
 def _serve(viewer: Viewer, studies: Studies, phrases: list[str], host: str, port: int, no_browser: bool) -> None:
@@ -123,7 +135,7 @@ def _serve(viewer: Viewer, studies: Studies, phrases: list[str], host: str, port
     import secrets
     import webbrowser
 
-    from tasks.view.server import Offer, make_app, serve
+    from tasks.view.server import make_app, serve
 
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -133,7 +145,7 @@ def _serve(viewer: Viewer, studies: Studies, phrases: list[str], host: str, port
     with listening, studies:
         port = listening.getsockname()[1]
         token = secrets.token_urlsafe(32)
-        app = make_app(viewer, studies, token=token, host=host, port=port, offer=Offer(tuple(phrases)))
+        app = make_app(viewer, studies, token=token, host=host, port=port, phrases=phrases)
         shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)  # noqa: S104 (compared with)
         address = f"http://{shown}:{port}/?token={token}"
         click.echo(f"Open {address}\nCtrl-C ends it.")

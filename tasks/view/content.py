@@ -13,7 +13,7 @@ import math
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -99,6 +99,7 @@ class Shown:
     unit: str = "mm"
     notes: tuple[str, ...] = ()
     volume: CtVolume | None = field(default=None, repr=False)  # what a CT model reads it from
+    reader: int = 0  # which of several models' readers could read it
 
     def to_dict(self) -> dict[str, Any]:
         """What the page is told, JSON-ready."""
@@ -109,6 +110,7 @@ class Shown:
             "orientation": None if self.orientation is None else list(self.orientation),
             "unit": self.unit,
             "notes": list(self.notes),
+            "model": self.reader,
         }
 
 
@@ -152,13 +154,17 @@ def show_by_any(readers: Sequence[ImageReader], path: Path) -> Shown:
     Raises:
         UnreadableImageError: none can; the reason is the first's.
     """
-    errors = []
-    for reader in readers:
+    first, *others = readers
+    try:
+        return show(first, path)
+    except UnreadableImageError as error:
+        if not others:
+            raise
         try:
-            return show(reader, path)
-        except UnreadableImageError as error:
-            errors.append(error)
-    raise errors[0]
+            found = show_by_any(others, path)
+            return replace(found, reader=found.reader + 1)
+        except UnreadableImageError:
+            raise error from None
 
 
 def show_volume(volume: CtVolume, windows: Sequence[tuple[str, float, float]] = ()) -> Shown:

@@ -46,7 +46,6 @@ def export_page(folder: Path, viewer: Viewer, studies: Sequence[Study], phrases:
         "notice": RESEARCH_USE,
         "models": [{"name": model.name} for model in viewer.models],
         "studies": [one.to_dict(number) for number, one in enumerate(studies)],
-        "study": next((number for number, one in enumerate(studies) if one.error is None), 0),
         "phrases": list(phrases[:1]),
         "maxUpload": 0,
     }

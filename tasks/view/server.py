@@ -10,7 +10,6 @@ from __future__ import annotations
 import ipaddress
 import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from http.cookies import CookieError, SimpleCookie
 from importlib import resources
 from pathlib import Path
@@ -52,14 +51,6 @@ LONGEST_PHRASE = 500
 CLOSED = "this page needs the address that `medvl view` printed, token and all"
 
 
-@dataclass(frozen=True)
-class Offer:
-    """What the page begins with."""
-
-    phrases: tuple[str, ...] = ()
-    study: int = 0
-
-
 def import_server() -> None:
     """See that Starlette and uvicorn are there.
 
@@ -75,7 +66,7 @@ def import_server() -> None:
 
 def static_file(name: str) -> bytes:
     """A file of the page."""
-    return resources.files("tasks.view").joinpath("static", name).read_bytes()
+    return (resources.files("tasks.view") / "static" / name).read_bytes()
 
 
 class Guard:
@@ -160,16 +151,17 @@ def _cookie(header: str, name: str) -> str:
 
 
 def make_app(
-    viewer: Viewer, studies: Studies, *, token: str, host: str = "127.0.0.1", port: int = 0, offer: Offer | None = None
+    viewer: Viewer, studies: Studies, *, token: str, host: str = "127.0.0.1", port: int = 0, phrases: Sequence[str] = ()
 ) -> ASGIApp:
-    """The whole server as an ASGI application."""
+    """The whole server as an ASGI application.
+
+    Args:
+        phrases: what the page looks for at first; the second stands beside the first.
+    """
     from starlette.applications import Starlette
     from starlette.exceptions import HTTPException
-    from starlette.requests import Request
     from starlette.responses import JSONResponse, Response
     from starlette.routing import Route
-
-    begin = offer or Offer()
 
     def page(request: Request) -> Response:
         return Response(static_file("index.html"), media_type="text/html")
@@ -186,8 +178,7 @@ def make_app(
                 "notice": RESEARCH_USE,
                 "models": [{"name": model.name, "findings": list(model.bank.findings)} for model in viewer.models],
                 "studies": studies.to_list(),
-                "study": begin.study,
-                "phrases": list(begin.phrases),
+                "phrases": list(phrases),
                 "maxUpload": studies.max_upload,
             }
         )
@@ -311,8 +302,11 @@ def _asked(request: Request, viewer: Viewer, model: int) -> tuple[Kind, str]:
 
 
 def serve(app: ASGIApp, host: str, sockets: Sequence[Any]) -> None:
-    """Serve until interrupted; nothing of a request is logged."""
+    """Serve until interrupted or told to end, which are both a KeyboardInterrupt here; nothing of a request is logged."""
+    import signal
+
     import uvicorn
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     config = uvicorn.Config(app, log_level="critical", access_log=False, lifespan="off", server_header=False, timeout_graceful_shutdown=2)
     uvicorn.Server(config).run(sockets=list(sockets))

@@ -15,6 +15,9 @@ from types import TracebackType
 from typing import Any
 
 from medvl.types import ImageReader, UnreadableImageError
+from modalities.ct.reader import CtReader
+from modalities.joint import JointReader
+from modalities.xray.reader import XrayReader
 from tasks.view.content import show_by_any
 
 LONGEST_NAME = 100
@@ -46,12 +49,14 @@ def find_studies(readers: Sequence[ImageReader], path: Path) -> list[Study]:
     """
     if not path.is_dir():
         return [Study(path, path.name)]
+    films = [one for one in readers if isinstance(one, XrayReader)]
+    volumes = [one for one in readers if isinstance(one, CtReader)]
+    if films and volumes:  # told apart by what the files hold, so that slices are no films
+        readers = [JointReader(films[0], volumes[0]), *(one for one in readers if one not in films + volumes)]
     found = sorted({one for reader in readers for one in reader.find_images(path)})
-    slices = {one.parent for one in found if one.is_file() and one.parent in found}  # a series by one reader, its slices by another
-    kept = [one for one in found if not (one.is_file() and one.parent in slices)]
     root = path.resolve()
     studies = []
-    for one in kept or [path]:
+    for one in found or [path]:
         name = path.name or str(path) if one == path else str(one.relative_to(path))
         inside = one.resolve().is_relative_to(root)
         studies.append(Study(one, name, None if inside else f"{name}: a link that leads out of the folder", not inside))

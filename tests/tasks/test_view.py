@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,10 @@ from nibabel.affines import apply_affine
 from PIL import Image
 from torch.nn import functional as F
 
-from medvl.geometry import GridTransform
 from medvl.model import DualEncoder
 from medvl.nn.similarity import PooledSimilarity
 from medvl.types import ImageBatch, ImageEncoder, ImageFeatures, ReportEncoder, TextBatch, TextFeatures, UnreadableImageError
-from modalities.ct import CtReader
+from modalities.ct import CtReader, CtVolume, MeanPooling, SeriesPooledEncoder, hu_verdict
 from modalities.export import write_ct_series, write_nifti, write_radiograph_dicom
 from modalities.joint import JointReader
 from modalities.xray import XrayReader
@@ -42,12 +42,12 @@ from tasks.familiarity import Familiar
 from tasks.grounding import native_maps, token_maps
 from tasks.view import content
 from tasks.view.content import Viewer, ViewModel
-from tasks.view.server import Offer, allowed_host, make_app
+from tasks.view.server import allowed_host, make_app
 from tasks.view.studies import Studies, find_studies, safe_name
 from tasks.zero_shot import encode_prompts
 
 pytest.importorskip("starlette", reason="the page needs the extra 'view'")
-from starlette.testclient import TestClient  # noqa: E402 (after the check)
+from starlette.testclient import TestClient
 
 TOKEN = "a-token-of-the-tests"
 FINDINGS = ["lung_nodule", "cardiomegaly"]
@@ -67,7 +67,8 @@ class Bright(ImageEncoder):
         cells = F.avg_pool2d(value.flatten(0, -3)[:, None], self.cell)[:, 0].unflatten(0, value.shape[:-2])
         tokens = torch.stack([cells, 1 - cells], -1).flatten(1, -2)
         slices = None if flat or not self.slices else tokens.unflatten(1, (value.shape[1], -1)).amax(2)
-        return ImageFeatures(tokens.mean(1), tokens=tokens, grid=tuple(cells.shape[1:]), slices=slices)
+        weights = None if slices is None else torch.full(slices.shape[:2], 1 / slices.shape[1])
+        return ImageFeatures(tokens.mean(1), tokens=tokens, grid=tuple(cells.shape[1:]), slices=slices, slice_weights=weights)
 
 
 class Words(ReportEncoder):
@@ -118,7 +119,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 CUBE_MM = (126 - 4 * 13.5, 126 - 4 * 45.5, -300 + 5 * 23.5)  # the middle of the cube, RAS
 
 
-# --- what is shown and where ---------------------------------------------------------------------------------------------------------------
+# --- what is shown and where ----------------------------------------------------------------------------------------------------
 
 
 def opened(packed: bytes) -> Any:
@@ -208,6 +209,34 @@ def test_the_strongest_slice_and_the_peak_are_those_of_the_cube(files: Path, nam
     assert numbers and 22 <= int(numbers[1]) <= 27
 
 
+def test_a_tower_that_pools_series_has_maps_and_slices_too(files: Path) -> None:
+    model = bright_model(slices=True)
+    model.encoder.image = SeriesPooledEncoder(model.encoder.image, MeanPooling()).eval()
+    found = Viewer([model]).map(files / "volume.nii.gz", 0, "phrase", "bright")
+    assert found["peak"]["mm"] == pytest.approx(CUBE_MM, abs=14) and len(found["slices"]["values"]) > 10
+
+
+def test_values_between_whole_numbers_are_rounded_and_gaps_are_air() -> None:
+    values = np.full((4, 4, 4), 10.4, np.float32)
+    values[0, 0, 0], values[1, 1, 1] = np.nan, 1e9
+    shown = content.show_volume(CtVolume(values, affine_of((1, 1, 1), (0, 0, 0)), hu_verdict(np.zeros((4, 4, 4), np.int16))))
+    assert np.unique(np.asarray(opened(shown.nifti).dataobj)).tolist() == [-1024, 10, 32767]
+
+
+def test_of_models_for_films_and_for_ct_the_one_that_reads_it_is_taken(files: Path) -> None:
+    both = bright_model().encoder.reader
+    viewer = Viewer([replace(bright_model(), encoder=with_reader(one)) for one in (both.xray, both.ct)])
+    assert [viewer.show(files / name).reader for name in ("film.dcm", "volume.nii.gz", "series")] == [0, 1, 1]
+    with pytest.raises(UnreadableImageError, match="broken"):
+        viewer.show(files / "broken.dcm")
+    names = {one.name for one in find_studies([both.xray, both.ct], files)}
+    assert names == {"film.dcm", "picture.png", "broken.dcm", "volume.nii.gz", "series"}
+
+
+def with_reader(reader: Any) -> DualEncoder:
+    return DualEncoder(Bright(), Words(), PooledSimilarity(), reader).eval()
+
+
 def test_a_radiographs_peak_is_told_by_side_and_place(files: Path) -> None:
     words = Viewer([bright_model()]).map(files / "film.dcm", 0, "phrase", "bright")["peak"]["words"]
     assert words.startswith("upper third, left half of the picture, the patient's right; row ") and "mm" in words
@@ -236,7 +265,7 @@ def test_image_and_phrase_are_encoded_once(files: Path, monkeypatch: pytest.Monk
     assert looked.count("image") == 1 and looked.count("text") == 2
 
 
-# --- which studies there are ----------------------------------------------------------------------------------------------------------------
+# --- which studies there are ----------------------------------------------------------------------------------------------------
 
 
 def test_a_folder_lists_its_studies_and_no_link_leads_out(files: Path, tmp_path: Path) -> None:
@@ -263,7 +292,7 @@ def test_names_of_dropped_files_are_plain(given: str, kept: str) -> None:
     assert len(safe_name("x" * 400 + ".dcm")) <= 100 and safe_name("x" * 400 + ".dcm").endswith(".dcm")
 
 
-# --- the server ---------------------------------------------------------------------------------------------------------------------------
+# --- the server -----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -408,7 +437,7 @@ def test_more_than_is_taken_is_refused_said_or_not(client: TestClient) -> None:
     assert client.put("/api/drops/77", params={"name": "a"}, content=b"x").status_code == 404
 
 
-# --- the command --------------------------------------------------------------------------------------------------------------------------
+# --- the command ----------------------------------------------------------------------------------------------------------------
 
 
 def test_the_command_says_what_is_missing(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -419,6 +448,10 @@ def test_the_command_says_what_is_missing(tiny: Any, tmp_path: Path, monkeypatch
     assert none.exit_code == 2 and "no such file or folder" in none.output
     assert run(str(tiny.dicom), "--model", str(tmp_path)).exit_code == 2
     assert run(str(tiny.dicom), "--model", str(tiny.model), "--phrase", " ").exit_code == 2
+    from tasks.commands.view import short_names
+
+    assert short_names([Path("/a/one/model"), Path("/a/two/model")]) == ["one/model", "two/model"]
+    assert short_names([Path("/a/one"), Path("/a/two")]) == ["one", "two"]
     monkeypatch.setitem(sys.modules, "starlette", None)
     bare = run(str(tiny.dicom), "--model", str(tiny.model))
     assert bare.exit_code == 2 and "pip install 'medvl[view]'" in bare.output
@@ -445,7 +478,7 @@ def test_it_serves_until_interrupted_and_leaves_nothing(tiny: Any, tmp_path: Pat
     assert not list(tmp_path.glob("medvl-view-*"))
 
 
-# --- in a browser -------------------------------------------------------------------------------------------------------------------------
+# --- in a browser ---------------------------------------------------------------------------------------------------------------
 
 CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
 in_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed")
@@ -523,7 +556,7 @@ def served(files: Path) -> Iterator[Any]:
         studies.__enter__()
         listening = socket.create_server(("127.0.0.1", 0))
         port = listening.getsockname()[1]
-        app = make_app(viewer, studies, token=TOKEN, port=port, offer=Offer(phrases))
+        app = make_app(viewer, studies, token=TOKEN, port=port, phrases=phrases)
         server = uvicorn.Server(uvicorn.Config(app, log_level="critical", lifespan="off"))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
         thread.start()
@@ -577,7 +610,7 @@ def test_a_large_ct_shows_the_map_where_the_cube_is_and_goes_to_its_slice(browse
     visit.look_for("bright")
     page.get_by_role("button", name="Strongest slice").click()
     page.keyboard.press("x")
-    page.get_by_role("radio", name="Axial").click()
+    page.get_by_role("button", name="Axial").click()
     slice_number = int(page.locator(".bar").get_attribute("aria-valuenow") or 0)
     assert 220 <= slice_number <= 260
     pixels = visit.canvas()
@@ -646,7 +679,7 @@ def test_keys_help_theme_and_windows(browser: Any, served: Any, files: Path) -> 
     page.keyboard.press("t")
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") != ground
     page.keyboard.press("5")
-    assert page.get_by_role("radio", name="3D").get_attribute("aria-checked") == "true"
+    assert page.get_by_role("button", name="3D").get_attribute("aria-pressed") == "true"
     page.keyboard.press("4")
     assert (page.input_value("#level"), page.input_value("#width")) == ("40", "400")
     page.keyboard.press("/")

@@ -34,7 +34,11 @@ medvl.App = class {
     this.watchStudies();
     if (this.state.phrases.length) this.panels[0].input.value = this.state.phrases[0];
     if (this.state.phrases.length > 1) await this.setCompare(true);
-    await this.open(this.state.study);
+    const good = this.state.studies.filter((one) => !one.error);
+    for (const [i, one] of (good.length ? good : this.state.studies.slice(0, 1)).entries()) {
+      await this.open(one.id);
+      if (this.info || this.opened !== i + 1) return; // the first that can be read, or what was chosen meanwhile
+    }
   }
 
   listen() {
@@ -137,6 +141,9 @@ medvl.App = class {
       const { low, high } = info.windows[0];
       const volume = await niivue.NVImage.new(content, "image.nii", "gray", 1, null, low, high, true);
       if (turn !== this.opened) return;
+      if (info.kind !== this.kind) this.panels[0].model = info.model; // of models for films and for CT the one that reads it
+      this.kind = info.kind;
+      this.offerModels();
       this.info = info;
       this.volume = volume;
       this.get("cross-on").checked = info.kind === "ct"; // across a film it would be in the way
@@ -251,11 +258,12 @@ medvl.App = class {
     const head = several ? [make("tr", {}, make("th", { scope: "col" }, "finding"), ...models.map((model) => make("th", { scope: "col" }, this.state.models[model].name)))] : [];
     table.tHead.replaceChildren(...head);
     table.tBodies[0].replaceChildren(...body);
-    const errors = told.filter((one) => one.error).map((one) => one.error);
+    const said = (model, text) => (several ? `${this.state.models[model].name}: ${text}` : text);
+    const errors = models.filter((model) => this.scores.get(model).error).map((model) => said(model, this.scores.get(model).error));
     const calibrated = told.length && told.every((one) => one.calibrated);
     const words = calibrated ? "Probabilities, calibrated on validation studies; below each what cannot be ruled out." : "Scores, not calibrated: compare studies, not findings.";
     this.get("findings-note").textContent = errors.length ? errors.join("; ") : told.length ? words : this.info ? "Encoding the image…" : "–";
-    const unfamiliar = [...new Set(told.flatMap((one) => one.unfamiliar))];
+    const unfamiliar = models.flatMap((model) => this.scores.get(model).unfamiliar.map((reason) => said(model, reason)));
     this.get("unfamiliar").hidden = !unfamiliar.length;
     this.get("unfamiliar").textContent = `Not what the model was made for: ${unfamiliar.join("; ")}`;
     const notes = this.info ? [...new Set([...this.info.notes, ...told.flatMap((one) => one.notes)])] : [];
@@ -411,14 +419,14 @@ medvl.App = class {
     const make = medvl.make;
     const box = this.get("views");
     box.hidden = this.info.kind === "xray";
-    box.replaceChildren(...medvl.VIEWS.map(([name, type], i) => make("button", { type: "button", role: "radio", "aria-checked": String(type === this.view), "aria-keyshortcuts": String(i + 1), onclick: () => this.setView(type) }, name)));
+    box.replaceChildren(...medvl.VIEWS.map(([name, type], i) => make("button", { type: "button", "aria-pressed": String(type === this.view), "aria-keyshortcuts": String(i + 1), onclick: () => this.setView(type) }, name)));
   }
 
   setView(type) {
     if (!this.info || this.info.kind === "xray") return;
     if ((type === 4) !== (this.view === 4)) this.turnTo3d(type === 4);
     this.view = type;
-    [...this.get("views").children].forEach((button, i) => button.setAttribute("aria-checked", String(medvl.VIEWS[i][1] === type)));
+    [...this.get("views").children].forEach((button, i) => button.setAttribute("aria-pressed", String(medvl.VIEWS[i][1] === type)));
     for (const panel of this.panels) panel.setView(type);
   }
 
