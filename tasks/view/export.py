@@ -46,7 +46,7 @@ def export_page(folder: Path, viewer: Viewer, studies: Sequence[Study], phrases:
         "notice": RESEARCH_USE,
         "models": [{"name": model.name} for model in viewer.models],
         "studies": [one.to_dict(number) for number, one in enumerate(studies)],
-        "phrases": list(phrases[:1]),
+        "phrases": list(phrases),
         "maxUpload": 0,
     }
     _write(folder / "data.js", f'"use strict";\nvar medvl = medvl || {{}};\nmedvl.data = {json.dumps(state, allow_nan=False)};\n')

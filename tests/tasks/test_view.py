@@ -719,18 +719,22 @@ def test_a_folder_is_listed_broken_files_are_told_and_files_can_be_opened(browse
 @in_browser
 def test_an_exported_page_opens_from_disk(browser: Any, tiny: Any, tmp_path: Path) -> None:
     folder = tmp_path / "page"
-    words = ["view", str(tiny.dicom), "--model", str(tiny.model), "--device", "cpu", "--phrase", "small nodule", "--export", str(folder)]
+    words = ["view", str(tiny.dicom), "--model", str(tiny.model), "--device", "cpu", "--export", str(folder)]
+    words += ["--phrase", "small nodule", "--phrase", "effusion"]
     done = CliRunner().invoke(cli, words)
     assert done.exit_code == 0 and "index.html" in done.output and "not for diagnosis" in done.output, done.output
     assert not any(b"Secret" in file.read_bytes() or b"SECRET" in file.read_bytes() for file in folder.iterdir())
     visit = Visit(browser, (folder / "index.html").as_uri())
     page = visit.page
     until(page, "medvl.app.panels[0].found?.what === 'small nodule'")
-    coloured(visit.canvas())
+    until(page, "medvl.app.panels[1].found?.what === 'effusion'")
+    for panel in (0, 1):
+        coloured(visit.canvas(panel))
+    page.locator("#phrase-0").focus()
     page.get_by_role("button", name="cardiomegaly").click()
     until(page, "medvl.app.panels[0].found?.what === 'cardiomegaly'")
     page.fill("#phrase-0", "something else")
-    until(page, "document.getElementById('status').textContent.includes('its phrases are: small nodule')")
+    until(page, "document.getElementById('status').textContent.includes('its phrases are: small nodule; effusion')")
     assert page.locator("#drop-box").is_hidden()
     visit.check()
     page.close()

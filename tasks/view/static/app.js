@@ -29,6 +29,7 @@ medvl.App = class {
     }
     this.get("notice").textContent = this.state.notice;
     this.get("drop-box").hidden = !this.source.canOpen;
+    this.get("phrases").replaceChildren(...this.state.phrases.map((phrase) => medvl.make("option", { value: phrase })));
     this.offerModels();
     this.listStudies();
     this.watchStudies();
@@ -177,7 +178,6 @@ medvl.App = class {
   showIn(panel) {
     panel.wait(null);
     panel.show(this.info, this.volume);
-    panel.crosshair(this.get("cross-on").checked);
     panel.setView(this.info.kind === "xray" ? 0 : this.view);
   }
 
@@ -336,7 +336,7 @@ medvl.App = class {
   }
 
   style() {
-    return { opacity: Number(this.get("opacity").value) / 100, threshold: Number(this.get("threshold").value) / 100, on: this.get("map-on").checked };
+    return { opacity: Number(this.get("opacity").value) / 100, threshold: Number(this.get("threshold").value) / 100, on: this.get("map-on").checked, cross: this.get("cross-on").checked };
   }
 
   restyle() {

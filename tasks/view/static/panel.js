@@ -38,7 +38,7 @@ medvl.Panel = class {
     this.found = null; // what the source said of the query
     this.overlay = null;
     const named = number === 0 ? "image" : "second image";
-    this.input = make("input", { type: "text", id: `phrase-${number}`, placeholder: "What to look for, e.g. left pleural effusion", "aria-label": `Phrase to look for in the ${named}`, autocomplete: "off", spellcheck: "false", maxlength: "500" });
+    this.input = make("input", { type: "text", id: `phrase-${number}`, placeholder: "What to look for, e.g. left pleural effusion", "aria-label": `Phrase to look for in the ${named}`, list: "phrases", autocomplete: "off", spellcheck: "false", maxlength: "500" });
     this.modelSelect = make("select", { "aria-label": `Model of the ${named}` });
     this.clear = make("button", { type: "button", "aria-label": `No map in the ${named}` }, "Clear");
     this.form = make("form", { role: "search", "aria-label": `Phrase for the ${named}` }, this.input, this.modelSelect, this.clear);
@@ -111,7 +111,7 @@ medvl.Panel = class {
   async start() {
     this.nv = new niivue.Niivue({
       backColor: [0, 0, 0, 1], crosshairColor: [0.35, 0.8, 1, 0.75], crosshairWidthUnit: "mm", crosshairGap: 8, showAllOrientationMarkers: true, fontColor: [0.95, 0.91, 0.72, 1], show3Dcrosshair: true, sagittalNoseLeft: true,
-      dragAndDropEnabled: false, logLevel: "silent", loadingText: "", multiplanarShowRender: 0, viewModeHotKey: "", clipPlaneHotKey: "", cycleClipPlaneHotKey: "",
+      dragAndDropEnabled: false, logLevel: "silent", loadingText: "", multiplanarShowRender: 0, multiplanarPadPixels: 6, viewModeHotKey: "", clipPlaneHotKey: "", cycleClipPlaneHotKey: "",
       isAlphaClipDark: false, isAntiAlias: false,
     });
     this.nv.addColormap("medvl", medvl.COLOURS);
@@ -141,10 +141,12 @@ medvl.Panel = class {
     this.fit();
   }
 
-  /** Draw the crosshair or not: as fine on a film as on a slice. */
+  /** Draw the crosshair or not, some pixels wide on a film and on a slice alike. */
   crosshair(on) {
     const { dimsRAS, pixDimsRAS } = this.nv.volumes[0];
-    this.nv.opts.crosshairWidth = on ? 0.002 * Math.max(dimsRAS[1] * pixDimsRAS[1], dimsRAS[2] * pixDimsRAS[2]) : 0;
+    const tile = Math.min(this.canvas.clientWidth / (this.nv.opts.sliceType === 3 ? 3 : 1), this.canvas.clientHeight);
+    const extent = Math.max(dimsRAS[1] * pixDimsRAS[1], dimsRAS[2] * pixDimsRAS[2]);
+    this.nv.opts.crosshairWidth = on ? (1.5 * extent) / Math.max(100, tile) : 0;
     this.nv.opts.show3Dcrosshair = on;
     this.nv.drawScene();
   }
@@ -164,6 +166,7 @@ medvl.Panel = class {
 
   setView(type) {
     this.nv.setSliceType(type);
+    this.crosshair(this.app.style().cross);
     this.redraw();
   }
 
