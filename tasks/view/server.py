@@ -208,10 +208,14 @@ def make_app(
         if drop.size + int(request.headers.get("content-length", "0")) > drop.most:
             raise TooLargeError(f"more than {drop.most} bytes at once; raise --max-upload, or name the file on the command line")
         path = drop.new_file(request.query_params.get("name", ""))
-        with path.open("xb") as file:
-            async for part in request.stream():
-                drop.take(len(part))
-                file.write(part)
+        try:
+            with path.open("xb") as file:
+                async for part in request.stream():
+                    drop.take(len(part))
+                    file.write(part)
+        except BaseException:  # too much, or the page has gone: half a file is none
+            path.unlink(missing_ok=True)
+            raise
         return JSONResponse({"bytes": path.stat().st_size})
 
     def end_drop(request: Request) -> Response:

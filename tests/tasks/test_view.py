@@ -434,6 +434,7 @@ def test_more_than_is_taken_is_refused_said_or_not(client: TestClient) -> None:
     assert client.put(f"/api/drops/{drop}", params={"name": "a"}, content=b"x" * 100_001).status_code == 413
     unsaid = client.put(f"/api/drops/{drop}", params={"name": "b"}, content=(b"x" * 20_000 for _ in range(6)))
     assert unsaid.status_code == 413 and "max-upload" in unsaid.json()["error"]
+    assert not list(client.studies.drop(drop).folder.iterdir())  # type: ignore[attr-defined]
     assert client.put("/api/drops/77", params={"name": "a"}, content=b"x").status_code == 404
 
 
