@@ -39,7 +39,7 @@ MOST_MODELS = 4
 @click.option("--phrase", "phrases", multiple=True, metavar="TEXT", help="What to look for at first; of two, side by side (repeatable).")
 @click.option("--export", "out", type=click.Path(path_type=Path), metavar="DIR", help="Write a page that needs no server, and end.")
 @click.option(
-    "--host", default="127.0.0.1", show_default=True, metavar="ADDRESS", help="Address to listen on; others can be seen by others."
+    "--host", default="127.0.0.1", show_default=True, metavar="ADDRESS", help="Where to listen; beyond this machine nothing is encrypted."
 )
 @click.option("--port", type=click.IntRange(0, 65535), default=0, show_default="a free one", help="Port to listen on.")
 @click.option("--no-browser", is_flag=True, help="Print the address and open nothing.")

@@ -345,15 +345,15 @@ def slice_bar(found: LaidMap, seen: Seen, by_slice: Sequence[float]) -> dict[str
     kept = [s for s in range(count) if np.isfinite(found.scores[s]).any()]
     values = [float(np.nanmax(found.scores[s])) for s in kept]
     of = "highest value of the map in each slice"
-    if by_slice:
-        middle = [(s + 0.5) * count / seen.transform.shape[0] - 0.5 for s in seen.valid_slices]
-        nearest = [min(kept, key=lambda k, m=m: abs(k - m)) for m in middle] if kept else []  # type: ignore[misc]
-        kept, values, of = nearest, list(by_slice), "score of each slice as if it were the whole study"
+    if by_slice and kept:
+        middle = (np.array(seen.valid_slices) + 0.5) * count / seen.transform.shape[0] - 0.5
+        nearest = np.abs(np.array(kept) - middle[:, None]).argmin(1)
+        kept, values, of = [kept[i] for i in nearest], list(by_slice), "score of each slice as if it were the whole study"
     points = []
     for s in kept:
         row, column = np.unravel_index(np.nanargmax(found.scores[s]), found.scores[s].shape)
         points.append(_mm(found.affine, (s, int(row), int(column))))
-    return {"values": values if kept else [], "points": points, "of": of}
+    return {"values": values, "points": points, "of": of}
 
 
 # --- places in words ----------------------------------------------------------------------------------------------------------------------

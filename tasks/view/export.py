@@ -50,7 +50,8 @@ def export_page(folder: Path, viewer: Viewer, studies: Sequence[Study], phrases:
         "maxUpload": 0,
     }
     _write(folder / "data.js", f'"use strict";\nvar medvl = medvl || {{}};\nmedvl.data = {json.dumps(state, allow_nan=False)};\n')
-    _write(folder / "index.html", static_file("index.html").decode().replace("<!-- data -->", DATA_SCRIPT))
+    page = static_file("index.html").decode().replace("<!-- data -->", DATA_SCRIPT)
+    _write(folder / "index.html", page.replace("'self'", "'self' file:"))  # not every browser counts a neighbour on disk as itself
     return rejected
 
 

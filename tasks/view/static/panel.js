@@ -288,7 +288,7 @@ medvl.Panel = class {
     strip.height = Math.max(1, Math.round(box.height));
     const pen = strip.getContext("2d");
     const slices = this.found && this.found.slices;
-    this.slices.title = slices ? slices.of : "";
+    this.slices.title = this.jump.title = slices ? `By the ${slices.of}` : "";
     if (!slices || !slices.values.length) return;
     const places = slices.points.map((mm) => this.nv.mm2frac(mm)[2]);
     const low = Math.min(...slices.values);
