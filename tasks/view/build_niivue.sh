@@ -25,7 +25,7 @@ npx esbuild "$source" --bundle --minify --charset=utf8 --target=es2022 --legal-c
 
 {
     echo "niivue.js is @niivue/niivue $VERSION with what it depends on, bundled and minified by build_niivue.sh, without its zarr reader"
-    echo "and its gradients. The font in it is an atlas of Roboto (Apache-2.0)."
+    echo "and its gradients. The font in it is an atlas of Roboto, under the Apache License 2.0, the one that medvl is under."
     echo
     echo "== @niivue/niivue $VERSION (BSD-2-Clause)"
     cat "$static/../niivue.LICENSE"

@@ -59,8 +59,9 @@ MOST_VOXELS = 2**27
 MOST_IN_MAP = 2**20
 FINEST_MAP_MM = 2.0
 MAP_PIXELS = 512  # longest side of a radiograph's map
-MAP_STEP = 2.0**-12
-"""Maps are sent in steps of so much: a sixteenth of what the page's colours tell apart, and half the bytes."""
+MAP_STEPS = 2**12
+"""At least so many steps lie between the lowest and the highest value of a map that is sent: 16 for each of the page's colours, at half the
+bytes."""
 GREY_LEVELS = 4095  # of a radiograph, as most detectors have
 AIR_HU = -1024
 CT_WINDOWS = (
@@ -299,7 +300,7 @@ def laid(grid: Tensor, seen: Seen, affine: NDArray[np.float64]) -> LaidMap:
     axes = len(record.shape)
     tokens = grid.reshape(grid.shape[-axes:])  # of one image, whether or not the tower lays views out before it
     fine = GridTransform(record.shape).resize(seen.transform.shape).map_to_native(tokens.cpu(), seen.features.extent)
-    scores = torch.where(record.valid(), (fine / MAP_STEP).round() * MAP_STEP, torch.nan).numpy()
+    scores = torch.where(record.valid(), fine, torch.nan).numpy()
     return LaidMap(scores if axes == 3 else scores[None], affine @ in_volume(record.matrix()))
 
 
@@ -331,8 +332,18 @@ def found_map(model: ViewModel, seen: Seen, shown: Shown, kind: Kind, what: str,
         "max": float(known.max()) if known.size else None,
         "peak": None if top is None else _place(found, top, shown),
         "slices": slice_bar(found, seen, by_slice) if shown.kind == "ct" else None,
-        "nifti": base64.b64encode(nifti_bytes(found.scores, found.affine)).decode(),
+        "nifti": base64.b64encode(nifti_bytes(in_steps(found.scores), found.affine)).decode(),
     }
+
+
+def in_steps(scores: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Rounded to a power of 2, so that they pack well: see ``MAP_STEPS``. A map of one value, or of none, stays."""
+    known = scores[np.isfinite(scores)]
+    span = float(np.ptp(known)) if known.size else 0.0
+    if span == 0:
+        return scores
+    step = np.float32(2.0 ** math.floor(math.log2(span / MAP_STEPS)))
+    return np.asarray(np.round(scores / step) * step, dtype=np.float32)
 
 
 def slice_bar(found: LaidMap, seen: Seen, by_slice: Sequence[float]) -> dict[str, Any]:

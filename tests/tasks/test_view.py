@@ -192,6 +192,14 @@ def test_the_map_on_its_own_grid_is_the_map_on_the_files_pixels(files: Path, nam
     assert np.isnan(values).any()  # padding of the tower's square: what it did not look at
 
 
+def test_a_map_of_close_values_keeps_their_differences() -> None:
+    scores = np.random.default_rng(0).uniform(0.300, 0.301, (4, 5, 6)).astype(np.float32)
+    scores[0, 0, 0] = np.nan
+    sent = content.in_steps(scores)
+    assert np.nanmax(np.abs(sent - scores)) < 0.001 / 4096 and np.isnan(sent[0, 0, 0])
+    assert (content.in_steps(np.full((1, 2, 2), 0.3, np.float32)) == np.float32(0.3)).all()
+
+
 @pytest.mark.parametrize("slices", [False, True])
 @pytest.mark.parametrize("name", ["volume.nii.gz", "series"])
 def test_the_strongest_slice_and_the_peak_are_those_of_the_cube(files: Path, name: str, slices: bool) -> None:
