@@ -175,6 +175,17 @@ def _nifti_bytes(data: NDArray[Any], affine: NDArray[np.float64], description: b
     return packed
 
 
+def nifti_bytes(values: NDArray[np.int16] | NDArray[np.float32], affine: NDArray[np.float64]) -> bytes:
+    """What :func:`write_nifti` and :func:`write_map` would write, for whoever sends it on: a gzipped NIfTI-1 whose axes are (W, H, S).
+
+    Args:
+        values: (S, H, W).
+        affine: (s, h, w) to mm.
+    """
+    _check_volume(values, affine, Path("a NIfTI to send"))
+    return _nifti_bytes(values, affine, b"medvl, research use only")
+
+
 def write_map(path: Path, scores: NDArray[np.float32], affine: NDArray[np.float64]) -> None:
     """Write a map as float32 ``.nii.gz`` on the voxels of the volume it belongs to, NaN where nothing is known.
 

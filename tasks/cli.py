@@ -35,6 +35,7 @@ from tasks.commands.search import search
 from tasks.commands.shards import shards
 from tasks.commands.tabulate import tabulate
 from tasks.commands.train import fit, test, validate
+from tasks.commands.view import view
 
 OURS = ("medvl", "modalities", "reports", "tasks")
 BROKEN_PIPE, INTERRUPTED = 141, 130  # 128 + the signal, as shells report it
@@ -113,6 +114,7 @@ def cli(debug: bool) -> None:
       medvl diagnose film.dcm folder/ --model demo/model --json
       medvl calibrate data/manifest.csv --model demo/model     probabilities and decisions, fitted on validation studies
       medvl ground film.dcm --phrase "left pleural effusion" --model demo/model --out maps
+      medvl view film.dcm --model demo/model          a page on this machine: the image, and maps of what is typed
       medvl search --model demo/model --index demo/data/manifest.csv --query "large pneumothorax" --top 5
       medvl evaluate --model demo/model --manifest demo/data/manifest.csv --out results
       medvl tabulate results other/results.json            results of one protocol side by side, with paired differences
@@ -125,7 +127,7 @@ def cli(debug: bool) -> None:
 
 for _command in (
     *(demo, phantom, inspect, reports, shards, match, fit, validate, test, average),
-    *(diagnose, calibrate, ground, calibrate_maps, search, evaluate, evaluate_maps, tabulate, probe, compare, card),
+    *(diagnose, calibrate, ground, calibrate_maps, view, search, evaluate, evaluate_maps, tabulate, probe, compare, card),
 ):
     cli.add_command(_command)
 

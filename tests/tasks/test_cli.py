@@ -37,8 +37,11 @@ COMMANDS = [
     "diagnose",
     "calibrate",
     "ground",
+    "calibrate-maps",
+    "view",
     "search",
     "evaluate",
+    "evaluate-maps",
     "tabulate",
     "probe",
     "compare",
@@ -287,7 +290,7 @@ def test_ground_writes_maps_in_native_pixels_and_tells_of_them(tiny: Any, tmp_pa
         with Image.open(tmp_path / "maps" / one["png"]) as picture:
             assert picture.format == "PNG" and min(picture.size) > 300
     assert sorted(p.name for p in (tmp_path / "maps").iterdir()) == sorted(
-        ["maps.json", *(one[kind] for one in told for kind in ("npy", "png"))]
+        ["grids.npz", "maps.json", *(one[kind] for one in told for kind in ("npy", "png"))]
     )
 
 
