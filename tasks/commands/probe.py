@@ -27,7 +27,7 @@ from tasks.commands.common import (
 from tasks.commands.leaks import leak_options, leaks_checked
 
 
-@click.command(short_help="Probe a model: negation, wording, side, severity, corruptions.")
+@click.command(short_help="Probe a model: negation, wording, side, corruptions.")
 @model_options
 @click.option("--manifest", type=click.Path(path_type=Path), metavar="MANIFEST", help="Labelled studies instead of phantoms.")
 @manifest_options

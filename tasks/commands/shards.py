@@ -9,7 +9,7 @@ import click
 from tasks.commands.common import REJECTED, echo_notice, load_manifest, manifest_options, progress, report_rejected, usage_errors
 
 
-@click.command(short_help="Write preprocessed images to shards that a training streams from.")
+@click.command(short_help="Write preprocessed images to shards to stream from.")
 @click.option("--config", type=click.Path(path_type=Path), required=True, metavar="RECIPE", help="Whose reader makes the images.")
 @click.option("--manifest", type=click.Path(path_type=Path), required=True, metavar="TABLE", help="Whose images are written.")
 @click.option("--out", type=click.Path(path_type=Path, file_okay=False), required=True, metavar="DIR", help="Folder of the shards.")
