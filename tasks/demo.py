@@ -24,12 +24,16 @@ from rich.progress import Progress
 import medvl
 from medvl.data.manifest import Manifest, StudyImage, read_manifest
 from medvl.model import CONFIG, WEIGHTS, DualEncoder, load, write_atomically
-from medvl.types import RESEARCH_USE
+from medvl.types import FINDINGS, RESEARCH_USE
 from reports.prompts import PromptSet, load_prompts
 from reports.text_source import ReportSentences
 from tasks.baseline import Baseline, thumbnail_baseline
 from tasks.card import RESULTS, write_card
 from tasks.evaluation import Predictions, predict, results, write
+from tasks.grounding import Grounder, finding_query
+from tasks.grounding.calibration import calibrate_maps
+from tasks.grounding.evaluation import of_manifest
+from tasks.grounding.thresholds import place_of
 from tasks.joint import join_models
 from tasks.leaks import LeakCheck, Others, check_leaks, images_to_read
 from tasks.page import DemoPage, Part, page_part, page_title, write_page
@@ -140,6 +144,7 @@ def _measure(half: _Half, model: DualEncoder, table: Path, folder: Path) -> tupl
     manifest = read_manifest(table)
     prompts = load_prompts()
     test = manifest.select(split="test", modality=half.modality).rows
+    half.timed("thresholds of maps", lambda: _map_thresholds(half, model, manifest, prompts, folder))
     leaks: LeakCheck = half.timed("leak check", lambda: _leaks(half, model, manifest, test))
     predictions: Predictions = half.timed("evaluation", lambda: _predict(model, test, prompts, half.console))
     train = manifest.select(split="train", modality=half.modality).rows[: BASELINE_STUDIES.get(half.modality)]
@@ -212,6 +217,21 @@ def _leaks(half: _Half, model: DualEncoder, manifest: Manifest, test: tuple[Stud
     if refused := found.refused(()):
         raise ValueError(f"test phantoms share with those of training: {refused}; give another seed")
     return found
+
+
+def _map_thresholds(half: _Half, model: DualEncoder, manifest: Manifest, prompts: PromptSet, folder: Path) -> None:
+    """Levels of maps from the validation studies, beside the model, so that grounding says found or not found."""
+    rows = manifest.select(split="val", modality=half.modality).rows
+    names = [name for name in FINDINGS if name in prompts.findings]
+    grounder = Grounder(model, [finding_query(name, prompts) for name in names])
+    weights = json.loads((folder / CONFIG).read_text())["weights_sha256"]
+    facts = {"split": "val", "manifest_sha256": manifest.sha256}
+    try:
+        fitted, _ = calibrate_maps(grounder, of_manifest(rows, names), weights, half.modality, fitted_on=facts)
+    except ValueError as error:  # a look of a few studies, not a result
+        half.console.print(f"no thresholds of maps: {error}")
+        return
+    fitted.save(place_of(folder, grounder.settings, half.modality))
 
 
 def _phantoms(half: _Half) -> Path:

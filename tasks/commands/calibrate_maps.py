@@ -91,16 +91,16 @@ def calibrate_maps(
     from tasks.grounding.thresholds import place_of
 
     settings = settings_of(**how)
-    place = out or place_of(model, settings)
+    place = out or place_of(model, settings, modality)
     checked: dict[str, Any] = {"model": model, "trained_on": trained_on, "columns": columns, "allow_outside": allow_outside}
     leaks_checked(encoder.reader, manifest, table, rows, split, place.parent, allowed=allowed, **checked)
     grounder = Grounder(encoder, [finding_query(name, prompt_set) for name in names], settings)
     images = of_manifest(rows, names)
     with usage_errors(ValueError, NotImplementedError), progress("images", len(images)) as step:
         fitted, rejected = fit(
-            *(grounder, images, weights_sha256(model)),
+            *(grounder, images, weights_sha256(model), modality),
             false_share=false_share,
-            fitted_on={"split": split, "manifest_sha256": table.sha256, "modality": modality},
+            fitted_on={"split": split, "manifest_sha256": table.sha256},
             progress=step,
         )
     fitted.save(place)

@@ -131,7 +131,7 @@ def evaluate_maps(
     from tasks.protocols import sha256_of
 
     settings = settings_of(**how)
-    levels = thresholds_of(thresholds, model, settings)
+    levels = thresholds_of(thresholds, model, settings, "ct" if format_name == "rexgrounding_ct" else modality)
     cuts = tuple(sorted(iou_thresholds)) or IOU_THRESHOLDS
     prompt_set = load_prompt_set(prompts)
     problems: list[tuple[str, str]] = []

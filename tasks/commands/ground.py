@@ -106,9 +106,13 @@ def ground(
     encoder = load_model(model, device)
     check_out_folder(out)
     from medvl.types import RESEARCH_USE
+    from tasks.grounding.outputs import VALIDATION
 
     settings = settings_of(**how)
-    levels = None if maps_folder is not None else thresholds_of(thresholds, model, settings)
+    levels: dict[str, MapThresholds] = {}
+    for kind in () if maps_folder is not None else ("xray", "ct"):
+        if (own := _thresholds(thresholds, model, settings, kind)) is not None:
+            levels[kind] = own
     work = _Work(encoder, _queries(phrases, findings, prompt_set), settings, levels, maps_folder, weights_sha256(model), dicom)
     images, rejected = _images(encoder.reader, files)
     several = len(images) > 1 or any(file.suffix.lower() in TABLES for file in files)
@@ -133,7 +137,7 @@ def ground(
         _show(written)
     report_rejected(rejected, "files", out / REJECTED_FILE if several and rejected else None)
     if not as_json:
-        if levels is None and written:
+        if maps_folder is None and any(one["threshold_from"] != VALIDATION for _, _, records in written for one in records):
             click.echo("not calibrated: found means that a phrase fits better than its denial; `medvl calibrate-maps` makes thresholds")
         echo_notice()
     if rejected:
@@ -148,7 +152,7 @@ class _Work:
         model: DualEncoder,
         queries: Sequence[Query],
         settings: MapSettings,
-        thresholds: MapThresholds | None,
+        thresholds: dict[str, MapThresholds],
         external: Path | None,
         sha256: str,
         dicom: bool,
@@ -157,12 +161,12 @@ class _Work:
         from tasks.grounding.outputs import denial_of
 
         self.model, self.queries, self.thresholds, self.dicom = model, queries, thresholds, dicom
-        asked = [*queries, *(() if thresholds is not None else map(denial_of, queries))]
+        asked = [*queries, *(() if len(thresholds) == 2 else map(denial_of, queries))]
         self.grounder = None if external is not None else Grounder(model, asked, settings)
         self.external = external
         made = {"maps": settings.to_dict()} if external is None else {"maps": {"source": "external"}}
         offset = {"token_offset": model.offset_record()}
-        told = [sha256, made, offset, [query.name for query in queries], None if thresholds is None else thresholds.to_dict(), dicom]
+        told = [sha256, made, offset, [query.name for query in queries], {kind: one.to_dict() for kind, one in thresholds.items()}, dicom]
         self.facts = {**made, "weights_sha256": sha256, "fingerprint": hashlib.sha256(json_text(told).encode()).hexdigest()}
 
     def kept(self, folder: Path, path: Path) -> list[dict[str, Any]] | None:
@@ -193,13 +197,27 @@ class _Work:
                 assert self.grounder is not None
                 with usage_errors(NotImplementedError):
                     (maps,) = self.grounder.of_samples([sample], [path])
-            return write_image(folder, path, self.model, sample, maps, self.queries, self.thresholds, self.facts, self.dicom), None
+            levels = self.thresholds.get("xray" if sample.affine is None else "ct")
+            return write_image(folder, path, self.model, sample, maps, self.queries, levels, self.facts, self.dicom), None
         except UnreadableImageError as error:
             return [], str(error)
         except ValueError as error:
             if self.external is None and not self.dicom:
                 raise click.UsageError(str(error)) from error
             return [], str(error)
+
+
+def _thresholds(path: Path | None, model: Path, settings: MapSettings, kind: str) -> MapThresholds | None:
+    """Those of one kind of image; a file that was named has those of one kind alone."""
+    from tasks.grounding.thresholds import MapThresholds as Thresholds
+
+    if path is not None and path.is_file():
+        try:
+            if Thresholds.from_dict(json.loads(path.read_text(encoding="utf-8"))).modality != kind:
+                return None
+        except (ValueError, KeyError, TypeError, AttributeError):
+            pass  # it is refused in a moment, with the reason
+    return thresholds_of(path, model, settings, kind)
 
 
 def _queries(phrases: Sequence[str], findings: Sequence[str], prompts: PromptSet) -> list[Query]:

@@ -18,6 +18,7 @@ def calibrate_maps(
     grounder: Grounder,
     images: Sequence[GroundingImage],
     weights_sha256: str,
+    modality: str,
     *,
     false_share: float = 0.05,
     fitted_on: Mapping[str, Any] | None = None,
@@ -66,6 +67,7 @@ def calibrate_maps(
     fitted = fit_thresholds(
         *(every, np.stack(labels), dice, grid, names),
         weights_sha256=weights_sha256,
+        modality=modality,
         settings=grounder.settings,
         false_share=false_share,
         fitted_on=facts,

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from medvl.geometry import GridTransform
 from medvl.types import ImageSample
 from tasks.grounding.grounder import Query
-from tasks.grounding.maps import GridMaps, native_step_mm, slug
+from tasks.grounding.maps import EXTERNAL, GridMaps, native_step_mm, slug
 
 SUFFIXES = (".npy", ".npz", ".nii.gz", ".nii")
 
@@ -128,4 +128,4 @@ def external_maps(provider: Provider, path: Path, sample: ImageSample, queries: 
                 f"{path.name}: a map of shape {scores.shape} for an image of {native}; expected as many axes, and one shape for all"
             )
         found.append(torch.from_numpy(np.where(np.isfinite(scores), scores, np.nan)).float())
-    return GridMaps(torch.stack(found), GridTransform(native), native_step_mm(sample), unit="external")
+    return GridMaps(torch.stack(found), GridTransform(native), native_step_mm(sample), unit=EXTERNAL)

@@ -21,6 +21,8 @@ from medvl.geometry import GridMoments, GridTransform
 from medvl.model import DualEncoder
 from medvl.types import ImageFeatures, ImageSample
 
+EXTERNAL = "external"
+"""Unit of maps that were made elsewhere."""
 ASSUMED_SIDE_MM = 430.0
 """The longer side of a radiograph whose file states no pixel spacing: that of a film of 35 x 43 cm (14 x 17 inches)."""
 

@@ -23,7 +23,7 @@ from medvl.geometry import GridTransform
 from medvl.model import DualEncoder, write_atomically
 from medvl.types import RESEARCH_USE, ImageSample
 from tasks.grounding.grounder import Query
-from tasks.grounding.maps import GridMaps, slug
+from tasks.grounding.maps import EXTERNAL, GridMaps, slug
 from tasks.grounding.statements import FoundRegion, Levels, Statement, state
 from tasks.grounding.thresholds import MapThresholds
 
@@ -67,7 +67,7 @@ def said_of(maps: GridMaps, queries: Sequence[Query], number: int, name: str, th
         maps: of the queries, and without thresholds then of their denials, if there are any.
     """
     query, scores = queries[number], maps.native(number)
-    if thresholds is None and len(maps.scores) == len(queries):
+    if thresholds is None and maps.unit == EXTERNAL:
         return Said(query, name, scores, state(scores, maps.step_mm), NOTHING)
     if thresholds is None:
         denied = maps.scores[len(queries) + number]
@@ -182,6 +182,8 @@ def _write_map(
         "max": float(seen.max()) if seen.size else None,
         "finite_fraction": seen.size / scores.size,
         "unit": maps.unit,
+        "step_mm": list(maps.step_mm),
+        "step_mm_assumed": sample.affine is None and sample.spacing_mm is None,
         "score": None if math.isnan(statement.score) else statement.score,
         "probability": statement.probability,
         "threshold": levels.detect if levels is not None and math.isfinite(levels.detect) else None,

@@ -47,6 +47,7 @@ class MapThresholds:
 
     Args:
         weights_sha256: of the model.
+        modality: xray or ct; a model of both has thresholds of each.
         settings: how its maps are made.
         threshold: of the probability.
         findings: by id.
@@ -56,6 +57,7 @@ class MapThresholds:
     """
 
     weights_sha256: str
+    modality: str
     settings: MapSettings
     threshold: float
     findings: Mapping[str, QueryLevels]
@@ -87,6 +89,7 @@ class MapThresholds:
             "format": FORMAT,
             "notice": RESEARCH_USE,
             "weights_sha256": self.weights_sha256,
+            "modality": self.modality,
             "settings": self.settings.to_dict(),
             "threshold": self.threshold,
             "findings": {name: one(levels) for name, levels in self.findings.items()},
@@ -108,6 +111,7 @@ class MapThresholds:
 
         return cls(
             record["weights_sha256"],
+            record["modality"],
             MapSettings.from_dict(record["settings"]),
             float(record["threshold"]),
             {name: one(given) for name, given in record["findings"].items()},
@@ -138,6 +142,7 @@ def fit_thresholds(
     findings: Sequence[str],
     *,
     weights_sha256: str,
+    modality: str,
     settings: MapSettings,
     false_share: float = 0.05,
     fitted_on: Mapping[str, Any] | None = None,
@@ -186,7 +191,7 @@ def fit_thresholds(
         "absent": len(absent),
         "present": len(present),
     }
-    return MapThresholds(weights_sha256, settings, threshold, own, pooled, left_out, {**given, **(fitted_on or {})})
+    return MapThresholds(weights_sha256, modality, settings, threshold, own, pooled, left_out, {**given, **(fitted_on or {})})
 
 
 def at_share(absent: NDArray[np.float64], share: float) -> float:
@@ -229,16 +234,16 @@ def _best(dice: NDArray[np.float64] | None, grid: NDArray[np.float64]) -> float 
     return float(grid[int(dice.mean(0).argmax())])
 
 
-def place_of(model: Path, settings: MapSettings) -> Path:
+def place_of(model: Path, settings: MapSettings, modality: str) -> Path:
     """Where the thresholds of a way of making maps lie beside a model."""
-    return model / FOLDER / f"{settings.sha256[:16]}.json"
+    return model / FOLDER / f"{modality}-{settings.sha256[:16]}.json"
 
 
-def load_thresholds(path: Path, weights_sha256: str, settings: MapSettings) -> MapThresholds:
-    """Thresholds of a file, for maps of this model made this way.
+def load_thresholds(path: Path, weights_sha256: str, settings: MapSettings, modality: str) -> MapThresholds:
+    """Thresholds of a file, for maps of this model made this way, of one kind of image.
 
     Raises:
-        ThresholdsError: a file that cannot be read as such, or of other weights or settings.
+        ThresholdsError: a file that cannot be read as such, or of other weights, settings or images.
     """
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -249,6 +254,6 @@ def load_thresholds(path: Path, weights_sha256: str, settings: MapSettings) -> M
         raise
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ThresholdsError(f"{path}: no thresholds that `medvl calibrate-maps` wrote ({type(error).__name__})") from error
-    if found.weights_sha256 != weights_sha256 or found.settings != settings:
-        raise ThresholdsError(f"{path} is of other weights, or of maps that were made otherwise; run `medvl calibrate-maps`")
+    if found.weights_sha256 != weights_sha256 or found.settings != settings or found.modality != modality:
+        raise ThresholdsError(f"{path} is of other weights or images, or of maps that were made otherwise; run `medvl calibrate-maps`")
     return found

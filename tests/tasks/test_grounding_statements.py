@@ -101,7 +101,11 @@ def fitted(seed: int = 0, share: float = 0.05) -> MapThresholds:
     scores, labels = made(seed)
     dice = {"a": np.array([[0.1, 0.8, 0.2]]), "b": np.zeros((0, 3))}
     return fit_thresholds(
-        *(scores, labels, dice, np.array([-0.5, -0.1, 5.0]), ["a", "b", "c"]), weights_sha256="w", settings=MapSettings(), false_share=share
+        *(scores, labels, dice, np.array([-0.5, -0.1, 5.0]), ["a", "b", "c"]),
+        weights_sha256="w",
+        modality="xray",
+        settings=MapSettings(),
+        false_share=share,
     )
 
 
@@ -125,33 +129,36 @@ def test_what_was_promised_on_validation_holds_on_others() -> None:
 
 def test_thresholds_come_back_from_their_file_and_refuse_other_maps(tmp_path: Path) -> None:
     thresholds = fitted()
-    place = place_of(tmp_path, thresholds.settings)
+    place = place_of(tmp_path, thresholds.settings, "xray")
     thresholds.save(place)
-    assert load_thresholds(place, "w", MapSettings()) == thresholds
+    assert load_thresholds(place, "w", MapSettings(), "xray") == thresholds
     with pytest.raises(ThresholdsError, match="other weights"):
-        load_thresholds(place, "v", MapSettings())
+        load_thresholds(place, "v", MapSettings(), "xray")
     with pytest.raises(ThresholdsError, match="made otherwise"):
-        load_thresholds(place, "w", MapSettings(shifts=2))
+        load_thresholds(place, "w", MapSettings(shifts=2), "xray")
     record = json.loads(place.read_text())
     for change in ({"format": 9}, {"findings": 3}, {"settings": {"source": "nowhere"}}):
         place.write_text(json.dumps(record | change))
         with pytest.raises(ThresholdsError):
-            load_thresholds(place, "w", MapSettings())
+            load_thresholds(place, "w", MapSettings(), "xray")
 
 
 def test_what_cannot_tell_is_left_out_and_named() -> None:
     scores, labels = made()
     labels[:, 1] = 0
     found = fit_thresholds(
-        *(scores, labels, {}, np.zeros(1), ["a", "b", "c"]), weights_sha256="w", settings=MapSettings(), false_share=0.05
+        *(scores, labels, {}, np.zeros(1), ["a", "b", "c"]), weights_sha256="w", modality="xray", settings=MapSettings(), false_share=0.05
     )
     assert "0 images with it" in found.left_out["b"] and "b" not in found.findings
     worse = scores * [1, 1, -1] - labels * [0, 0, 3.0]
-    found = fit_thresholds(*(worse, labels, {}, np.zeros(1), ["a", "b", "c"]), weights_sha256="w", settings=MapSettings())
+    found = fit_thresholds(*(worse, labels, {}, np.zeros(1), ["a", "b", "c"]), weights_sha256="w", modality="xray", settings=MapSettings())
     assert found.levels("c").detect == math.inf and "no higher" in found.left_out["c"]
     with pytest.raises(ValueError, match="none of the labels"):
         fit_thresholds(
-            *(scores, np.full_like(labels, np.nan), {}, np.zeros(1), ["a", "b", "c"]), weights_sha256="w", settings=MapSettings()
+            *(scores, np.full_like(labels, np.nan), {}, np.zeros(1), ["a", "b", "c"]),
+            weights_sha256="w",
+            modality="xray",
+            settings=MapSettings(),
         )
 
 
