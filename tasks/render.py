@@ -28,6 +28,8 @@ TOP_SHARES = (0.10, 0.05, 0.01)
 """Shares of a map's pixels that its isolines enclose."""
 COLOURS = LinearSegmentedColormap.from_list("similarity", ["#0a5bff", "#6cb6ff", "#b0b0b0", "#ff9a6b", "#ff1f3d"])
 """Bright at both ends, where the usual diverging scales are dark: a radiograph is dark where the lungs are."""
+LEVELS = 1025
+"""Shades of a coloured map, and one for nothing."""
 STRONGEST = 0.65
 """Opacity of the colours at the limits; the image shows through everywhere."""
 MASK_COLOUR, PEAK_COLOUR = "#ffd400", "#00e5ff"
@@ -150,6 +152,28 @@ def thumbnail(
     axes.set_aspect("auto")  # the figure has the picture's proportions in mm
     _mark_sides(axes, orientation)
     return _png(figure)
+
+
+def coloured(scores: NDArray[np.float32], limits: tuple[float, float] | None = None) -> NDArray[np.uint8]:
+    """(H, W, 4) RGBA of a map, 8 bits, to lay over an image: the colours and opacities of :func:`plot_map`, and nothing where it is NaN.
+
+    Args:
+        scores: (H, W).
+        limits: as in :func:`plot_map`.
+    Raises:
+        ValueError: limits that do not rise.
+    """
+    low, high = _limits(scores, limits)
+    shades = np.linspace(low, high, LEVELS - 1)
+    table = np.zeros((LEVELS, 4), dtype=np.uint8)  # the last one stays clear
+    table[:-1] = (COLOURS(np.linspace(0, 1, LEVELS - 1)) * 255).round()
+    table[:-1, 3] = (255 * STRONGEST * np.clip(np.abs(shades) / max(abs(low), abs(high)), 0, 1)).round()
+    place = np.multiply(scores, (LEVELS - 2) / (high - low), dtype=np.float32)
+    place += np.float32(0.5 - low * (LEVELS - 2) / (high - low))
+    np.clip(place, 0, LEVELS - 2, out=place)
+    np.copyto(place, LEVELS - 1, where=np.isnan(place))
+    found: NDArray[np.uint8] = table.view(np.uint32)[:, 0].take(place.astype(np.uint16)).view(np.uint8).reshape(*scores.shape, 4)
+    return found
 
 
 def _draw(

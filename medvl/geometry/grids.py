@@ -245,13 +245,22 @@ class GridTransform:
             (..., *native_shape) float32, linear between token centres; NaN where the tower did not look.
         """
         n, axes = len(self.native_shape), self.axes
+        weights = [along.to(grid.device) for along in self.token_weights(grid.shape[grid.ndim - n :], extent, offset)]
+
+        def laid(values: Tensor) -> Tensor:
+            for k, along in enumerate(weights):
+                values = _contract(along, values, values.ndim - n + k)
+            return values.permute(*range(values.ndim - n), *(values.ndim - n + axes.index(a) for a in range(n)))
+
         known = torch.isfinite(grid)
-        total, weight = torch.where(known, grid, 0.0).float(), known.float()
-        for k, along in enumerate(self.token_weights(grid.shape[grid.ndim - n :], extent, offset)):
-            total, weight = (_contract(along.to(grid.device), x, x.ndim - n + k) for x in (total, weight))
-        order = [total.ndim - n + axes.index(a) for a in range(n)]
-        leading = list(range(total.ndim - n))
-        total, weight = (x.permute(*leading, *order) for x in (total, weight))
+        if known.all():  # then weights sum to 1 wherever the tower looked
+            found = laid(grid.float())
+            for k, along in enumerate(weights):
+                unseen = torch.nonzero(along.sum(1) == 0).flatten()
+                if len(unseen):
+                    found.index_fill_(found.ndim - n + axes[k], unseen, torch.nan)
+            return found
+        total, weight = laid(torch.where(known, grid, 0.0).float()), laid(known.float())
         return torch.where(weight > 1e-6, total / weight.clamp_min(1e-6), torch.nan)
 
     def token_weights(

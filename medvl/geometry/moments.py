@@ -103,6 +103,14 @@ class GridMoments:
         parts = [self._of_boxes(values, boxes[start : start + REGIONS_AT_ONCE]) for start in range(0, len(boxes), REGIONS_AT_ONCE)]
         return self._joined(parts, len(grids))
 
+    def box_means(self, grids: Tensor, boxes: NDArray[np.float64]) -> Tensor:
+        """(Q, R) means over boxes alone: a fifth of what :meth:`of_boxes` costs."""
+        if self._share is not None:
+            return self.of_boxes(grids, boxes).mean
+        count, linear, _ = self._along(boxes, bands=False)
+        total = self._values(grids).flatten(1) @ _outer(linear).flatten(1).T
+        return total / count.where(count > 0, torch.nan)
+
     def whole(self, grids: Tensor) -> Moments:
         """Sums over all that the tower saw; R is 1."""
         shape = np.array(self.transform.native_shape, dtype=np.float64)
@@ -145,23 +153,29 @@ class GridMoments:
             square = square + (2.0 if any(offset) else 1.0) * (product * first.flatten()).sum(1)
         return Moments(count[None], total[:, None], square[:, None])
 
-    def _of_boxes(self, values: Tensor, boxes: NDArray[np.float64]) -> Moments:
+    def _along(self, boxes: NDArray[np.float64], bands: bool = True) -> tuple[Tensor, list[Tensor], list[tuple[Tensor, Tensor]]]:
+        """Per box: pixels, and by axis the sums of weights, and of products of the weights of a token with its own and the next one's."""
         ends = np.ceil(np.asarray(boxes, dtype=np.float64) - 1e-9).astype(np.int64)  # first pixel within, first beyond
         count = torch.ones(len(boxes), dtype=torch.float64)
         linear: list[Tensor] = []
-        bands: list[tuple[Tensor, Tensor]] = []
+        products: list[tuple[Tensor, Tensor]] = []
         for k, (axis, one) in enumerate(zip(self.transform.axes, self.weights, strict=True)):
             low, high = (torch.from_numpy(np.clip(ends[:, side, axis], 0, len(one))) for side in (0, 1))
             high = torch.maximum(low, high)
             count = count * _between(self._seen[k].double()[:, None], low, high)[:, 0]
             linear.append(_between(one, low, high))
-            bands.append((_between(one**2, low, high), _between(one[:, :-1] * one[:, 1:], low, high)))
+            if bands:
+                products.append((_between(one**2, low, high), _between(one[:, :-1] * one[:, 1:], low, high)))
+        return count, linear, products
+
+    def _of_boxes(self, values: Tensor, boxes: NDArray[np.float64]) -> Moments:
+        count, linear, products = self._along(boxes)
         total = values.flatten(1) @ _outer(linear).flatten(1).T
         square = torch.zeros_like(total)
-        for offset in _offsets(len(bands)):
+        for offset in _offsets(len(products)):
             here, there = _neighbours(self.tokens, offset)
             product = (_at(values, here) * _at(values, there)).flatten(1)
-            factors = [band[abs(step)] for band, step in zip(bands, offset, strict=True)]
+            factors = [band[abs(step)] for band, step in zip(products, offset, strict=True)]
             square += (2.0 if any(offset) else 1.0) * (product @ _outer(factors).flatten(1).T)
         return Moments(count, total, square)
 

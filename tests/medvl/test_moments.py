@@ -45,6 +45,7 @@ def test_sums_over_boxes_and_masks_are_those_of_the_map(seed: int, axes: int, un
 
     corners = np.sort(rng.integers(-2, np.array(transform.native_shape) + 3, (6, 2, axes)), axis=1) - 0.5
     of_boxes = moments.of_boxes(grids, corners)
+    torch.testing.assert_close(moments.box_means(grids, corners), of_boxes.mean, equal_nan=True)
     for r, (low, high) in enumerate(corners):
         inside = tuple(slice(max(int(a + 0.5), 0), max(int(b + 0.5), 0)) for a, b in zip(low, high, strict=True))
         check(of_boxes, r, maps[(slice(None), *inside)])
