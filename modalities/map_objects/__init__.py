@@ -13,20 +13,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from modalities.export import save_dicom
 from modalities.map_objects.findings import Algorithm, Box, MapFinding, check_findings, identity
-from modalities.map_objects.frames import COSINE, NOTICE, PROBABILITY, parametric_map, segmentation
+from modalities.map_objects.frames import COSINE, NOTICE, PROBABILITY, float_pixels, parametric_map, segmentation
 from modalities.map_objects.report import findings_report
 from modalities.map_objects.sources import WHAT, read_source
 from modalities.structured_report import UNDATED, import_highdicom, latest, unheard
-
-if TYPE_CHECKING:
-    from pydicom.dataset import Dataset
 
 __all__ = ["NOTICE", "Algorithm", "Box", "MapFinding", "MapObjects", "write_map_objects"]
 
@@ -79,25 +76,21 @@ def write_map_objects(
     numbers = () if affine is None else tuple(np.asarray(affine, dtype=np.float64).ravel().tolist())
     key = identity(places, findings, algorithm, measure, date.isoformat(), repr(numbers))
     found = [finding for finding in findings if finding.mask.any()]
+    paths = tuple(folder / f"{finding.slug}{MAP_SUFFIX}" for finding in findings)
     with unheard(Path(source), WHAT):
         segments = segmentation(images, found, algorithm, date, key) if found else None
-        maps = [_named(parametric_map(images, one, i, MEASURES[measure], algorithm, date, key)) for i, one in enumerate(findings, start=1)]
+        maps = [parametric_map(images, one, i, MEASURES[measure], algorithm, date, key) for i, one in enumerate(findings, start=1)]
         numbered = {finding.slug: i for i, finding in enumerate(found, start=1)}
         dated = written is not None or known is not None
         report = findings_report(images, findings, affine, algorithm, maps, numbered, segments, date, dated, key)
         folder.mkdir(parents=True, exist_ok=True)
-        written_maps = tuple(folder / f"{finding.slug}{MAP_SUFFIX}" for finding in findings)
-        for i, (one, path) in enumerate(zip(findings, written_maps, strict=True), start=1):
-            save_dicom(parametric_map(images, one, i, MEASURES[measure], algorithm, date, key), path)
+        for finding, ds, path in zip(findings, maps, paths, strict=True):  # the pixels of one map at a time
+            ds.FloatPixelData = float_pixels(finding)
+            save_dicom(ds, path)
+            del ds.FloatPixelData
         if segments is None:
             (folder / SEGMENTATION_NAME).unlink(missing_ok=True)
         else:
             save_dicom(segments, folder / SEGMENTATION_NAME)
         save_dicom(report, folder / REPORT_NAME)
-    return MapObjects(written_maps, None if segments is None else folder / SEGMENTATION_NAME, folder / REPORT_NAME)
-
-
-def _named(ds: Dataset) -> Dataset:
-    """Without its pixels: maps of volumes are held one at a time."""
-    del ds.FloatPixelData
-    return ds
+    return MapObjects(paths, None if segments is None else folder / SEGMENTATION_NAME, folder / REPORT_NAME)

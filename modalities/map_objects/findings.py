@@ -108,7 +108,9 @@ def _problem(finding: MapFinding, shape: tuple[int, ...]) -> str | None:
         ends = zip(low, high, shape, strict=False)
         if len(low) != n or len(high) != n or not all(-0.5 <= a < b <= size - 0.5 for a, b, size in ends):
             return f"box {low} to {high} is no box of {n} axes inside {shape}; edges run from -0.5 to the size less 0.5"
-    if finding.peak is not None and (len(finding.peak) != n or not all(0 <= i < size for i, size in zip(finding.peak, shape, strict=False))):
+    if finding.peak is not None and (
+        len(finding.peak) != n or not all(0 <= i < size for i, size in zip(finding.peak, shape, strict=False))
+    ):
         return f"peak {finding.peak} is no index into {shape}"
     return None
 

@@ -1,8 +1,10 @@
 """Multi-frame objects on the planes of a source: Parametric Map (PS3.3 A.75) and binary Segmentation (A.51), by pydicom alone.
 
 highdicom (0.28) cannot make a parametric map of an image without ImagePositionPatient, as radiographs are, so both are made here and read
-back by it. A film's map has the Frame of Reference that the IOD calls for, of the film itself or one of its own, and neither plane position
-nor orientation, which are for frames of reference in the patient (A.75-2).
+back by it. The map of a film has a Frame of Reference of its own, as the IOD calls for one and a film has no place in the patient: origin
+at the first pixel, axes as Patient Orientation names them, so that viewers label the sides as they do for the film. Where that is not known
+no side is made up: plane position and orientation are left out, as they may be since they became conditional (A.75-2). Segmentations of
+films have no Frame of Reference; each pixel lies on that of the image they name (A.51.5.1).
 
 Pixels that the tower did not look at are NaN, and Float Pixel Padding Value says so: it "may specify any valid value, including NaN"
 (C.7.6.24.1).
@@ -53,9 +55,9 @@ POSITION, SEGMENT, IN_STACK = (0x00200032, 0x00209113), (0x0062000B, 0x0062000A)
 def parametric_map(
     source: MapSource, finding: MapFinding, number: int, measure: Concept, algorithm: Algorithm, date: datetime, key: str
 ) -> Dataset:
-    """The scores of one phrase; ``number`` of the instance in its series, from 1."""
+    """The map of one phrase, without its :func:`float_pixels`; ``number`` of the instance in its series, from 1."""
     ds = _object(source, PARAMETRIC_MAP, "OT", "similarity maps", number, algorithm, date, key, finding.slug)
-    ds.ImageType = ["DERIVED", "PRIMARY", "VOLUME" if source.orientation else "STATIC", "QUANTITY"]
+    ds.ImageType = ["DERIVED", "PRIMARY", "STATIC" if source.film else "VOLUME", "QUANTITY"]
     ds.SeriesNumber = SERIES_NUMBER + 1
     ds.ContentQualification, ds.ContentLabel = "RESEARCH", "SIMILARITY_MAP"
     ds.ContentDescription, ds.ContentCreatorName = one_line(finding.phrase), ""
@@ -85,8 +87,12 @@ def parametric_map(
     )
     shared.RealWorldValueMappingSequence = [mapping]
     shared.ParametricMapFrameTypeSequence = [_dataset(FrameType=list(ds.ImageType))]
-    ds.FloatPixelData = np.ascontiguousarray(finding.scores, dtype="<f4").tobytes()
     return ds
+
+
+def float_pixels(finding: MapFinding) -> bytes:
+    """Float Pixel Data of a map, plane by plane."""
+    return np.ascontiguousarray(finding.scores, dtype="<f4").tobytes()
 
 
 def segmentation(source: MapSource, findings: Sequence[MapFinding], algorithm: Algorithm, date: datetime, key: str) -> Dataset:
@@ -102,7 +108,7 @@ def segmentation(source: MapSource, findings: Sequence[MapFinding], algorithm: A
     ds.SegmentSequence = [_segment(i, finding, algorithm, key) for i, finding in enumerate(findings, start=1)]
     kept = [(i, k) for i, mask in enumerate(masks) for k in np.flatnonzero(mask.any(axis=(1, 2))).tolist()]
     planes = [(source.planes[k], i + 1) for i, k in kept]
-    _functional_groups(ds, source, planes, [SEGMENT, *([POSITION] if source.orientation else [])], SEGMENTED)
+    _functional_groups(ds, source, planes, [SEGMENT, *([] if source.film else [POSITION])], SEGMENTED)
     for item, (_, number) in zip(ds.PerFrameFunctionalGroupsSequence, planes, strict=True):
         item.SegmentIdentificationSequence = [_dataset(ReferencedSegmentNumber=number)]
     bits = np.packbits(np.concatenate([masks[i][k].ravel() for i, k in kept]), bitorder="little").tobytes()
@@ -155,9 +161,8 @@ def _object(
     ds.SeriesDescription = f"medvl {what}: {NOTICE}"
     ds.Manufacturer, ds.ManufacturerModelName = device.name, one_line(device.model)
     ds.SoftwareVersions = ds.DeviceSerialNumber = one_line(device.version)
-    ds.FrameOfReferenceUID, ds.PositionReferenceIndicator = source.frame_of_reference, ""
     ds.ContentDate, ds.ContentTime = ds.InstanceCreationDate, ds.InstanceCreationTime = date_and_time(date)
-    if source.orientation is None:
+    if source.film:
         ds.PatientOrientation = source.patient_orientation.split("\\") if source.patient_orientation else ""
         if source.spacing is None and source.aspect is not None:
             ds.PixelAspectRatio = list(source.aspect)
@@ -192,16 +197,13 @@ def _functional_groups(
         for pointer, group in dimensions
     ]
     ds.NumberOfFrames = len(frames)
-    measures = _dataset()
-    if source.spacing is not None:
-        measures.PixelSpacing = [_decimal(step) for step in source.spacing]
-    if source.thickness is not None:
-        measures.SliceThickness = _decimal(source.thickness)
-    if source.between is not None:
-        measures.SpacingBetweenSlices = _decimal(source.between)
-    shared = _dataset(PixelMeasuresSequence=[measures])
-    if source.orientation is not None:
-        shared.PlaneOrientationSequence = [_dataset(ImageOrientationPatient=[_decimal(part) for part in source.orientation])]
+    placed = not source.film or ds.SOPClassUID == PARAMETRIC_MAP
+    shared = _dataset()
+    if placed:
+        ds.FrameOfReferenceUID, ds.PositionReferenceIndicator = source.frame_of_reference, ""
+        shared.PixelMeasuresSequence = [_measures(source)]
+        if source.orientation is not None:
+            shared.PlaneOrientationSequence = [_dataset(ImageOrientationPatient=[_decimal(part) for part in source.orientation])]
     used = {id(plane) for plane, *_ in frames}
     place = {id(plane): i for i, plane in enumerate((plane for plane in source.planes if id(plane) in used), start=1)}
     groups = []
@@ -209,11 +211,23 @@ def _functional_groups(
         index = [segment[0] if pointer == SEGMENT else place[id(plane)] for pointer in dimensions]
         content = _dataset(DimensionIndexValues=index, StackID="1", InStackPositionNumber=place[id(plane)])
         group = _dataset(FrameContentSequence=[content], DerivationImageSequence=[_derivation(plane, derivation)])
-        if plane.position is not None:
+        if placed and plane.position is not None:
             group.PlanePositionSequence = [_dataset(ImagePositionPatient=[_decimal(part) for part in plane.position])]
         groups.append(group)
     ds.SharedFunctionalGroupsSequence, ds.PerFrameFunctionalGroupsSequence = [shared], groups
     return shared
+
+
+def _measures(source: MapSource) -> Dataset:
+    """Of the Pixel Measures Sequence (PS3.3 C.7.6.16.2.1); without a spacing where nobody knows it."""
+    measures = _dataset()
+    if source.spacing is not None:
+        measures.PixelSpacing = [_decimal(step) for step in source.spacing]
+    if source.thickness is not None:
+        measures.SliceThickness = _decimal(source.thickness)
+    if source.between is not None:
+        measures.SpacingBetweenSlices = _decimal(source.between)
+    return measures
 
 
 def _derivation(plane: Plane, how: Concept) -> Dataset:

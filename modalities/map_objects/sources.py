@@ -6,6 +6,7 @@ Letters: S planes, H rows, W columns; positions are DICOM's LPS mm until they ar
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -43,9 +44,18 @@ LOSSY_METHODS = {
 """Transfer syntax -> Lossy Image Compression Method (PS3.3 C.7.6.1.1.5.1)."""
 DETAILS = (
     *SPACINGS,
-    *("Rows", "Columns", "NumberOfFrames", "SliceThickness", "PixelAspectRatio", "FrameOfReferenceUID", "PositionReferenceIndicator"),
+    *("Rows", "Columns", "NumberOfFrames", "SliceThickness", "PixelAspectRatio", "FrameOfReferenceUID"),
     *("PatientOrientation", "BodyPartExamined", "LossyImageCompression", "LossyImageCompressionRatio", "LossyImageCompressionMethod"),
 )
+TOWARDS: Mapping[str, tuple[float, float, float]] = {
+    "L": (1.0, 0.0, 0.0),
+    "R": (-1.0, 0.0, 0.0),
+    "P": (0.0, 1.0, 0.0),
+    "A": (0.0, -1.0, 0.0),
+    "H": (0.0, 0.0, 1.0),
+    "F": (0.0, 0.0, -1.0),
+}
+"""Letter of Patient Orientation -> LPS direction (PS3.3 C.7.6.1.1.1)."""
 SAME_PLACE_MM = 0.02
 """Header positions are rounded, and the readers accept slices 0.01 mm beside their grid."""
 
@@ -56,7 +66,7 @@ class Plane:
 
     image: Dataset  # the instance, as evidence
     frame: int | None = None  # of a multi-frame one, from 1
-    position: tuple[float, ...] | None = None  # (3,) LPS mm, centre of the first pixel; None: a film
+    position: tuple[float, ...] | None = None  # (3,) LPS mm, centre of the first pixel; None: a film that nobody knows the sides of
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,13 +76,14 @@ class MapSource:
     path: Path
     planes: tuple[Plane, ...]
     shape: tuple[int, int]  # H, W
-    frame_of_reference: str  # of a film without one, one of its own that holds for its pixels alone
-    orientation: tuple[float, ...] | None = None  # (6,) LPS, along a row, along a column; None: a film
+    frame_of_reference: str  # of a film one of its own, which holds for its pixels alone
+    orientation: tuple[float, ...] | None = None  # (6,) LPS, along a row, along a column; of a film as its letters say, or None
     spacing: tuple[float, float] | None = None  # between rows, between columns, mm; of a film at the detector where it has no other
     aspect: tuple[int, int] | None = None  # height to width of a pixel, where there is no spacing
     thickness: float | None = None  # mm
     between: float | None = None  # mm along the normal
     patient_orientation: str = ""  # of a film, as in DICOM
+    film: bool = False
     chest: bool = False
     lossy: Mapping[str, str] = field(default_factory=dict)  # Lossy Image Compression and what goes with it
 
@@ -115,14 +126,18 @@ def _film(path: Path, shape: tuple[int, int]) -> MapSource:
     own = _whole(details, "Rows", 0), _whole(details, "Columns", 0)
     if own != shape:
         raise ValueError(f"{path}: has {own[0]} x {own[1]} pixels, the map {shape[0]} x {shape[1]}; give the map in the file's own pixels")
+    letters = _patient_orientation(details)
+    orientation = _directions(letters)
     return MapSource(
         path,
-        (Plane(image),),
+        (Plane(image, position=None if orientation is None else (0.0, 0.0, 0.0)),),
         shape,
-        _frame_of_reference(image, details, "SOPInstanceUID"),
+        uid(str(image.SOPInstanceUID), "frame of reference"),
+        orientation,
+        film=True,
         spacing=_spacing(details),
         aspect=_aspect(details),
-        patient_orientation=_patient_orientation(details),
+        patient_orientation=letters,
         chest=_is_chest(details),
         lossy=_lossy(path, details),
     )
@@ -155,12 +170,12 @@ def _volume(path: Path, shape: tuple[int, int, int], affine: NDArray[np.float64]
         lossy = _lossy(first.file if first.member is None else unzipped[first.member], details)
     check_one_study(path, [one for one, _ in read.values()])
     assert first.orientation is not None and first.spacing is not None
-    steps = [float(first.normal @ (np.asarray(b.position) - np.asarray(a.position))) for a, b in zip(slices, slices[1:], strict=False)]
+    steps = [float(first.normal @ (np.asarray(b.position) - np.asarray(a.position))) for a, b in itertools.pairwise(slices)]
     return MapSource(
         path,
         tuple(Plane(read[item.file, item.member][0], None if item.frame is None else item.frame + 1, item.position) for item in slices),
         first.shape,
-        _frame_of_reference(image, details, "SeriesInstanceUID"),
+        _frame_of_reference(image, details),
         orientation=first.orientation,
         spacing=(first.spacing[0], first.spacing[1]),
         thickness=_number(details, "SliceThickness") or first.thickness or (steps[0] if steps else None),
@@ -190,10 +205,10 @@ def _sized(shape: Sequence[int]) -> str:
     return " x ".join(map(str, shape))
 
 
-def _frame_of_reference(image: Dataset, details: Mapping[str, str], scope: str) -> str:
-    """The source's own, else one that hangs on the image or the series alone."""
+def _frame_of_reference(image: Dataset, details: Mapping[str, str]) -> str:
+    """The series' own, else one that hangs on the series alone."""
     own = details.get("FrameOfReferenceUID", "")
-    return own if is_uid(own) else uid(str(image[scope].value), "frame of reference")
+    return own if is_uid(own) else uid(str(image.SeriesInstanceUID), "frame of reference")
 
 
 def _number(details: Mapping[str, str], keyword: str) -> float | None:
@@ -233,6 +248,15 @@ def _patient_orientation(details: Mapping[str, str]) -> str:
     """Where a row and a column run to; empty where the header does not say it in DICOM's letters."""
     text = details.get("PatientOrientation", "").upper()
     return text if re.fullmatch(r"[LRAPHF]{1,3}\\[LRAPHF]{1,3}", text) else ""
+
+
+def _directions(letters: str) -> tuple[float, ...] | None:
+    """(6,) LPS directions of a row and a column by the first letter of each; None where they are not known or not across each other."""
+    parts = letters.split("\\")
+    if len(parts) != 2:
+        return None
+    row, column = (TOWARDS[part[0]] for part in parts)
+    return None if any(r and c for r, c in zip(row, column, strict=True)) else (*row, *column)
 
 
 def _is_chest(details: Mapping[str, str]) -> bool:
