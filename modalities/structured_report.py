@@ -82,9 +82,13 @@ def private(code: str, meaning: str) -> Concept:
     return Concept(" ".join(code.replace("\\", "/").split()), PRIVATE_SCHEME, one_line(meaning))
 
 
-def one_line(text: str) -> str:
-    """As a DICOM long string: no backslash, which parts values, nor control characters, at most 64 characters (PS3.5 6.2)."""
-    return " ".join(text.replace("\\", "/").split())[:LONGEST_TEXT]
+def one_line(text: str, longest: int = LONGEST_TEXT) -> str:
+    """As a DICOM long string: no backslash, which parts values, nor control characters, at most 64 characters (PS3.5 6.2).
+
+    Cut by bytes of UTF-8, as there are readers that count those.
+    """
+    plain = "".join(c if c.isprintable() else " " for c in text.replace("\\", "/"))
+    return " ".join(plain.split()).encode()[:longest].decode(errors="ignore").rstrip()
 
 
 OTHER_MODALITY = Concept("OT", "DCM", "Other Modality")

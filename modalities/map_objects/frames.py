@@ -109,6 +109,8 @@ def segmentation(source: MapSource, findings: Sequence[MapFinding], algorithm: A
     kept = [(i, k) for i, mask in enumerate(masks) for k in np.flatnonzero(mask.any(axis=(1, 2))).tolist()]
     planes = [(source.planes[k], i + 1) for i, k in kept]
     _functional_groups(ds, source, planes, [SEGMENT, *([] if source.film else [POSITION])], SEGMENTED)
+    if source.film and source.aspect is not None and source.spacing is None:  # not beside Pixel Measures, which maps must have
+        ds.PixelAspectRatio = list(source.aspect)
     for item, (_, number) in zip(ds.PerFrameFunctionalGroupsSequence, planes, strict=True):
         item.SegmentIdentificationSequence = [_dataset(ReferencedSegmentNumber=number)]
     bits = np.packbits(np.concatenate([masks[i][k].ravel() for i, k in kept]), bitorder="little").tobytes()
@@ -129,7 +131,7 @@ def _segment(number: int, finding: MapFinding, algorithm: Algorithm, key: str) -
     return _dataset(
         SegmentNumber=number,
         SegmentLabel=one_line(finding.phrase),
-        SegmentDescription=_short_text(finding.phrase),
+        SegmentDescription=one_line(finding.phrase, LONGEST_SHORT_TEXT),
         SegmentAlgorithmType="AUTOMATIC",
         SegmentAlgorithmName=one_line(f"{algorithm.device.name}, model {algorithm.model}"),
         SegmentationAlgorithmIdentificationSequence=[identification],
@@ -164,9 +166,9 @@ def _object(
     ds.ContentDate, ds.ContentTime = ds.InstanceCreationDate, ds.InstanceCreationTime = date_and_time(date)
     if source.film:
         ds.PatientOrientation = source.patient_orientation.split("\\") if source.patient_orientation else ""
-        if source.spacing is None and source.aspect is not None:
-            ds.PixelAspectRatio = list(source.aspect)
-    ds.DerivationDescription = _short_text(f"medvl {device.version}, model {device.model}, weights sha256 {algorithm.weights}; {NOTICE}")
+    ds.DerivationDescription = one_line(
+        f"medvl {device.version}, model {device.model}, weights sha256 {algorithm.weights}; {NOTICE}", LONGEST_SHORT_TEXT
+    )
     ds.ImageComments = NOTICE
     for keyword, value in source.lossy.items():
         setattr(ds, keyword, value)
@@ -266,8 +268,5 @@ def _decimal(value: float) -> str:
 
 
 def _printable(text: str) -> str:
+    """On one line, of any length."""
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
-
-
-def _short_text(text: str) -> str:
-    return _printable(text)[:LONGEST_SHORT_TEXT]
