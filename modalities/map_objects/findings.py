@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-import medvl
 from modalities.export import uid
 from modalities.structured_report import Concept, Device, private
 
@@ -52,7 +51,7 @@ class Algorithm:
 
     model: str  # name
     weights_sha256: str
-    version: str = medvl.__version__
+    version: str  # of medvl
 
     @property
     def device(self) -> Device:

@@ -6,8 +6,8 @@ at the first pixel, axes as Patient Orientation names them, so that viewers labe
 no side is made up: plane position and orientation are left out, as they may be since they became conditional (A.75-2). Segmentations of
 films have no Frame of Reference; each pixel lies on that of the image they name (A.51.5.1).
 
-Pixels that the tower did not look at are NaN, and Float Pixel Padding Value says so: it "may specify any valid value, including NaN"
-(C.7.6.24.1).
+Pixels that the tower did not look at are NaN, as in the array, and Float Pixel Padding Value and its limit say that NaN is padding: any
+IEEE 754 value will do there, NaN too (C.7.6.24.1).
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 import zipfile
 
 import numpy as np
@@ -25,7 +26,7 @@ from modalities.xray import XrayReader
 
 highdicom = pytest.importorskip("highdicom", reason="needs highdicom (extra 'sr')")
 
-ALGORITHM = Algorithm("demo tower", "ab12" * 16, version="9.8.7")
+ALGORITHM = Algorithm("demo tower", "ab12" * 16, "9.8.7")
 EFFUSION = Concept("60046008", "SCT", "Pleural effusion")
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 SPACING = (0.21, 0.34)
@@ -371,6 +372,34 @@ def test_folder_zip_and_series_number_give_the_same(tmp_path):
         write_map_objects(folder, [one], tmp_path / "out", affine=volume.affine, algorithm=ALGORITHM, series=0)
 
 
+def test_objects_beside_their_source_are_no_source(tmp_path):
+    folder = write_series(tmp_path / "ct", AFFINES["straight"])
+    affine = read_ct(folder, "largest").affine
+    written = write_map_objects(folder, [finding(CT, "one")], folder, affine=affine, algorithm=ALGORITHM)
+    first = [path.read_bytes() for path in (*written.maps, written.segmentation, written.report)]
+    assert np.array_equal(read_ct(folder, "largest").affine, affine)
+    written = write_map_objects(folder, [finding(CT, "one")], folder, affine=affine, algorithm=ALGORITHM)
+    assert first == [path.read_bytes() for path in (*written.maps, written.segmentation, written.report)]
+
+
+def test_one_slice_is_a_volume_of_one(tmp_path):
+    folder = tmp_path / "ct"
+    write_ct_series(folder, np.zeros((1, 9, 11), np.int16), AFFINES["oblique"], patient_id="syn-p", study_id="syn-s")
+    change(folder / "0001.dcm", drop=["FrameOfReferenceUID"])
+    volume = read_ct(folder / "0001.dcm")
+    one = finding(volume.shape, "one", found=None)
+    one.mask[0, 2:4, 5:] = True
+    written = write_map_objects(folder / "0001.dcm", [one], tmp_path / "out", affine=volume.affine, algorithm=ALGORITHM)
+    assert same(raw(written.maps[0]), one.scores)
+    headers = [pydicom.dcmread(path) for path in (*written.maps, written.segmentation)]
+    (peak,) = named(groups(written.report)["phrase of one"][0], "sr_peak")
+    assert len({ds.FrameOfReferenceUID for ds in headers} | {peak.ReferencedFrameOfReferenceUID}) == 1
+    segments = highdicom.seg.segread(written.segmentation)
+    pixels = segments.get_pixels_by_source_instance([pydicom.dcmread(folder / "0001.dcm").SOPInstanceUID])
+    assert np.array_equal(pixels[..., 0].astype(bool), one.mask)
+    check_valid(written)
+
+
 def test_maps_that_do_not_lie_on_slices_are_refused(tmp_path):
     folder = write_series(tmp_path / "ct", AFFINES["oblique"])
     affine = read_ct(folder, "largest").affine
@@ -388,8 +417,9 @@ def test_maps_that_do_not_lie_on_slices_are_refused(tmp_path):
     refuse("5 x 9 x 11 voxels of DICOM cannot carry a map of 6 x 9 x 11", shape=(6, 9, 11))
     refuse("with one, got shape", affine=None)
     refuse("affine has shape", affine=np.eye(3))
-    (folder / "x2.dcm").unlink()  # a slice is missing: what stands in its place is no instance
-    refuse("missing|fits no few even runs|cannot carry")
+    middle = sorted(folder.glob("x*.dcm"), key=lambda path: float(pydicom.dcmread(path).ImagePositionPatient[2]))[2]
+    middle.unlink()  # what is filled in for it is no instance
+    refuse("4 x 9 x 11 voxels of DICOM cannot carry a map of 5 x 9 x 11: 1 slice missing in 1 place")
 
 
 # --- both ----------------------------------------------------------------------------------------------------------------------------
@@ -544,7 +574,9 @@ def test_what_does_not_fit_is_refused_without_a_word_of_the_header(film, tmp_pat
     refuse("no box of 2 axes", but(boxes=(((0.5, 0.5), (24.5, 3.5)),)))
     refuse("no box of 2 axes", but(boxes=(((2.5, 0.5), (2.5, 3.5)),)))
     refuse("no index", but(peak=(24, 0)))
-    refuse("weights_sha256 is empty", one, algorithm=Algorithm("demo", ""))
+    with pytest.raises(ValueError, match="without affine"):
+        write_map_objects(film, [one], tmp_path / "out", affine=STRAIGHT, algorithm=ALGORITHM)
+    refuse("weights_sha256 is empty", one, algorithm=dataclasses.replace(ALGORITHM, weights_sha256=" "))
     change(film, NumberOfFrames="2")
     refuse("holds 2 frames", one)
     change(film, drop=["NumberOfFrames"], StudyInstanceUID="removed")
@@ -554,7 +586,8 @@ def test_what_does_not_fit_is_refused_without_a_word_of_the_header(film, tmp_pat
 def test_nothing_of_a_header_is_logged(film, tmp_path, caplog):
     change(film, PatientName="Secret", PatientID="SECRET" * 20)
     caplog.clear()
-    with caplog.at_level(logging.DEBUG):
+    with caplog.at_level(logging.DEBUG), warnings.catch_warnings():
+        warnings.simplefilter("error")
         write_map_objects(film, [finding(FILM, "one")], tmp_path / "out", affine=None, algorithm=ALGORITHM)
     assert "secret" not in caplog.text.lower()
 
