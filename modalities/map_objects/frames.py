@@ -3,7 +3,8 @@
 highdicom (0.28) cannot make a parametric map of an image without ImagePositionPatient, as radiographs are, so both are made here and read
 back by it. The map of a film has a Frame of Reference of its own, as the IOD calls for one and a film has no place in the patient: origin
 at the first pixel, axes as Patient Orientation names them, so that viewers label the sides as they do for the film. Where that is not known
-no side is made up: plane position and orientation are left out, as they may be since they became conditional (A.75-2). Segmentations of
+no side is made up: the items for plane position and orientation, which only ORIGINAL frames have to fill (C.7.6.16.2.3), are empty.
+Segmentations of
 films have no Frame of Reference; each pixel lies on that of the image they name (A.51.5.1).
 
 Pixels that the tower did not look at are NaN, as in the array, and Float Pixel Padding Value and its limit say that NaN is padding: any
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from medvl.types import RESEARCH_USE
 from modalities.export import uid
 from modalities.map_objects.findings import Algorithm, MapFinding, tracking_uid
 from modalities.map_objects.sources import MapSource, Plane
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
     from pydicom.dataset import Dataset
 
 PARAMETRIC_MAP, SEGMENTATION = "1.2.840.10008.5.1.4.1.1.30", "1.2.840.10008.5.1.4.1.1.66.4"
-NOTICE = "research use, not for diagnosis"
+NOTICE = RESEARCH_USE
 COSINE = private("map_cosine", "Cosine similarity of image and phrase")
 PROBABILITY = private("map_probability", "Calibrated probability")
 RANGES = {COSINE: (-1.0, 1.0), PROBABILITY: (0.0, 1.0)}
@@ -204,8 +206,8 @@ def _functional_groups(
     if placed:
         ds.FrameOfReferenceUID, ds.PositionReferenceIndicator = source.frame_of_reference, ""
         shared.PixelMeasuresSequence = [_measures(source)]
-        if source.orientation is not None:
-            shared.PlaneOrientationSequence = [_dataset(ImageOrientationPatient=[_decimal(part) for part in source.orientation])]
+        orientation = {} if source.orientation is None else {"ImageOrientationPatient": [_decimal(part) for part in source.orientation]}
+        shared.PlaneOrientationSequence = [_dataset(**orientation)]
     used = {id(plane) for plane, *_ in frames}
     place = {id(plane): i for i, plane in enumerate((plane for plane in source.planes if id(plane) in used), start=1)}
     groups = []
@@ -213,8 +215,9 @@ def _functional_groups(
         index = [segment[0] if pointer == SEGMENT else place[id(plane)] for pointer in dimensions]
         content = _dataset(DimensionIndexValues=index, StackID="1", InStackPositionNumber=place[id(plane)])
         group = _dataset(FrameContentSequence=[content], DerivationImageSequence=[_derivation(plane, derivation)])
-        if placed and plane.position is not None:
-            group.PlanePositionSequence = [_dataset(ImagePositionPatient=[_decimal(part) for part in plane.position])]
+        if placed:
+            position = {} if plane.position is None else {"ImagePositionPatient": [_decimal(part) for part in plane.position]}
+            group.PlanePositionSequence = [_dataset(**position)]
         groups.append(group)
     ds.SharedFunctionalGroupsSequence, ds.PerFrameFunctionalGroupsSequence = [shared], groups
     return shared

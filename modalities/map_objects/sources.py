@@ -178,7 +178,7 @@ def _volume(path: Path, shape: tuple[int, int, int], affine: NDArray[np.float64]
         _frame_of_reference(image, details),
         orientation=first.orientation,
         spacing=(first.spacing[0], first.spacing[1]),
-        thickness=_number(details, "SliceThickness") or first.thickness or (steps[0] if steps else None),
+        thickness=_number(details, "SliceThickness") or first.thickness or (steps[0] if steps else float(np.linalg.norm(affine[:3, 0]))),
         between=sum(steps) / len(steps) if steps else None,
         chest=_is_chest(details),
         lossy=lossy,
