@@ -79,12 +79,16 @@ class Concept:
 
 def private(code: str, meaning: str) -> Concept:
     """A term of our own scheme; a meaning is cut to what DICOM holds."""
-    return Concept(" ".join(code.replace("\\", "/").split()), PRIVATE_SCHEME, _one_line(meaning))
+    return Concept(" ".join(code.replace("\\", "/").split()), PRIVATE_SCHEME, one_line(meaning))
 
 
-def _one_line(text: str) -> str:
-    """As a DICOM long string: no backslash, which parts values, nor control characters, at most 64 characters (PS3.5 6.2)."""
-    return " ".join(text.replace("\\", "/").split())[:LONGEST_TEXT]
+def one_line(text: str, longest: int = LONGEST_TEXT) -> str:
+    """As a DICOM long string: no backslash, which parts values, nor control characters, at most 64 characters (PS3.5 6.2).
+
+    Cut by bytes of UTF-8, as there are readers that count those.
+    """
+    plain = "".join(c if c.isprintable() else " " for c in text.replace("\\", "/"))
+    return " ".join(plain.split()).encode()[:longest].decode(errors="ignore").rstrip()
 
 
 OTHER_MODALITY = Concept("OT", "DCM", "Other Modality")
@@ -150,7 +154,7 @@ def write_measurement_report(
     if wrong := [name for name, (_, score) in scores.items() if not math.isfinite(score)]:
         raise ValueError(f"scores that are no finite numbers: {', '.join(wrong)}; leave them out of the report")
     images = read_sources(sources, series)
-    date = written.replace(microsecond=0, tzinfo=None) if written else _latest(images)
+    date = written.replace(microsecond=0, tzinfo=None) if written else latest(images)
     key = (
         *(str(image.SOPInstanceUID) for image in images),
         *(part for name, (term, score) in scores.items() for part in (name, term.code, term.scheme, repr(float(score)))),
@@ -159,9 +163,9 @@ def write_measurement_report(
     )
     if date is None:
         context = [*context, (NO_DATE, "not known: the source images name none")]
-    with _unheard(Path(sources[0])):
+    with unheard(Path(sources[0])):
         content = _content(images, scores, measure, device, context, notice, key)
-        report = _document(images, content, device, description, date or UNDATED, key)
+        report = report_document(images, content, device, description, date or UNDATED, key)
         path = out if out.suffix.lower() == ".dcm" else out / f"{report.SOPInstanceUID}.dcm"
         path.parent.mkdir(parents=True, exist_ok=True)
         save_dicom(report, path)
@@ -191,14 +195,19 @@ def read_sources(sources: Sequence[Path], series: int | Literal["largest"] | Non
     with ExitStack() as stack:
         for path in sources:
             for shown, place in _places(Path(path), series, stack):
-                image = _read(shown, place)
+                image, _ = read_header(shown, place)
                 found.setdefault(str(image.SOPInstanceUID), image)
     if not found:
         raise ValueError("a DICOM SR needs the DICOM images that it is about, got none")
-    for keyword, words in (("StudyInstanceUID", "studies"), ("PatientID", "patients")):
-        if (count := len({str(image[keyword].value) for image in found.values()})) > 1:
-            raise ValueError(f"{sources[0]} and what comes with it are of {count} {words}; a report is about one: write one for each")
+    check_one_study(Path(sources[0]), list(found.values()))
     return sorted(found.values(), key=lambda image: (image.SeriesInstanceUID, image.InstanceNumber or 0, image.SOPInstanceUID))
+
+
+def check_one_study(path: Path, images: Sequence[Dataset]) -> None:
+    """Refuse images of several studies or patients."""
+    for keyword, words in (("StudyInstanceUID", "studies"), ("PatientID", "patients")):
+        if (count := len({str(image[keyword].value) for image in images})) > 1:
+            raise ValueError(f"{path} and what comes with it are of {count} {words}; a report is about one: write one for each")
 
 
 def _places(path: Path, series: int | Literal["largest"] | None, stack: ExitStack) -> Iterator[tuple[Path, Path]]:
@@ -214,15 +223,26 @@ def _places(path: Path, series: int | Literal["largest"] | None, stack: ExitStac
         members = [member for _, member in files if member is not None]
         unzipped = dict(zip(members, stack.enter_context(unpacked(path, members)), strict=True)) if members else {}
     except UnreadableImageError as error:
-        raise _not_dicom(path, error) from None
+        raise not_dicom(path, error) from None
     if not files:
         raise ValueError(f"{path}: a DICOM SR needs DICOM sources; expected images, got other DICOM objects alone")
     for file, member in files:
         yield file, file if member is None else unzipped[member]
 
 
-def _read(shown: Path, place: Path) -> Dataset:
-    """What a report takes over from the header of one image."""
+def read_header(shown: Path, place: Path, more: Sequence[str] = (), what: str = "a DICOM SR") -> tuple[Dataset, dict[str, str]]:
+    """What is taken over from the header of one image.
+
+    Args:
+        shown: how errors call the file.
+        place: where it lies now.
+        more: keywords of further elements.
+        what: that needs it, for errors.
+    Returns:
+        the image as evidence, and the text of those of ``more`` that it has, values parted by backslashes.
+    Raises:
+        ValueError: no DICOM image, or one without usable UIDs.
+    """
     from pydicom.filereader import read_partial
     from pydicom.tag import Tag
 
@@ -231,16 +251,21 @@ def _read(shown: Path, place: Path) -> Dataset:
     try:
         with opened(place, header_only=True, largest=ANY_SIZE) as file:
             file.source.seek(0)
-            header = read_partial(file.source, _at_pixels, force=True, specific_tags=[Tag(keyword) for keyword in keywords])
-            values = {keyword: _text(header, keyword) for keyword in keywords if keyword in header}
+            header = read_partial(file.source, _at_pixels, force=True, specific_tags=[Tag(keyword) for keyword in (*keywords, *more)])
+            values = {keyword: _text(header, keyword) for keyword in (*keywords, *more) if keyword in header}
     except UnreadableImageError as error:
-        raise _not_dicom(shown, error, place) from None
-    if missing := [keyword for keyword in INSTANCE if len(values.get(keyword, "")) > 64 or not UID_FORM.fullmatch(values.get(keyword, ""))]:
-        raise ValueError(f"{shown}: has no usable {' and no '.join(missing)}; a DICOM SR names the images that it is about by them")
+        raise not_dicom(shown, error, place, what) from None
+    if missing := [keyword for keyword in INSTANCE if not is_uid(values.get(keyword, ""))]:
+        raise ValueError(f"{shown}: has no usable {' and no '.join(missing)}; {what} names the images that it is about by them")
     if "Image Storage" not in uid_name(values["SOPClassUID"]):
         raise ValueError(f"{shown}: expected a DICOM image, got {uid_name(values['SOPClassUID'])}")
-    with _unheard(shown):
-        return _evidence(values)
+    with unheard(shown, what):
+        return _evidence(values), {keyword: values[keyword] for keyword in more if values.get(keyword)}
+
+
+def is_uid(text: str) -> bool:
+    """Whether it looks like a UID (PS3.5 9.1)."""
+    return len(text) <= 64 and UID_FORM.fullmatch(text) is not None
 
 
 def _at_pixels(tag: Any, vr: str | None, length: int) -> bool:
@@ -253,7 +278,7 @@ def _text(header: Dataset, keyword: str) -> str:
     if keyword.endswith("Name"):
         many = [value]  # a person's name counts as a row of characters
     if keyword.endswith("Sequence"):
-        many = [_one_line(str(code.get("CodeMeaning", ""))) for code in many]
+        many = [one_line(str(code.get("CodeMeaning", ""))) for code in many]
     return "" if value is None else "\\".join(str(one) for one in many).strip(" \0")
 
 
@@ -281,7 +306,7 @@ def _evidence(values: Mapping[str, str]) -> Dataset:
     for name in DATES:
         moment = _moment(values.get(f"{name}Date", ""), values.get(f"{name}Time", ""))
         if moment is not None:
-            image.ContentDate, image.ContentTime = _date_and_time(moment)
+            image.ContentDate, image.ContentTime = date_and_time(moment)
             break
     return image
 
@@ -303,26 +328,29 @@ def _moment(date: str, time: str) -> datetime | None:
         return None
 
 
-def _date_and_time(moment: datetime) -> tuple[str, str]:
+def date_and_time(moment: datetime) -> tuple[str, str]:
+    """As DICOM writes them, to the second."""
     date, time = moment.isoformat(timespec="seconds").split("T")
     return date.replace("-", ""), time.replace(":", "")
 
 
-def _latest(images: Sequence[Dataset]) -> datetime | None:
+def latest(images: Sequence[Dataset]) -> datetime | None:
+    """The last moment that images name as their own."""
     return max(
         (moment for image in images if (moment := _moment(image.get("ContentDate", ""), image.get("ContentTime", "")))), default=None
     )
 
 
-def _not_dicom(shown: Path, error: UnreadableImageError, place: Path | None = None) -> ValueError:
+def not_dicom(shown: Path, error: UnreadableImageError, place: Path | None = None, what: str = "a DICOM SR") -> ValueError:
+    """The error for a source that is no DICOM image."""
     reason = str(error).removeprefix(f"{place or shown}: ")
     return ValueError(
-        f"{shown}: a DICOM SR needs DICOM sources, whose patient, study and instances it names, not pictures or NIfTI; this one: {reason}"
+        f"{shown}: {what} needs DICOM sources, whose patient, study and instances it names, not pictures or NIfTI; this one: {reason}"
     )
 
 
 @contextmanager
-def _unheard(path: Path) -> Iterator[None]:
+def unheard(path: Path, what: str = "a DICOM SR") -> Iterator[None]:
     """Neither logs nor warnings nor errors of highdicom and pydicom: they quote header values."""
     logger = logging.getLogger("highdicom")
     level = logger.level
@@ -333,12 +361,13 @@ def _unheard(path: Path) -> Iterator[None]:
     except OSError:
         raise
     except Exception as error:  # what is odd in a header can raise anything
-        raise ValueError(f"{path}: no DICOM SR can be made of it: {type(error).__name__} at what its header says") from None
+        raise ValueError(f"{path}: {what} cannot be made of it: {type(error).__name__} at what its header says") from None
     finally:
         logger.setLevel(level)
 
 
-def _coded(term: Concept) -> Any:
+def coded(term: Concept) -> Any:
+    """As highdicom has it."""
     from highdicom.sr import CodedConcept
 
     return CodedConcept(term.code, term.scheme, term.meaning)
@@ -353,7 +382,26 @@ def _content(
     notice: str,
     key: Sequence[str],
 ) -> Any:
-    """TID 1500: the notice, the images, a measurement group for each finding, and the context in a container of its own."""
+    """TID 1500 with a measurement group for each finding."""
+    from highdicom import sr
+
+    algorithm = sr.AlgorithmIdentification(device.model, device.version)
+    groups = [
+        sr.MeasurementsAndQualitativeEvaluations(
+            tracking_identifier=sr.TrackingIdentifier(uid(*key, name, "tracking"), name),
+            finding_type=coded(term),
+            algorithm_id=algorithm,
+            measurements=[sr.Measurement(coded(measure), float(score), coded(NO_UNITS))],
+        )
+        for name, (term, score) in scores.items()
+    ]
+    return report_content(images, groups, device, context, notice)
+
+
+def report_content(
+    images: Sequence[Dataset], groups: Sequence[Any], device: Device, context: Sequence[tuple[Concept, str | bool]], notice: str
+) -> Any:
+    """TID 1500: the notice, the images, the measurement groups, and the context in a container of its own."""
     from highdicom import sr
 
     observer = sr.DeviceObserverIdentifyingAttributes(
@@ -363,29 +411,19 @@ def _content(
         model_name=f"{device.name} {device.version}, model {device.model}",
         serial_number=device.version,
     )
-    algorithm = sr.AlgorithmIdentification(device.model, device.version)
-    groups = [
-        sr.MeasurementsAndQualitativeEvaluations(
-            tracking_identifier=sr.TrackingIdentifier(uid(*key, name, "tracking"), name),
-            finding_type=_coded(term),
-            algorithm_id=algorithm,
-            measurements=[sr.Measurement(_coded(measure), float(score), _coded(NO_UNITS))],
-        )
-        for name, (term, score) in scores.items()
-    ]
     content = sr.MeasurementReport(
-        sr.ObservationContext(observer_device_context=sr.ObserverContext(_coded(DEVICE), observer)),
-        _coded(PROCEDURES.get(images[0].Modality, ANY_PROCEDURE)),
+        sr.ObservationContext(observer_device_context=sr.ObserverContext(coded(DEVICE), observer)),
+        coded(PROCEDURES.get(images[0].Modality, ANY_PROCEDURE)),
         groups,
     )
     items = content[0].ContentSequence
-    items.insert(len(items) - 1, _item(COMMENT, notice))
-    items.insert(len(items) - 1, _library(images))
-    items.append(_container(PROVENANCE, [_item(term, value) for term, value in context]))
+    items.insert(len(items) - 1, text_or_code(COMMENT, notice))
+    items.insert(len(items) - 1, image_library(images))
+    items.append(container(PROVENANCE, [text_or_code(term, value) for term, value in context]))
     return content
 
 
-def _library(images: Sequence[Dataset]) -> Any:
+def image_library(images: Sequence[Dataset]) -> Any:
     """TID 1600: the images, a group for each modality."""
     from highdicom.sr import CodeContentItem, ImageContentItem
 
@@ -393,37 +431,38 @@ def _library(images: Sequence[Dataset]) -> Any:
     for modality in dict.fromkeys(image.Modality for image in images):
         term = Concept(modality, "DCM", MODALITIES[modality]) if modality in MODALITIES else OTHER_MODALITY
         named = [
-            ImageContentItem(_coded(SOURCE), image.SOPClassUID, image.SOPInstanceUID, relationship_type="CONTAINS")
+            ImageContentItem(coded(SOURCE), image.SOPClassUID, image.SOPInstanceUID, relationship_type="CONTAINS")
             for image in images
             if image.Modality == modality
         ]
-        groups.append(_container(IMAGE_GROUP, [CodeContentItem(_coded(MODALITY), _coded(term), "HAS ACQ CONTEXT"), *named]))
-    return _container(IMAGE_LIBRARY, groups)
+        groups.append(container(IMAGE_GROUP, [CodeContentItem(coded(MODALITY), coded(term), "HAS ACQ CONTEXT"), *named]))
+    return container(IMAGE_LIBRARY, groups)
 
 
-def _container(name: Concept, items: Sequence[Any]) -> Any:
+def container(name: Concept, items: Sequence[Any]) -> Any:
+    """Content items under a name."""
     from highdicom.sr import ContainerContentItem, ContentSequence
 
-    container = ContainerContentItem(_coded(name), relationship_type="CONTAINS")
+    container = ContainerContentItem(coded(name), relationship_type="CONTAINS")
     container.ContentSequence = ContentSequence(list(items))
     return container
 
 
-def _item(name: Concept, value: str | bool) -> Any:
+def text_or_code(name: Concept, value: str | bool) -> Any:
+    """A content item: text, or a coded yes or no."""
     from highdicom.sr import CodeContentItem, TextContentItem
 
     if isinstance(value, bool):
-        return CodeContentItem(_coded(name), _coded(YES if value else NO), "CONTAINS")
-    return TextContentItem(_coded(name), value, "CONTAINS")
+        return CodeContentItem(coded(name), coded(YES if value else NO), "CONTAINS")
+    return TextContentItem(coded(name), value, "CONTAINS")
 
 
-def _document(images: Sequence[Dataset], content: Any, device: Device, description: str, date: datetime, key: Sequence[str]) -> Any:
-    """The content as a Comprehensive 3D SR in the study of the images."""
+def report_document(evidence: Sequence[Dataset], content: Any, device: Device, description: str, date: datetime, key: Sequence[str]) -> Any:
+    """The content as a Comprehensive 3D SR in the study of the evidence: the images first, then whatever else it refers to."""
     from highdicom.sr import Comprehensive3DSR
-    from pydicom.dataset import Dataset
 
     report = Comprehensive3DSR(
-        evidence=images,
+        evidence=evidence,
         content=content,
         series_instance_uid=uid(*key, "series"),
         series_number=SERIES_NUMBER,
@@ -431,15 +470,22 @@ def _document(images: Sequence[Dataset], content: Any, device: Device, descripti
         instance_number=1,
         manufacturer=device.name,
     )
-    report.SpecificCharacterSet, report.SeriesDescription = "ISO_IR 192", _one_line(description)
-    report.ManufacturerModelName, report.SoftwareVersions = _one_line(device.model), device.version
+    report.SpecificCharacterSet, report.SeriesDescription = "ISO_IR 192", one_line(description)
+    report.ManufacturerModelName, report.SoftwareVersions = one_line(device.model), device.version
     report.DeviceSerialNumber = device.version
-    report.ContentDate, report.ContentTime = _date_and_time(date)
-    report.InstanceCreationDate, report.InstanceCreationTime = _date_and_time(date)  # highdicom reads the clock
+    report.ContentDate, report.ContentTime = date_and_time(date)
+    report.InstanceCreationDate, report.InstanceCreationTime = date_and_time(date)  # highdicom reads the clock
     for equipment in report.get("ContributingEquipmentSequence", ()):  # of later versions
         equipment.pop("ContributionDateTime", None)
+    report.CodingSchemeIdentificationSequence = [private_scheme(device)]
+    return report
+
+
+def private_scheme(device: Device) -> Dataset:
+    """What an object says of our own coding scheme (PS3.3 C.12.1)."""
+    from pydicom.dataset import Dataset
+
     scheme = Dataset()
     scheme.CodingSchemeDesignator, scheme.CodingSchemeName = PRIVATE_SCHEME, PRIVATE_SCHEME_NAME
     scheme.CodingSchemeResponsibleOrganization = device.name
-    report.CodingSchemeIdentificationSequence = [scheme]
-    return report
+    return scheme
