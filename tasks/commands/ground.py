@@ -113,7 +113,15 @@ def ground(
     for kind in () if maps_folder is not None else ("xray", "ct"):
         if (own := _thresholds(thresholds, model, settings, kind)) is not None:
             levels[kind] = own
-    work = _Work(encoder, _queries(phrases, findings, prompt_set), settings, levels, maps_folder, weights_sha256(model), dicom)
+    work = _Work(
+        encoder,
+        _queries(phrases, findings, prompt_set),
+        settings,
+        levels,
+        maps_folder,
+        weights_sha256(model),
+        model.resolve().name if dicom else None,
+    )
     images, rejected = _images(encoder.reader, files)
     several = len(images) > 1 or any(file.suffix.lower() in TABLES for file in files)
     written: list[tuple[Path, Path, list[dict[str, Any]]]] = []
@@ -155,7 +163,7 @@ class _Work:
         thresholds: dict[str, MapThresholds],
         external: Path | None,
         sha256: str,
-        dicom: bool,
+        dicom: str | None,
     ) -> None:
         from tasks.grounding import Grounder
         from tasks.grounding.outputs import denial_of
@@ -202,7 +210,7 @@ class _Work:
         except UnreadableImageError as error:
             return [], str(error)
         except ValueError as error:
-            if self.external is None and not self.dicom:
+            if self.external is None and self.dicom is None:
                 raise click.UsageError(str(error)) from error
             return [], str(error)
 

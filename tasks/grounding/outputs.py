@@ -87,13 +87,13 @@ def write_image(
     queries: Sequence[Query],
     thresholds: MapThresholds | None,
     facts: dict[str, Any],
-    dicom: bool = False,
+    dicom: str | None = None,
 ) -> list[dict[str, Any]]:
     """Write all of one image, a map at a time; returns what maps.json holds, a record for each query.
 
     Args:
         facts: taken over into every record.
-        dicom: also as DICOM objects, which refer to the source.
+        dicom: also as DICOM objects, which refer to the source, and which name the model so.
     Raises:
         OSError: the folder cannot be written to.
         ValueError: ``dicom`` of a source that is no DICOM.
@@ -104,20 +104,19 @@ def write_image(
     (folder / RECORD).unlink(missing_ok=True)
     volume = None if sample.affine is None else model.reader.native(file).numpy()
     view = shown(model.reader, file) if volume is None else None
-    objects = None
-    if dicom:
-        from tasks.grounding.dicom import DicomWriter
-
-        objects = DicomWriter(file, sample, maps.unit, facts)
     records = []
+    kept: list[Said] = []
     for number, name in enumerate(slugs([query.name for query in queries])):
         said = said_of(maps, queries, number, name, thresholds)
         records.append(_write_map(folder, file, sample, volume, view, said, maps, facts))
-        if objects is not None:
-            records[-1]["dicom_map"] = objects.add(folder, said)
-    if objects is not None:
-        for record in records:
-            record |= objects.close(folder)
+        if dicom:  # a segmentation and a report are of all of them, so all are held
+            kept.append(said)
+    if dicom:
+        from tasks.grounding.dicom import write_dicom
+
+        written = write_dicom(folder, file, sample, kept, maps.unit, facts, dicom)
+        for record, name in zip(records, written["maps"], strict=True):
+            record["dicom"] = {"map": name, "segmentation": written["segmentation"], "report": written["report"]}
     save_grids(folder / GRIDS, maps, len(queries), [record["slug"] for record in records])
     write_atomically(folder / RECORD, (json.dumps(records, indent=2, allow_nan=False) + "\n").encode())
     return records
