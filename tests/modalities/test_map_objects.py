@@ -193,6 +193,8 @@ def test_a_film_has_maps_segments_and_findings_of_its_pixels(film, tmp_path):
         expected = np.array([[0, SPACING[1], 0], [0, 0, 0], [-SPACING[0], 0, 0]])  # L along a row, F down a column
         assert np.allclose(volume.affine[:3, [1, 2]], expected[:, [0, 1]]) and np.allclose(volume.affine[:3, 3], 0)
         mapping = read.SharedFunctionalGroupsSequence[0].RealWorldValueMappingSequence[0]
+        ends = mapping.DoubleFloatRealWorldValueFirstValueMapped, mapping.DoubleFloatRealWorldValueLastValueMapped
+        assert ends == (-1, 1) and (mapping.RealWorldValueSlope, mapping.RealWorldValueIntercept) == (1, 0)
         assert mapping.MeasurementUnitsCodeSequence[0].CodeValue == "1"
         assert code(mapping.QuantityDefinitionSequence[0].ConceptCodeSequence[0]) == "map_cosine"
         assert (read.ContentQualification, read.ContentDescription) == ("RESEARCH", one.phrase)
