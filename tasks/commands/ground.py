@@ -209,6 +209,8 @@ class _Work:
             return write_image(folder, path, self.model, sample, maps, self.queries, levels, self.facts, self.dicom), None
         except UnreadableImageError as error:
             return [], str(error)
+        except ImportError as error:
+            raise click.UsageError(f"--dicom: {error}") from error
         except ValueError as error:
             if self.external is None and self.dicom is None:
                 raise click.UsageError(str(error)) from error

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import medvl
-from medvl.types import ImageSample
+from medvl.types import ImageReader, ImageSample
 from modalities.map_objects import Algorithm, MapFinding, write_map_objects
 from modalities.structured_report import Concept
 from tasks.grounding.outputs import Said
@@ -18,7 +18,14 @@ MEASURES: dict[str, Literal["cosine", "probability"]] = {"cosine": "cosine"}
 
 
 def write_dicom(
-    folder: Path, file: Path, sample: ImageSample, said: Sequence[Said], unit: str, facts: dict[str, Any], model: str
+    folder: Path,
+    file: Path,
+    sample: ImageSample,
+    said: Sequence[Said],
+    unit: str,
+    facts: dict[str, Any],
+    model: str,
+    reader: ImageReader,
 ) -> dict[str, Any]:
     """Write SLUG_map.dcm, segmentation.dcm where something was found, and findings.dcm; what maps.json says of them.
 
@@ -30,7 +37,13 @@ def write_dicom(
         raise ValueError(f"--dicom: maps of {unit} have no coded quantity in DICOM; take a source whose maps are cosines")
     algorithm = Algorithm(model, facts["weights_sha256"], medvl.__version__)
     written = write_map_objects(
-        file, [_finding(one) for one in said], folder, affine=sample.affine, algorithm=algorithm, measure=MEASURES[unit]
+        file,
+        [_finding(one) for one in said],
+        folder,
+        affine=sample.affine,
+        algorithm=algorithm,
+        measure=MEASURES[unit],
+        series=getattr(getattr(reader, "ct", reader), "series", "largest"),  # of a folder with several, the one that was read
     )
     segmentation = None if written.segmentation is None else written.segmentation.name
     return {"maps": [path.name for path in written.maps], "segmentation": segmentation, "report": written.report.name}

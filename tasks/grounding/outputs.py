@@ -114,7 +114,7 @@ def write_image(
     if dicom:
         from tasks.grounding.dicom import write_dicom
 
-        written = write_dicom(folder, file, sample, kept, maps.unit, facts, dicom)
+        written = write_dicom(folder, file, sample, kept, maps.unit, facts, dicom, model.reader)
         for record, name in zip(records, written["maps"], strict=True):
             record["dicom"] = {"map": name, "segmentation": written["segmentation"], "report": written["report"]}
     save_grids(folder / GRIDS, maps, len(queries), [record["slug"] for record in records])

@@ -112,6 +112,31 @@ def test_a_manifest_and_refinements(tiny: Any, tmp_path: Path) -> None:
     assert (record["shifts"], record["smoothing_mm"], record["against"], record["negation"]) == (2, 10.0, "a chest X-ray", True)
 
 
+def test_dicom_objects_refer_to_the_film_and_hold_the_map_and_what_was_found(model: Path, cohort: Path, tmp_path: Path) -> None:
+    pydicom, highdicom = pytest.importorskip("pydicom"), pytest.importorskip("highdicom")
+    film = sorted((cohort.parent / "xray").glob("*.dcm"))[0]
+    asked = ("--phrase", "a nodule", "--finding", "edema", "--out", tmp_path, "--dicom", "--json")
+    done = command("ground", film, "--model", model, *asked)
+    assert done.exit_code == 0, done.output
+    source = pydicom.dcmread(film)
+    records = json.loads(done.stdout)["maps"]
+    for one in records:
+        scores = np.load(tmp_path / one["npy"])
+        written = pydicom.dcmread(tmp_path / one["dicom"]["map"])
+        np.testing.assert_array_equal(np.frombuffer(written.FloatPixelData, "<f4").reshape(scores.shape), scores)
+        assert written.StudyInstanceUID == source.StudyInstanceUID
+    assert highdicom.sr.srread(tmp_path / records[0]["dicom"]["report"]).StudyInstanceUID == source.StudyInstanceUID
+    found = [one for one in records if one["found"]]
+    assert ((tmp_path / "segmentation.dcm").is_file()) == bool(found)
+    if found:
+        masks = highdicom.seg.segread(tmp_path / "segmentation.dcm")
+        assert masks.number_of_segments == len(found)
+    picture = command("ground", next(iter((cohort.parent / "masks").glob("*.png"))), "--model", model, *asked)
+    assert picture.exit_code == 1 and "needs DICOM sources" in picture.output
+    shares = command("ground", film, "--model", model, *asked, "--maps", tmp_path)
+    assert shares.exit_code == 1 and "no coded quantity" in shares.output
+
+
 def test_maps_made_elsewhere_are_shown_and_not_judged(tiny: Any, tmp_path: Path) -> None:
     (tmp_path / "maps").mkdir()
     grid = np.zeros((8, 8))
