@@ -249,6 +249,10 @@ class CachedReader(ImageReader):
         """Of the reader."""
         return self.reader.describe()
 
+    def enlarged(self, factor: int) -> ImageReader:
+        """Of the reader; what it reads is not kept."""
+        return self.reader.enlarged(factor)
+
     def find_images(self, folder: Path) -> list[Path]:
         """As the reader does."""
         return self.reader.find_images(folder)
