@@ -4,6 +4,7 @@ orientation; with every refinement that keeps its place. The tower is made by ha
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from medvl.metrics import contrast_of_moments, contrast_to_noise
 from medvl.model import DualEncoder
 from medvl.nn.similarity import PooledSimilarity
 from medvl.types import ImageBatch, ImageEncoder, ImageFeatures, ReportEncoder, TextBatch, TextFeatures
@@ -151,6 +153,26 @@ def test_a_patch_in_a_volume_of_any_orientation_is_pointed_at(tmp_path: Path, co
     patch = affine @ [13, 13, 43, 1]
     token_mm = np.array([24.0, 24.0, 8.0])  # R, A, S: 8 pixels of 3 mm, 2 slices of 4 mm
     assert (np.abs(there - patch[:3]) <= token_mm).all(), (there, patch)
+
+
+def test_a_map_of_the_real_ct_lies_on_its_anatomy(shared_data: Path) -> None:
+    """Bones are bright: the map of brightness lies on the mask's bones, and not on any of its mirror images."""
+    folder = shared_data / "ct" / "chest_volume"
+    with (folder / "structures.csv").open() as file:
+        named = {int(row["id"]): row["structure"] for row in csv.DictReader(file)}
+    bones = [label for label, name in named.items() if name.startswith(("vertebra", "rib", "scapula", "sternum", "clavicula", "humerus"))]
+    reader = CtReader(spacing_mm=(2.5, 2.11, 2.11), shape=(None, 168, 168), windows_hu=((150.0, 800.0),), crop="none")
+    model = DualEncoder(Bright(), Words(), PooledSimilarity(), reader).eval()
+    (maps,) = Grounder(model, [phrase_query("bright")]).of_files([folder / "chest_ct.nii.gz"])
+    mask = np.isin(nib.load(folder / "chest_ct_organs.nii.gz").get_fdata().transpose(2, 1, 0), bones)
+    assert 0.005 < mask.mean() < 0.2
+    scores = maps.native(0)
+    own = contrast_to_noise(scores, mask)
+    mirrored = [contrast_to_noise(scores, np.flip(mask, axes)) for axes in (0, 1, 2, (0, 1), (1, 2), (0, 2), (0, 1, 2))]
+    assert own > 0.45 and own > max(mirrored) + 0.15, (own, mirrored)
+    moments = maps.moments
+    on_grid = contrast_of_moments(moments.of_mask(maps.scores, mask), moments.whole(maps.scores))
+    assert on_grid[0, 0] == pytest.approx(own, abs=1e-4)
 
 
 def test_grids_are_kept_in_float16_and_lay_out_the_same_map(tmp_path: Path) -> None:
