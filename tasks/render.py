@@ -7,8 +7,10 @@ it is NaN stay grey. White isolines enclose the highest 10, 5 and 1 percent of i
 from __future__ import annotations
 
 import io
+import textwrap
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +126,67 @@ def plot_map(
     note = f"{RESEARCH_USE} · lines: highest 10, 5, 1 % of pixels" + (" · yellow: true mask" if mask is not None else "")
     note += " · cyan: found" if region is not None and region.any() else ""
     figure.text(left / width, 10 / height, note, fontsize=7.5, color="#444444", va="center")
+    return figure
+
+
+@dataclass(frozen=True)
+class Panel:
+    """An image of a grid, with the map of each phrase."""
+
+    native: NDArray[np.float32]  # (H, W) grey in 0..1
+    scores: Sequence[NDArray[np.float32] | None]  # one (H, W) for each phrase; None leaves the image bare
+    name: str = ""
+    orientation: tuple[str, str] | None = None
+    masks: Sequence[NDArray[np.bool_] | None] = ()  # the truth of each phrase, if there are any
+    pixel_aspect: float = 1.0
+
+
+def plot_grid(panels: Sequence[Panel], phrases: Sequence[str], *, label: str = "cosine", side: float = 2.2) -> Figure:
+    """Images by phrases, a row an image, as papers have it: one colour scale for all, so that maps can be compared.
+
+    Args:
+        panels: R rows.
+        phrases: Q columns.
+        label: of the colour bar.
+        side: width of a picture in inches.
+    Raises:
+        ValueError: no image, no phrase, a row with another number of maps, arrays of different shapes, or no map with a finite value.
+    """
+    if not panels or not phrases or any(len(panel.scores) != len(phrases) for panel in panels):
+        raise ValueError(f"a grid of {len(panels)} images and {len(phrases)} phrases needs a map, or None, for each phrase of each image")
+    every = [one for panel in panels for one in panel.scores if one is not None]
+    largest = max((float(np.nanmax(np.abs(one))) for one in every if np.isfinite(one).any()), default=0.0)
+    if not largest:
+        raise ValueError("no similarity map has a finite value: there is nothing to draw")
+    heights = [side * panel.native.shape[0] * panel.pixel_aspect / panel.native.shape[1] for panel in panels]
+    left, right, top, bottom, gap = 0.35, 0.9, 0.45, 0.3, 0.06
+    width = left + len(phrases) * (side + gap) + right
+    height = top + sum(heights) + gap * len(panels) + bottom
+    figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
+    colours, below = None, height - top
+    for panel, tall in zip(panels, heights, strict=True):
+        below -= tall
+        masks = panel.masks or [None] * len(phrases)
+        for column, (scores, mask) in enumerate(zip(panel.scores, masks, strict=True)):
+            _check(panel.native, scores, mask)
+            at = (left + column * (side + gap), below)
+            axes = figure.add_axes((at[0] / width, at[1] / height, side / width, tall / height))
+            limits = None if scores is None else (-largest, largest)
+            drawn, _ = _draw(axes, panel.native, scores, mask, None, limits)
+            colours = drawn or colours
+            axes.set_aspect("auto")
+            _mark_sides(axes, panel.orientation)
+        figure.text(
+            0.17 / width, (below + tall / 2) / height, panel.name, rotation=90, ha="center", va="center", fontsize=9, parse_math=False
+        )
+        below -= gap
+    for column, phrase in enumerate(phrases):
+        at_x = (left + column * (side + gap) + side / 2) / width
+        words = textwrap.shorten(" ".join(phrase.split()), max(12, round(side * 13)), placeholder="…")
+        figure.text(at_x, 1 - 0.22 / height, words, ha="center", va="center", fontsize=10, weight="bold", parse_math=False)
+    beside = figure.add_axes(((width - right + 0.1) / width, bottom / height, 0.14 / width, (height - top - bottom) / height))
+    figure.colorbar(colours, cax=beside).set_label(label)
+    figure.text(left / width, 0.12 / height, RESEARCH_USE, fontsize=7.5, color="#444444", va="center")
     return figure
 
 

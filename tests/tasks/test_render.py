@@ -168,3 +168,49 @@ def test_what_does_not_fit_is_refused(native: NDArray[np.float32]) -> None:
         plot_map(native, np.full((H, W), np.nan, dtype=np.float32), "x")
     with pytest.raises(ValueError, match="lower first"):
         plot_map(native, bump(), "x", limits=(1.0, -1.0))
+
+
+def test_a_coloured_map_has_the_scale_s_colours_and_is_clear_where_nothing_is_known() -> None:
+    from tasks.render import COLOURS, STRONGEST, coloured
+
+    scores = np.linspace(-0.8, 0.4, 60, dtype=np.float32).reshape(6, 10)
+    scores[2, 3] = np.nan
+    found = coloured(scores)
+    assert found.shape == (6, 10, 4) and found.dtype == np.uint8 and found[2, 3, 3] == 0
+    for (i, j), value in np.ndenumerate(scores):
+        if np.isnan(value):
+            continue
+        rgb = np.array(COLOURS((value + 0.8) / 1.6))[:3] * 255
+        assert np.abs(found[i, j, :3] - rgb).max() <= 3
+        assert abs(int(found[i, j, 3]) - 255 * STRONGEST * abs(value) / 0.8) <= 2
+    wide = coloured(scores, limits=(-0.2, 0.2))
+    assert (wide[0, 0, 3], wide[5, 9, 3]) == (round(255 * STRONGEST),) * 2, "beyond the limits the ends hold"
+    with pytest.raises(ValueError, match="lower first"):
+        coloured(scores, limits=(0.2, -0.2))
+
+
+def test_a_grid_of_images_and_phrases_is_one_picture_on_one_scale(tmp_path: Path) -> None:
+    from tasks.render import Panel, _png, plot_grid
+
+    rng = np.random.default_rng(0)
+    films = [rng.random(shape, dtype=np.float32) for shape in ((40, 60), (50, 50))]
+    maps = [[rng.normal(size=film.shape).astype(np.float32) * 0.2, None] for film in films]
+    mask = np.zeros((40, 60), dtype=bool)
+    mask[5:10, 5:20] = True
+    panels = [Panel(films[0], maps[0], "first", ("L", "F"), [mask, None]), Panel(films[1], maps[1], "second", pixel_aspect=1.5)]
+    figure = plot_grid(panels, ["left effusion", "a phrase that is far too long for the head of a column of a figure"])
+    picture = Image.open(io.BytesIO(_png(figure)))
+    assert picture.format == "PNG" and picture.width > 400 and len(figure.axes) == 5
+    texts = [one.get_text() for one in figure.texts]
+    assert (
+        "left effusion" in texts
+        and "first" in texts
+        and any(text.endswith("…") for text in texts)
+        and any("not for diagnosis" in text for text in texts)
+    )
+    with pytest.raises(ValueError, match="for each phrase"):
+        plot_grid(panels, ["one"])
+    with pytest.raises(ValueError, match="nothing to draw"):
+        plot_grid([Panel(films[0], [None])], ["one"])
+    with pytest.raises(ValueError, match="native pixels"):
+        plot_grid([Panel(films[0], [films[1]])], ["one"])
