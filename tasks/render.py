@@ -163,7 +163,8 @@ def plot_grid(panels: Sequence[Panel], phrases: Sequence[str], *, label: str = "
     width = left + len(phrases) * (side + gap) + right
     height = top + sum(heights) + gap * len(panels) + bottom
     figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
-    colours, below = None, height - top
+    colours: Any = None
+    below = height - top
     for panel, tall in zip(panels, heights, strict=True):
         below -= tall
         masks = panel.masks or [None] * len(phrases)
