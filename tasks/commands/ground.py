@@ -210,7 +210,7 @@ class _Work:
         except UnreadableImageError as error:
             return [], str(error)
         except ImportError as error:
-            raise click.UsageError(f"--dicom: {error}") from error
+            raise click.UsageError(str(error)) from error
         except ValueError as error:
             if self.external is None and self.dicom is None:
                 raise click.UsageError(str(error)) from error

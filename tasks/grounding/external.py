@@ -48,11 +48,14 @@ def merged_biases(
     Args:
         scores: (H, W) square, as attention of diffusion models is; the biases likewise.
     Raises:
+        ImportError: scikit-image is not installed (extra ``maps``).
         ValueError: shapes that differ, or that are not square.
     Source: "Generate to Ground", arXiv:2507.12236, and its code. SSIM is of 8-bit images there, and here.
     """
-    from skimage.metrics import structural_similarity
-
+    try:
+        from skimage.metrics import structural_similarity
+    except ImportError as error:
+        raise ImportError("bias merging needs scikit-image, which is not installed: pip install 'medvl[maps]'") from error
     shape = scores.shape
     if not shape == image_bias.shape == text_bias.shape or len(shape) != 2 or shape[0] != shape[1]:
         raise ValueError(f"bias merging: map and biases have shapes {shape}, {image_bias.shape} and {text_bias.shape}; expected one square")
