@@ -20,8 +20,8 @@ from medvl.types import ImageBatch, ImageFeatures, ImageSample, join_texts
 from reports.prompts import PromptSet
 from tasks.grounding.crops import crop_maps
 from tasks.grounding.maps import GridMaps, batch_extent, native_step_mm, token_mm
-from tasks.grounding.refinements import against_general, mixed_by, smoothed
-from tasks.grounding.settings import GENERAL_PHRASES, MapSettings
+from tasks.grounding.refinements import against_general, mixed_by, resampled, smoothed
+from tasks.grounding.settings import MapSettings
 from tasks.grounding.shifts import shifted_maps
 from tasks.grounding.sources import source
 
@@ -98,16 +98,15 @@ class Grounder:
         found = []
         for i, sample in enumerate(samples):
             own, step = scores[i], native_step_mm(sample)
-            whole: tuple[int, ...] | None = extent
+            offset = self.model.token_offset.get(len(step))
             if self.settings.crops > 1:
                 if paths is None:
                     raise ValueError("crops of a higher resolution are read from the image's file")
-                own, whole = self._with_crops(own, sample, Path(paths[i]), extent)
+                own, offset = self._with_crops(own, sample, Path(paths[i]), extent, offset), None
             if self.settings.smoothing_mm > 0 or self.settings.finer > 1:
-                size = token_mm(sample.transform, step, own.shape[1:], whole)
+                size = token_mm(sample.transform, step, own.shape[1:], extent)
                 own = smoothed(own, size, self.settings.smoothing_mm, self.settings.finer)
-            offset = self.model.token_offset.get(len(step))
-            found.append(GridMaps(own.float().cpu(), sample.transform, step, whole, offset, self.source.unit))
+            found.append(GridMaps(own.float().cpu(), sample.transform, step, extent, offset, self.source.unit))
         return found
 
     def _scores(self, samples: Sequence[ImageSample]) -> tuple[Tensor, tuple[int, ...]]:
@@ -139,17 +138,15 @@ class Grounder:
             found = found - scores[:, [self._column[text] for text in query.negative]].amax(1)
         return found
 
-    def _with_crops(self, whole: Tensor, sample: ImageSample, path: Path, extent: tuple[int, ...]) -> tuple[Tensor, tuple[int, ...] | None]:
-        """The mean of the whole image's map and that of crops, on the crops' grid."""
+    def _with_crops(self, whole: Tensor, sample: ImageSample, path: Path, extent: Sequence[int], offset: Sequence[float] | None) -> Tensor:
+        """The mean of the whole image's map and that of crops, on the crops' grid; of both each token's score lies where it looks."""
         factor = self.settings.crops
         enlarged = self.model.reader.enlarged(factor).read(path)
         side, tokens = sample.pixels.shape[-2:], whole.shape[-2:]  # of the grid as it is after shifts
-        fine, _ = crop_maps(enlarged, side, tokens, lambda crops: self._scores(crops)[0])
-        coarse = whole.repeat_interleave(factor, -2).repeat_interleave(factor, -1)
-        both = (coarse + fine.to(coarse.device)) / 2
-        return torch.where(torch.isfinite(fine), both, coarse), extent
-
-
-def default_against(modality: str) -> str:
-    """The general phrase of a kind of image."""
-    return GENERAL_PHRASES[modality]
+        crops, _ = crop_maps(enlarged, side, tokens, lambda parts: self._scores(parts)[0])
+        cells = [size / count for size, count in zip(extent, whole.shape[1:], strict=True)]
+        shift = [0.0] * len(cells) if offset is None else [away / cell for away, cell in zip(offset, cells, strict=True)]
+        parts = [1] * (len(cells) - 2) + [factor, factor]
+        coarse = resampled(whole, parts, shift)
+        fine = resampled(crops.to(coarse.device), [1] * len(cells), shift)
+        return torch.where(torch.isfinite(fine), (coarse + fine) / 2, coarse)

@@ -43,6 +43,24 @@ def mixed_by(scores: Tensor, affinity: Tensor) -> Tensor:
     return torch.where(known, total / weight.clamp_min(1e-6), torch.nan).view(scores.shape)
 
 
+def resampled(grids: Tensor, finer: Sequence[int], shift: Sequence[float]) -> Tensor:
+    """Maps on a grid that is ``finer[k]`` times finer along axis k, whose tokens look ``shift[k]`` tokens beside their cells.
+
+    Args:
+        grids: (Q, *tokens); linear between tokens, the edge held.
+    Returns:
+        (Q, *cells) float32, whose cells look at themselves; NaN where the token that a cell lies in is.
+    """
+    known = torch.isfinite(grids)
+    total, weight = torch.where(known, grids, 0.0).float(), known.float()
+    own = weight
+    for k, (count, parts, away) in enumerate(zip(grids.shape[1:], finer, shift, strict=True)):
+        along = _linear(count, parts, away).to(grids.device)
+        total, weight = (torch.tensordot(x, along, dims=([k + 1], [1])).movedim(-1, k + 1) for x in (total, weight))
+        own = own.repeat_interleave(parts, dim=k + 1)
+    return torch.where((own > 0) & (weight > 1e-6), total / weight.clamp_min(1e-6), torch.nan)
+
+
 def smoothed(grids: Tensor, token_mm: Sequence[float], sigma_mm: float, finer: int = 1) -> Tensor:
     """Gaussian smoothing in mm, on a grid that may be some times finer than the tokens.
 
@@ -69,15 +87,21 @@ def smoothed(grids: Tensor, token_mm: Sequence[float], sigma_mm: float, finer: i
     return torch.where(own > 0, total / weight.clamp_min(1e-6), torch.nan)
 
 
-def _kernel(tokens: int, step_mm: float, sigma_mm: float, finer: int) -> Tensor:
-    """(cells, tokens): linear interpolation to cells, the edge held, then a Gaussian over cells whose rows sum to 1."""
+def _linear(tokens: int, finer: int, shift: float = 0.0) -> Tensor:
+    """(cells, tokens): linear interpolation to cells from tokens that look ``shift`` tokens beside themselves, the edge held."""
     cells = tokens * finer
-    place = ((torch.arange(cells) + 0.5) / finer - 0.5).clamp(0, tokens - 1)
+    place = ((torch.arange(cells) + 0.5) / finer - 0.5 - shift).clamp(0, tokens - 1)
     low = place.floor().long().clamp(max=max(tokens - 2, 0))
     linear = torch.zeros(cells, tokens)
     linear[torch.arange(cells), low] = 1 - (place - low)
     if tokens > 1:
         linear[torch.arange(cells), low + 1] = place - low
+    return linear
+
+
+def _kernel(tokens: int, step_mm: float, sigma_mm: float, finer: int) -> Tensor:
+    """(cells, tokens): linear interpolation to cells, then a Gaussian over cells whose rows sum to 1."""
+    linear, cells = _linear(tokens, finer), tokens * finer
     if sigma_mm == 0:
         return linear
     away = (torch.arange(cells)[:, None] - torch.arange(cells)) * (step_mm / finer / sigma_mm)

@@ -10,9 +10,6 @@ from typing import Any
 
 from tasks.grounding.sources import source
 
-GENERAL_PHRASES = {"xray": "a chest X-ray", "ct": "a CT of the chest"}
-"""What is contrasted with where no phrase is given."""
-
 
 @dataclass(frozen=True)
 class MapSettings:

@@ -15,6 +15,7 @@ import yaml
 from click.testing import CliRunner
 from PIL import Image
 
+import medvl
 from tasks.cli import cli
 from tasks.corruptions import VOLUME_CORRUPTIONS
 from tasks.demo import recipe_path
@@ -50,6 +51,21 @@ def run_folder(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = CliRunner().invoke(cli, ["fit", *(f"--{name}={value}" for name, value in arguments.items())])
     assert done.exit_code == 0, done.output
     return out
+
+
+def test_a_run_notes_where_its_tokens_look(cohort: Path, run_folder: Path) -> None:
+    """The same again from the saved model; slices are encoded one by one, so a token looks at its own."""
+    from medvl.training.data import StudyDataModule
+    from medvl.training.offset import measured_offset
+    from reports.text_source import ReportSentences
+
+    noted = json.loads((run_folder / "config.json").read_text())["token_offset"]
+    model = medvl.load(run_folder, device="cpu")
+    data = StudyDataModule(manifest=cohort, reader=model.reader, texts=ReportSentences(), batch_size=3, modality="ct")
+    data.setup()
+    found = measured_offset(model, data.some_batches())
+    np.testing.assert_allclose(found[3], noted["3"], atol=1e-3)
+    assert noted["3"][0] == 0 and max(map(abs, noted["3"])) < 32 and model.token_offset[3] == tuple(noted["3"])
 
 
 def volumes(cohort: Path) -> list[Path]:

@@ -5,6 +5,7 @@ orientation; with every refinement that keeps its place. The tower is made by ha
 from __future__ import annotations
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,30 @@ def test_a_patch_in_a_picture_is_pointed_at(tmp_path: Path, shape: tuple[int, in
         (found,) = ground(model, file, ["bright"], MapSettings(**settings))
         assert found.peak is not None and found.scores.shape == shape
         assert (np.abs(np.array(found.peak) - at) <= token_px(model, file)).all(), (found.peak, at)
+
+
+class Beside(Bright):
+    """Tokens that look 6 pixels up and 5 to the right of their cells."""
+
+    def forward(self, batch: ImageBatch) -> ImageFeatures:
+        return super().forward(replace(batch, pixels=torch.roll(batch.pixels, (6, -5), (-2, -1))))
+
+
+@pytest.mark.parametrize("settings", [{}, {"shifts": 2}, {"crops": 2}, {"crops": 2, "shifts": 2, "smoothing_mm": 4.0, "finer": 2}], ids=str)
+def test_tokens_that_look_beside_their_cells_are_laid_where_they_look(tmp_path: Path, settings: dict[str, Any]) -> None:
+    """Of 128 pixels, two for each of the tower's, the map is half a token from the patch at most, and without the offset beside it."""
+    model = DualEncoder(Beside(), Words(), PooledSimilarity(), XrayReader(size=64)).eval()
+    pixels = np.full((128, 128), 30, dtype=np.uint8)
+    pixels[56:72, 48:64] = 250
+    Image.fromarray(pixels).save(tmp_path / "film.png")
+    found = {}
+    for offset in ({}, {2: (-6.0, 5.0)}):
+        model.token_offset = offset
+        (one,) = ground(model, tmp_path / "film.png", ["bright"], MapSettings(**settings))
+        bright = one.scores >= np.nanmax(one.scores) - 0.05 * (np.nanmax(one.scores) - np.nanmin(one.scores))
+        found[bool(offset)] = np.argwhere(bright).mean(0) - [63.5, 55.5]
+    assert np.abs(found[True]).max() <= 8, found
+    assert np.abs(found[True]).max() < np.abs(found[False]).max() - 2, found
 
 
 @pytest.mark.parametrize("photometric", ["MONOCHROME1", "MONOCHROME2"])
