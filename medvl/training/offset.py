@@ -13,6 +13,7 @@ import torch
 from medvl.data.studies import StudyBatch
 from medvl.model import CONFIG, DualEncoder, load, write_atomically
 from medvl.nn.offset import token_offsets
+from medvl.nn.projector import ProjectedEncoder
 
 PAIRS = 200
 """Pairs of an image and a text that are looked at: the median is then certain to a tenth of what single pairs scatter."""
@@ -51,9 +52,14 @@ def measured_offset(model: DualEncoder, batches: Iterable[StudyBatch], pairs: in
 
 
 def write_offset(folder: Path, batches: Iterable[StudyBatch]) -> None:
-    """Measure the model of a run's folder and note it in its config.json; a model that cannot be measured is left as it is."""
+    """Measure the model of a run's folder and note it in its config.json; a model that cannot be measured is left as it is.
+
+    A tower over features that are kept is not measured: the run has seen each image once on purpose, and this would show it some again.
+    """
     try:
         model = load(folder)
+        if any(isinstance(part, ProjectedEncoder) for part in model.image.modules()):
+            return
         model.token_offset = measured_offset(model, batches)
     except Exception as error:  # a tower of someone's own may raise anything, and the run is done
         log.warning("where tokens look was not measured (%s): maps take them to look at their own cells", type(error).__name__)
