@@ -490,7 +490,13 @@ def test_it_serves_until_interrupted_and_leaves_nothing(tiny: Any, tmp_path: Pat
 # --- in a browser ---------------------------------------------------------------------------------------------------------------
 
 CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None)
-in_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed")
+
+
+def in_browser(test: Any) -> Any:
+    """A test that starts a browser: with the slow ones, and only where there is a browser."""
+    return pytest.mark.slow(pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed")(test))
+
+
 SWITCHES = ["--no-sandbox", "--use-angle=swiftshader", "--enable-unsafe-swiftshader", "--ignore-gpu-blocklist"]
 
 
