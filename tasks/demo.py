@@ -227,7 +227,9 @@ def _map_thresholds(half: _Half, model: DualEncoder, manifest: Manifest, prompts
     weights = json.loads((folder / CONFIG).read_text())["weights_sha256"]
     facts = {"split": "val", "manifest_sha256": manifest.sha256}
     try:
-        fitted, _ = calibrate_maps(grounder, of_manifest(rows, names), weights, half.modality, fitted_on=facts)
+        fitted, _ = calibrate_maps(
+            grounder, of_manifest(rows, names), weights, half.modality, fitted_on=facts, prompts_sha256=prompts.sha256
+        )
     except ValueError as error:  # a look of a few studies, not a result
         half.console.print(f"no thresholds of maps: {error}")
         return

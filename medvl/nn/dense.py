@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 Reading = Literal["values", "value_similarity", "early_attention"]
 Result = TypeVar("Result")
-_REPLACED = threading.Lock()
+_REPLACED = threading.RLock()
 """Held while the function is replaced, so that two threads do not put back each other's."""
 
 
@@ -43,7 +43,7 @@ def with_reading(run: Callable[[], Result], reading: Reading, layers: int = 1) -
     """
     if reading not in get_args(Reading):
         raise ValueError(f"reading is {reading!r}, expected one of {', '.join(get_args(Reading))}")
-    with _slow_path():
+    with _REPLACED, _slow_path():
         with _Attentions() as counted:
             run()
         needed = layers + (reading == "early_attention")
@@ -70,14 +70,12 @@ class _Attentions:
         self._thread = threading.get_ident()
 
     def __enter__(self) -> _Attentions:
-        _REPLACED.acquire()
         self._own = F.scaled_dot_product_attention
         F.scaled_dot_product_attention = self._attend
         return self
 
     def __exit__(self, *_: object) -> None:
         F.scaled_dot_product_attention = self._own
-        _REPLACED.release()
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As the function that it stands for."""
@@ -86,18 +84,33 @@ class _Attentions:
         self.count += 1
         if self.start is None or self.count <= self.start:
             if self.start is not None and self.reading == "early_attention":
-                self._remember(query, key)
+                self._remember(query, key, *args, **kwargs)
             return self._own(query, key, value, *args, **kwargs)
         if self.reading == "values":
             return value
         if self.reading == "value_similarity":
             return self._own(value, value, value)
-        assert self._early is not None
+        if self._early is None or self._early.shape[-1] != value.shape[-2]:
+            raise ValueError(
+                "early_attention: the layers before the last have another number of tokens, so their attention does not fit it"
+            )
         return (self._early / self._summed).to(value.dtype) @ value
 
-    def _remember(self, query: Tensor, key: Tensor) -> None:
+    def _remember(
+        self,
+        query: Tensor,
+        key: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+    ) -> None:
         """Add up attention, averaged over heads; layers of another number of tokens (windows, pyramids) start anew."""
-        attention = ((query @ key.transpose(-2, -1)) * query.shape[-1] ** -0.5).softmax(-1).mean(-3, keepdim=True)
+        del dropout_p, is_causal  # image towers in use have neither
+        scores = (query @ key.transpose(-2, -1)) * (query.shape[-1] ** -0.5 if scale is None else scale)
+        if attn_mask is not None:
+            scores = scores.masked_fill(~attn_mask, -torch.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
+        attention = scores.softmax(-1).mean(-3, keepdim=True)
         if self._early is None or self._early.shape != attention.shape:
             self._early, self._summed = attention, 1
         else:

@@ -319,7 +319,7 @@ def run(subcommand: str, args: list[str], finished: Callable[[Path], object] | N
     out = Path(cli.config[subcommand].out)
     if cli.trainer.is_global_zero and (out / CONFIG).is_file() and not cli.config[subcommand].get("dry_run"):
         if subcommand == "fit":
-            write_offset(out, cli.datamodule.some_batches())
+            write_offset(out, cli.datamodule.some_batches, cli.trainer.strategy.root_device)
         if finished is not None:
             finished(out)
     return 1 if cli.rejected or cli.datamodule.unread or cli.datamodule.elsewhere else 0

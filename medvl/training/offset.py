@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -19,51 +19,61 @@ PAIRS = 200
 """Pairs of an image and a text that are looked at: the median is then certain to a tenth of what single pairs scatter."""
 TEXTS_AT_ONCE = 8
 """Of a batch, whose every text costs a backward pass."""
+FEWEST = 30
+"""Pairs below which nothing is said: single ones scatter by half a token."""
 SECONDS = 300.0
 """After which no other batch is begun."""
 log = logging.getLogger(__name__)
 
 
 def measured_offset(model: DualEncoder, batches: Iterable[StudyBatch], pairs: int = PAIRS) -> dict[int, tuple[float, ...]]:
-    """Axes of the grid -> median offset along each in voxels of the tower's grid, over ``pairs`` pairs or as many as there are.
+    """Axes of the grid -> median offset along each in voxels of the tower's grid.
+
+    Of each batch a few texts are taken, each with the images that it is true of; batches go on until each kind of image that came has
+    ``pairs`` pairs, there are no more, or time is up. A kind with fewer than ``FEWEST`` pairs has no offset.
 
     Raises:
-        ValueError: no pair of one image and a text, or a tower whose tokens have no evidence.
+        ValueError: no kind has enough pairs, or a tower whose tokens have no evidence.
     """
-    found: list[torch.Tensor] = []
-    count, start = 0, time.monotonic()
+    found: dict[int, list[torch.Tensor]] = {}
+    start = time.monotonic()
     for batch in batches:
-        images, true = batch.images, batch.positives > 0
+        if time.monotonic() - start > SECONDS:
+            break
+        images = batch.images
         if images.others is not None or (images.study is not None and len(images.study.unique()) < len(images.study)):
             continue  # of one image for each item alone is it known which image a text is of
-        chosen = torch.nonzero(true.any(0)).flatten().tolist()[:TEXTS_AT_ONCE]
-        if not chosen:
+        axes = images.pixels.ndim - 2
+        if sum(map(len, found.get(axes, []))) >= pairs:
             continue
-        texts = model.encode_text([batch.texts.texts[j] for j in chosen])
-        own = token_offsets(model.image, model.similarity, images.to(model.device), texts, true[:, chosen].to(model.device))
-        found.append(own[torch.isfinite(own).all(1)].cpu())
-        count += len(found[-1])
-        if count >= pairs or time.monotonic() - start > SECONDS:
-            break
-    if not count:
-        raise ValueError("no image with a text of its own shows evidence of its tokens")
-    offsets = torch.cat(found).double()
-    return {offsets.shape[1]: tuple(round(float(value), 3) for value in offsets.median(0).values)}
+        true = (batch if batch.missing is None else batch.without(batch.missing)).positives > 0
+        texts = torch.nonzero(true.any(0)).flatten().tolist()[:TEXTS_AT_ONCE]
+        rows = torch.nonzero(true[:, texts].any(1)).flatten().tolist() if texts else []
+        features = model.encode_text([batch.texts.texts[j] for j in texts]) if texts else None
+        for row in rows:  # one image at a time, whatever a training step would hold
+            assert features is not None
+            own = token_offsets(
+                model.image, model.similarity, images.studies(row, row + 1).to(model.device), features, true[row : row + 1, texts]
+            )
+            found.setdefault(axes, []).append(own[torch.isfinite(own).all(1)].cpu())
+    told = {axes: torch.cat(parts).double() for axes, parts in found.items() if sum(map(len, parts)) >= FEWEST}
+    if not told:
+        raise ValueError(f"fewer than {FEWEST} pairs of an image and a text of its own show evidence of tokens")
+    return {axes: tuple(round(float(value), 3) for value in offsets.median(0).values) for axes, offsets in told.items()}
 
 
-def write_offset(folder: Path, batches: Iterable[StudyBatch]) -> None:
+def write_offset(folder: Path, batches: Callable[[], Iterable[StudyBatch]], device: torch.device | str | None = None) -> None:
     """Measure the model of a run's folder and note it in its config.json; a model that cannot be measured is left as it is.
 
     A tower over features that are kept is not measured: the run has seen each image once on purpose, and this would show it some again.
     """
     try:
-        model = load(folder)
+        model = load(folder, device=device)
         if any(isinstance(part, ProjectedEncoder) for part in model.image.modules()):
             return
-        model.token_offset = measured_offset(model, batches)
+        model.token_offset = measured_offset(model, batches())
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config["token_offset"] = model.offset_record()
+        write_atomically(folder / CONFIG, (json.dumps(config, indent=2, allow_nan=False) + "\n").encode())
     except Exception as error:  # a tower of someone's own may raise anything, and the run is done
         log.warning("where tokens look was not measured (%s): maps take them to look at their own cells", type(error).__name__)
-        return
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    config["token_offset"] = model.offset_record()
-    write_atomically(folder / CONFIG, (json.dumps(config, indent=2, allow_nan=False) + "\n").encode())

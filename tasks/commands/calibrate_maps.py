@@ -81,6 +81,8 @@ def calibrate_maps(
     table = load_manifest(manifest, columns, allow_outside)
     rows = table.select(split=split, modality=modality).rows
     known = {name for row in rows for name, value in row.labels.items() if value in (0, 1)}
+    if unknown := [name for name in findings if name not in prompt_set.findings]:
+        raise click.UsageError(f"--finding {', '.join(unknown)}: no prompts for it; known: {', '.join(prompt_set.findings)}")
     names = [name for name in (dict.fromkeys(findings) or prompt_set.labels) if name in known and name in prompt_set.findings]
     if not names:
         raise click.UsageError(f"{manifest}: no {modality} row of split {split!r} has a label of a finding that the prompts have")
@@ -95,18 +97,19 @@ def calibrate_maps(
     checked: dict[str, Any] = {"model": model, "trained_on": trained_on, "columns": columns, "allow_outside": allow_outside}
     leaks_checked(encoder.reader, manifest, table, rows, split, place.parent, allowed=allowed, **checked)
     grounder = Grounder(encoder, [finding_query(name, prompt_set) for name in names], settings)
-    images = of_manifest(rows, names)
+    images = of_manifest(rows, names, without_masks=True)
     with usage_errors(ValueError, NotImplementedError), progress("images", len(images)) as step:
         fitted, rejected = fit(
             *(grounder, images, weights_sha256(model), modality),
             false_share=false_share,
+            prompts_sha256=prompt_set.sha256,
             fitted_on={"split": split, "manifest_sha256": table.sha256},
             progress=step,
         )
     fitted.save(place)
     shown = new_table(None, "finding", "found at a map of", "reaches to", numbers=("found at a map of", "reaches to"))
     for name in names:
-        levels = fitted.levels(name)
+        levels = fitted.levels(finding_query(name, prompt_set))
         shown.add_row(name, f"{levels.detect:.3f}", f"{levels.spread:.3f}", style=None if name in fitted.findings else "dim")
     console().print(shown)
     for name, why in fitted.left_out.items():

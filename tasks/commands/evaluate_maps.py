@@ -131,9 +131,9 @@ def evaluate_maps(
     from tasks.protocols import sha256_of
 
     settings = settings_of(**how)
-    levels = thresholds_of(thresholds, model, settings, "ct" if format_name == "rexgrounding_ct" else modality)
-    cuts = tuple(sorted(iou_thresholds)) or IOU_THRESHOLDS
     prompt_set = load_prompt_set(prompts)
+    levels = thresholds_of(thresholds, model, settings, "ct" if format_name == "rexgrounding_ct" else modality, prompt_set.sha256)
+    cuts = tuple(sorted(iou_thresholds)) or IOU_THRESHOLDS
     problems: list[tuple[str, str]] = []
     leaks: dict[str, Any] | None = None
     if format_name == "manifest":
@@ -175,6 +175,7 @@ def evaluate_maps(
     ).as_dict()
     found |= {"leak_check": leaks, "model": model_facts(model), "left_out": len(problems)}
     _write(out, found, measured)
+    (out / "rejected.csv").unlink(missing_ok=True)
     report_rejected(problems, "rows and images", out / "rejected.csv" if problems else None)
     if as_json:
         click.echo(json_text(found))
@@ -208,7 +209,8 @@ def _annotated(
         files = find_images(annotations, load_manifest(images, None, True) if images.suffix.lower() in TABLES else images)
     problems += [(key, "no file of this name among the images") for key in files.missing]
     problems += [(key, "several files of this name among the images") for key in files.ambiguous]
-    every = cases(annotations, files.patients or None)
+    with usage_errors(ValueError):
+        every = cases(annotations, files.patients or None)
     queries, which = queries_of(every, format_name, prompts)
     return queries, images_of(every, which, files.paths), annotations.sha256, problems
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,6 @@ from tasks.commands.common import (
     progress,
     prompts_option,
     report_rejected,
-    usage_errors,
     weights_sha256,
     write_csv,
 )
@@ -111,8 +111,10 @@ def ground(
     settings = settings_of(**how)
     levels: dict[str, MapThresholds] = {}
     for kind in () if maps_folder is not None else ("xray", "ct"):
-        if (own := _thresholds(thresholds, model, settings, kind)) is not None:
+        if (own := _thresholds(thresholds, model, settings, kind, prompt_set.sha256 if findings else None)) is not None:
             levels[kind] = own
+    images, rejected = _images(encoder.reader, files)
+    several = len(images) > 1 or any(file.suffix.lower() in TABLES for file in files)
     work = _Work(
         encoder,
         _queries(phrases, findings, prompt_set),
@@ -121,9 +123,8 @@ def ground(
         maps_folder,
         weights_sha256(model),
         model.resolve().name if dicom else None,
+        several,
     )
-    images, rejected = _images(encoder.reader, files)
-    several = len(images) > 1 or any(file.suffix.lower() in TABLES for file in files)
     written: list[tuple[Path, Path, list[dict[str, Any]]]] = []
     with progress("images", len(images)) as step:
         for name, path in images:
@@ -140,6 +141,7 @@ def ground(
             if as_json:
                 click.echo(json_text({"path": str(path), "ok": error is None, "error": error, "maps": records, "notice": RESEARCH_USE}))
     if several:
+        (out / REJECTED_FILE).unlink(missing_ok=True)
         _write_index(out, written)
     if not as_json:
         _show(written)
@@ -164,6 +166,7 @@ class _Work:
         external: Path | None,
         sha256: str,
         dicom: str | None,
+        several: bool,
     ) -> None:
         from tasks.grounding import Grounder
         from tasks.grounding.outputs import denial_of
@@ -171,11 +174,29 @@ class _Work:
         self.model, self.queries, self.thresholds, self.dicom = model, queries, thresholds, dicom
         asked = [*queries, *(() if len(thresholds) == 2 else map(denial_of, queries))]
         self.grounder = None if external is not None else Grounder(model, asked, settings)
-        self.external = external
+        self.external, self.several, self.made = external, several, 0
         made = {"maps": settings.to_dict()} if external is None else {"maps": {"source": "external"}}
         offset = {"token_offset": model.offset_record()}
-        told = [sha256, made, offset, [query.name for query in queries], {kind: one.to_dict() for kind, one in thresholds.items()}, dicom]
-        self.facts = {**made, "weights_sha256": sha256, "fingerprint": hashlib.sha256(json_text(told).encode()).hexdigest()}
+        told = [
+            sha256,
+            made,
+            offset,
+            [asdict(query) for query in queries],
+            None if external is None else str(external.resolve()),
+            {kind: one.to_dict() for kind, one in thresholds.items()},
+            dicom,
+        ]
+        self.asked = json_text(told)
+        self.facts = {**made, "weights_sha256": sha256}
+
+    def fingerprint(self, path: Path) -> str:
+        """Of all that the files of an image hang on; the image itself by its place, size and time."""
+        try:
+            files = self.model.reader.sources(path) or (path,)
+            seen = [(str(file.resolve()), *_size_and_time(file)) for file in files]
+        except OSError:
+            seen = [(str(path.resolve()), 0, 0)]
+        return hashlib.sha256((self.asked + json_text(seen)).encode("utf-8", "surrogateescape")).hexdigest()
 
     def kept(self, folder: Path, path: Path) -> list[dict[str, Any]] | None:
         """The records of an image that an earlier run has finished; None if it has to be made."""
@@ -184,8 +205,7 @@ class _Work:
         try:
             records: list[dict[str, Any]] = json.loads((folder / RECORD).read_text(encoding="utf-8"))
             same = bool(records) and all(
-                one["fingerprint"] == self.facts["fingerprint"] and one["path"] == str(path) and (folder / one["png"]).is_file()
-                for one in records
+                one["fingerprint"] == self.fingerprint(path) and (one["png"] is None or (folder / one["png"]).is_file()) for one in records
             )
         except (OSError, ValueError, KeyError, TypeError):
             return None
@@ -200,24 +220,31 @@ class _Work:
         try:
             sample = self.model.read(path)
             if self.external is not None:
-                maps = external_maps(from_folder(self.external), path, sample, self.queries)
+                maps = external_maps(from_folder(self.external, self.several), path, sample, self.queries)
             else:
                 assert self.grounder is not None
-                with usage_errors(NotImplementedError):
+                try:
                     (maps,) = self.grounder.of_samples([sample], [path])
+                except (ValueError, NotImplementedError) as error:
+                    if not self.made:  # the model cannot be read so, whatever the image
+                        raise click.UsageError(str(error)) from error
+                    raise
+            self.made += 1
+            facts = {**self.facts, "fingerprint": self.fingerprint(path)}
             levels = self.thresholds.get("xray" if sample.affine is None else "ct")
-            return write_image(folder, path, self.model, sample, maps, self.queries, levels, self.facts, self.dicom), None
-        except UnreadableImageError as error:
+            return write_image(folder, path, self.model, sample, maps, self.queries, levels, facts, self.dicom), None
+        except (UnreadableImageError, ValueError, NotImplementedError) as error:
             return [], str(error)
         except ImportError as error:
             raise click.UsageError(str(error)) from error
-        except ValueError as error:
-            if self.external is None and self.dicom is None:
-                raise click.UsageError(str(error)) from error
-            return [], str(error)
 
 
-def _thresholds(path: Path | None, model: Path, settings: MapSettings, kind: str) -> MapThresholds | None:
+def _size_and_time(file: Path) -> tuple[int, int]:
+    told = file.stat()
+    return told.st_size, told.st_mtime_ns
+
+
+def _thresholds(path: Path | None, model: Path, settings: MapSettings, kind: str, prompts: str | None) -> MapThresholds | None:
     """Those of one kind of image; a file that was named has those of one kind alone."""
     from tasks.grounding.thresholds import MapThresholds as Thresholds
 
@@ -227,7 +254,7 @@ def _thresholds(path: Path | None, model: Path, settings: MapSettings, kind: str
                 return None
         except (ValueError, KeyError, TypeError, AttributeError):
             pass  # it is refused in a moment, with the reason
-    return thresholds_of(path, model, settings, kind)
+    return thresholds_of(path, model, settings, kind, prompts)
 
 
 def _queries(phrases: Sequence[str], findings: Sequence[str], prompts: PromptSet) -> list[Query]:
@@ -280,6 +307,6 @@ def _show(written: Sequence[tuple[Path, Path, list[dict[str, Any]]]]) -> None:
             peak = "none: the map is flat" if one["peak"] is None else ", ".join(map(str, one["peak"]))
             numbers = ("" if one[key] is None else f"{one[key]:.3f}" for key in ("score", "threshold"))
             found = "no" if not one["found"] else f"yes, {len(one['boxes'])} {'place' if len(one['boxes']) == 1 else 'places'}"
-            table.add_row(escape(one["phrase"]), found, peak, *numbers, escape(str(folder / one["png"])))
+            table.add_row(escape(one["phrase"]), found, peak, *numbers, "" if one["png"] is None else escape(str(folder / one["png"])))
         click.echo(str(path))
         console().print(table)

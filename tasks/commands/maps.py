@@ -51,12 +51,16 @@ def settings_of(source: str, against: str | None, negation: bool, early: float, 
         return MapSettings(source, against or None, negation, early, crops, shifts, smooth, 4 if smooth > 0 else 1)
 
 
-def thresholds_of(path: Path | None, model: Path, settings: MapSettings, modality: str) -> MapThresholds | None:
-    """Thresholds for maps of such images that are made this way: of a file, or those beside the model; None if there are none."""
+def thresholds_of(path: Path | None, model: Path, settings: MapSettings, modality: str, prompts_sha256: str | None) -> MapThresholds | None:
+    """Thresholds for maps of such images that are made this way: of a file, or those beside the model; None if there are none.
+
+    Args:
+        prompts_sha256: of the prompts that findings are asked by; None: phrases alone are asked.
+    """
     from tasks.grounding.thresholds import ThresholdsError, load_thresholds, place_of
 
     place = path or place_of(model, settings, modality)
     if path is None and not place.is_file():
         return None
     with usage_errors(ThresholdsError):
-        return load_thresholds(place, weights_sha256(model), settings, modality)
+        return load_thresholds(place, weights_sha256(model), settings, modality, prompts_sha256)

@@ -10,6 +10,7 @@ import numpy as np
 from medvl.types import UnreadableImageError
 from tasks.grounding.evaluation import GroundingImage, encoded
 from tasks.grounding.grounder import Grounder
+from tasks.grounding.maps import GridMaps
 from tasks.grounding.thresholds import STEPS, MapThresholds, dice_by_level, fit_thresholds
 from tasks.masks import MaskError
 
@@ -22,6 +23,7 @@ def calibrate_maps(
     *,
     false_share: float = 0.05,
     fitted_on: Mapping[str, Any] | None = None,
+    prompts_sha256: str | None = None,
     batch_size: int = 16,
     progress: Callable[[int], None] = lambda done: None,
 ) -> tuple[MapThresholds, list[tuple[str, str]]]:
@@ -35,7 +37,7 @@ def calibrate_maps(
     labels: list[Any] = []
     patients: set[str] = set()
     names = [query.name for query in grounder.queries]
-    kept: list[tuple[str, Any, Any]] = []
+    kept: list[tuple[int, GridMaps, Any, tuple[int, ...]]] = []  # grids and packed masks: maps of all would not fit in memory
     for start in range(0, len(images), batch_size):
         part = images[start : start + batch_size]
         for image, sample, maps in encoded(grounder, part, rejected):
@@ -43,13 +45,11 @@ def calibrate_maps(
             try:
                 for asked in image.asked:
                     mask = None if asked.mask is None else asked.mask(sample)
-                    if asked.mask is not None and mask is None:
-                        continue
                     native = maps.native(asked.query)
                     row[asked.query] = float(np.nanmax(native)) if np.isfinite(native).any() else np.nan
-                    truth[asked.query] = float(mask is not None)
-                    if mask is not None:
-                        kept.append((names[asked.query], native, mask))
+                    truth[asked.query] = float(asked.present)
+                    if mask is not None and mask.any():
+                        kept.append((asked.query, maps, np.packbits(mask), mask.shape))
             except (MaskError, UnreadableImageError) as error:
                 rejected.append((image.study, str(error)))
                 continue
@@ -62,14 +62,18 @@ def calibrate_maps(
     every = np.stack(scores)
     finite = every[np.isfinite(every)]
     grid = np.linspace(finite.min(), finite.max(), STEPS) if len(finite) else np.zeros(1)
-    dice = {name: np.array([dice_by_level(native, mask, grid) for own, native, mask in kept if own == name]) for name in names}
+    dice: dict[str, Any] = {name: [] for name in names}
+    for query, maps, packed, shape in kept:
+        mask = np.unpackbits(packed, count=int(np.prod(shape))).reshape(shape).astype(bool)
+        dice[names[query]].append(dice_by_level(maps.native(query), mask, grid))
     facts = {"images": len(scores), "patients": len(patients), "with_masks": len(kept), **(fitted_on or {})}
     fitted = fit_thresholds(
-        *(every, np.stack(labels), dice, grid, names),
+        *(every, np.stack(labels), {name: np.array(table) for name, table in dice.items()}, grid, names),
         weights_sha256=weights_sha256,
         modality=modality,
         settings=grounder.settings,
         false_share=false_share,
         fitted_on=facts,
+        prompts_sha256=prompts_sha256,
     )
     return fitted, rejected

@@ -58,6 +58,7 @@ class Asked:
     query: int
     group: str  # what figures are given by: a finding, or a category of the data set
     mask: MaskOf | None
+    present: bool = True  # without a mask too, where it is only calibrated
 
 
 @dataclass(frozen=True)
@@ -96,8 +97,12 @@ class Measured:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
-def of_manifest(rows: Sequence[StudyImage], findings: Sequence[str]) -> list[GroundingImage]:
-    """Findings of a manifest's images: present with their masks or boxes, absent by their labels; the others are not asked."""
+def of_manifest(rows: Sequence[StudyImage], findings: Sequence[str], without_masks: bool = False) -> list[GroundingImage]:
+    """Findings of a manifest's images: present with their masks or boxes, absent by their labels; the others are not asked.
+
+    Args:
+        without_masks: also those that are present and have no mask: to calibrate by, not to measure.
+    """
     found = []
     for row in rows:
         asked = []
@@ -105,8 +110,8 @@ def of_manifest(rows: Sequence[StudyImage], findings: Sequence[str]) -> list[Gro
             label = row.labels.get(name)
             if label == 1 and (name in row.masks or any(box.finding == name for box in row.boxes)):
                 asked.append(Asked(i, name, _mask_of(row, name)))
-            elif label == 0:
-                asked.append(Asked(i, name, None))
+            elif label == 0 or (label == 1 and without_masks):
+                asked.append(Asked(i, name, None, present=label == 1))
         if asked:
             found.append(GroundingImage(row.path, row.study_id, row.patient_id, tuple(asked)))
     return found
@@ -171,12 +176,12 @@ def _of_image(
         mask = None if asked.mask is None else asked.mask(sample)
         if asked.mask is not None and (mask is None or not mask.any()):
             continue  # nothing of it lies in this image
-        query = grounder.queries[asked.query].name
+        query = grounder.queries[asked.query]
         scores = maps.native(asked.query)
         levels = None if thresholds is None else thresholds.levels(query)
         said = state(scores, maps.step_mm, levels)
         values, matches = _values(said, scores, mask, maps.step_mm, sample, iou_thresholds)
-        common = (image.study, image.path, image.patient, query, asked.group)
+        common = (image.study, image.path, image.patient, query.name, asked.group)
         found.append(CaseResult(*common, mask is not None, said.peak, said.score, values, matches))
     return found
 

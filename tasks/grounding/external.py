@@ -21,7 +21,9 @@ from medvl.types import ImageSample
 from tasks.grounding.grounder import Query
 from tasks.grounding.maps import EXTERNAL, GridMaps, native_step_mm, slug
 
+SAME_PLACE_MM = 0.05
 SUFFIXES = (".npy", ".npz", ".nii.gz", ".nii")
+IMAGE_SUFFIXES = (".nii.gz", ".nii", ".dcm", ".dicom", ".png", ".jpg", ".jpeg", ".tif", ".tiff", ".mha", ".mhd", ".nrrd", ".zip")
 
 
 @dataclass(frozen=True)
@@ -72,16 +74,23 @@ def _scaled(values: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
     return (given - low) / (high - low) if high > low else np.zeros_like(given)
 
 
-def from_folder(folder: Path) -> Provider:
+def from_folder(folder: Path, several: bool = False) -> Provider:
     """Maps that lie in a folder: SLUG.npy, .npz (its ``scores``) or .nii.gz; of several images in a subfolder named after each one.
+
+    A subfolder has the image's whole name, or that without the suffix of an image.
 
     Biases lie beside them as SLUG.image_bias.npy and SLUG.text_bias.npy.
     """
 
     def provide(path: Path, query: Query) -> ExternalMap:
         name = slug(query.name)
-        own = folder / path.name.split(".")[0]
-        places = [place for place in (own, folder) if place.is_dir()]
+        bare = (
+            path.name[: -len(suffix)]
+            if (suffix := next((end for end in IMAGE_SUFFIXES if path.name.lower().endswith(end)), ""))
+            else path.name
+        )
+        own = [folder / path.name, folder / bare]
+        places = [place for place in (own if several else [*own, folder]) if place.is_dir()]
         for place in places:
             for suffix in SUFFIXES:
                 if (place / f"{name}{suffix}").is_file():
@@ -107,6 +116,12 @@ def _read(file: Path) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
         raise ValueError(f"{file}: no map that can be read ({type(error).__name__}); expected an array of numbers") from error
 
 
+def _apart(one: NDArray[np.float64], other: NDArray[np.float64], shape: Sequence[int]) -> float:
+    """How far the farthest corner of a volume lies from itself under two affines, in mm."""
+    corners = np.array([[0, 0, 0, 1], [*(n - 1 for n in shape), 1]], dtype=float).T
+    return float(np.abs(one @ corners - other @ corners).max())
+
+
 def external_maps(provider: Provider, path: Path, sample: ImageSample, queries: Sequence[Query]) -> GridMaps:
     """Maps of one image as if its tokens were their cells.
 
@@ -121,7 +136,7 @@ def external_maps(provider: Provider, path: Path, sample: ImageSample, queries: 
         if given.image_bias is not None and given.text_bias is not None:
             scores = merged_biases(scores, given.image_bias, given.text_bias)
         if given.affine is not None and (
-            sample.affine is None or scores.shape != native or not np.allclose(given.affine, sample.affine, atol=0.05)
+            sample.affine is None or scores.shape != native or _apart(given.affine, sample.affine, native) > SAME_PLACE_MM
         ):
             raise ValueError(
                 f"{path.name}: a map of {scores.shape} voxels that do not lie on the volume's {native}; expected the same grid"

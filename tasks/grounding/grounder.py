@@ -13,6 +13,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from medvl.model import DualEncoder
 from medvl.nn.activations import early_affinity
@@ -149,4 +150,6 @@ class Grounder:
         parts = [1] * (len(cells) - 2) + [factor, factor]
         coarse = resampled(whole, parts, shift)
         fine = resampled(crops.to(coarse.device), [1] * len(cells), shift)
+        if fine.ndim == 4 and fine.shape[1] < coarse.shape[1]:  # the whole is padded to the longest of its batch
+            fine = F.pad(fine, (0, 0, 0, 0, 0, coarse.shape[1] - fine.shape[1]), value=torch.nan)
         return torch.where(torch.isfinite(fine), (coarse + fine) / 2, coarse)

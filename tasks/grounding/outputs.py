@@ -74,8 +74,8 @@ def said_of(maps: GridMaps, queries: Sequence[Query], number: int, name: str, th
         highest = float(denied[torch.isfinite(denied)].max()) if bool(torch.isfinite(denied).any()) else math.inf
         return Said(query, name, scores, state(scores, maps.step_mm, Levels(highest, highest)), DENIAL)
     score = float(np.nanmax(scores)) if np.isfinite(scores).any() else math.nan
-    probability = thresholds.probability(query.name, score)
-    return Said(query, name, scores, state(scores, maps.step_mm, thresholds.levels(query.name), probability), VALIDATION)
+    probability = thresholds.probability(query, score)
+    return Said(query, name, scores, state(scores, maps.step_mm, thresholds.levels(query), probability), VALIDATION)
 
 
 def write_image(
@@ -154,25 +154,26 @@ def _write_map(
             "shown_slice_from_below": height,
             "peak_ras_mm": None if statement.peak is None else _world(sample, statement.peak),
         }
-    overlay(
-        view.pixels,
-        picture,
-        said.query.name,
-        folder / f"{said.slug}.png",
-        region=region,
-        peak=at,
-        orientation=view.orientation,
-        label=maps.unit,
-        pixel_aspect=view.pixel_aspect,
-        column_mm=view.column_mm,
-    )
+    if seen.size:
+        overlay(
+            view.pixels,
+            picture,
+            said.query.name,
+            folder / f"{said.slug}.png",
+            region=region,
+            peak=at,
+            orientation=view.orientation,
+            label=maps.unit,
+            pixel_aspect=view.pixel_aspect,
+            column_mm=view.column_mm,
+        )
     levels = statement.levels
     return {
         "phrase": said.query.name,
         "kind": said.query.kind,
         "slug": said.slug,
         "npy": f"{said.slug}.npy",
-        "png": f"{said.slug}.png",
+        "png": f"{said.slug}.png" if seen.size else None,
         "rows": scores.shape[-2],
         "columns": scores.shape[-1],
         **of_volume,

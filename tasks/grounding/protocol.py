@@ -21,6 +21,8 @@ from tasks.grounding.grounder import Query, finding_query, phrase_query
 
 SENTENCES = frozenset({"ms_cxr", "padchest_gr", "rexgrounding_ct", "plain"})
 """Formats whose phrases are sentences of their own."""
+NOTHING = frozenset({"no finding", "normal", "no findings"})
+"""Labels of a set that say that there is nothing: a map of them is no false finding."""
 
 
 @dataclass(frozen=True)
@@ -49,13 +51,13 @@ class GroundingProtocol:
 
 def asked_by(format_name: str) -> str:
     """How a format's labels become queries, in words."""
-    return "sentences as they stand" if format_name in SENTENCES else "prompts of findings"
+    return "sentences as they stand" if format_name in SENTENCES else "prompts of findings, labels without prompts as they stand"
 
 
 def queries_of(cases: Sequence[GroundingCase], format_name: str, prompts: PromptSet) -> tuple[list[Query], list[int]]:
     """The different queries of some cases, and which one each case asks."""
     queries: dict[tuple[str, str], Query] = {}
-    which = []
+    which: list[int] = []
     for case in cases:
         known = case.finding is not None and case.finding in prompts.findings and format_name not in SENTENCES
         query = finding_query(case.finding, prompts) if known and case.finding is not None else phrase_query(case.phrase)
@@ -70,6 +72,8 @@ def images_of(cases: Sequence[GroundingCase], which: Sequence[int], paths: Mappi
     for case, query in zip(cases, which, strict=True):
         if case.image not in paths or not (case.regions or case.negative):
             continue
+        if case.negative and case.phrase.strip().lower() in NOTHING:
+            continue  # true of the image, and no place in it
         group = case.category or case.finding or "phrases"
         found.setdefault(case.image, []).append((case, Asked(query, group, _mask_of(case) if case.regions else None)))
     return [

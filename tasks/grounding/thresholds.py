@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from medvl.metrics import Platt
 from medvl.model import write_atomically
 from medvl.types import RESEARCH_USE
+from tasks.grounding.grounder import Query
 from tasks.grounding.settings import MapSettings
 from tasks.grounding.statements import Levels
 
@@ -52,7 +53,8 @@ class MapThresholds:
         threshold: of the probability.
         findings: by id.
         pooled: of any other phrase.
-        left_out: finding -> why it has none of its own; it takes ``pooled``.
+        left_out: finding -> why it has none of its own and takes ``pooled``, or is never found.
+        prompts_sha256: of the prompts that findings were asked by.
         fitted_on: split, studies, patients, manifest; what the threshold gave there.
     """
 
@@ -64,16 +66,17 @@ class MapThresholds:
     pooled: QueryLevels
     left_out: Mapping[str, str] = field(default_factory=dict)
     fitted_on: Mapping[str, Any] = field(default_factory=dict)
+    prompts_sha256: str | None = None
 
-    def of(self, query: str) -> QueryLevels:
-        """The finding's own, or those of any phrase."""
-        return self.findings.get(query, self.pooled)
+    def of(self, query: Query) -> QueryLevels:
+        """The finding's own, or those of any phrase; a phrase that is called like a finding is not asked by its prompts."""
+        return self.findings.get(query.name, self.pooled) if query.kind == "finding" else self.pooled
 
-    def probability(self, query: str, score: float) -> float | None:
+    def probability(self, query: Query, score: float) -> float | None:
         """Calibrated probability of a map's highest score; None of a map that saw nothing."""
         return None if math.isnan(score) else float(self.of(query).calibrator.apply(np.array([score]))[0])
 
-    def levels(self, query: str) -> Levels:
+    def levels(self, query: Query) -> Levels:
         """The threshold on the scale of the query's map."""
         own = self.of(query)
         detect = score_at(own.calibrator, self.threshold)
@@ -96,6 +99,7 @@ class MapThresholds:
             "pooled": one(self.pooled),
             "left_out": dict(self.left_out),
             "fitted_on": dict(self.fitted_on),
+            "prompts_sha256": self.prompts_sha256,
         }
 
     @classmethod
@@ -118,6 +122,7 @@ class MapThresholds:
             one(record["pooled"]),
             record["left_out"],
             record["fitted_on"],
+            record["prompts_sha256"],
         )
 
     def save(self, path: Path) -> None:
@@ -127,10 +132,10 @@ class MapThresholds:
 
 
 def score_at(calibrator: Platt, probability: float) -> float:
-    """The score that is calibrated to a probability; inf where a higher score does not mean a higher probability."""
-    if calibrator.slope <= 0:
+    """The score that is calibrated to a probability; inf where a higher score does not mean a higher probability, or none reaches it."""
+    if calibrator.slope <= 0 or probability >= 1:
         return math.inf
-    odds = min(max(probability, 1e-12), 1 - 1e-12)
+    odds = max(probability, 1e-12)
     return (math.log(odds / (1 - odds)) - calibrator.intercept) / calibrator.slope
 
 
@@ -146,6 +151,7 @@ def fit_thresholds(
     settings: MapSettings,
     false_share: float = 0.05,
     fitted_on: Mapping[str, Any] | None = None,
+    prompts_sha256: str | None = None,
 ) -> MapThresholds:
     """Fit on validation images.
 
@@ -174,10 +180,12 @@ def fit_thresholds(
             continue
         calibrator = Platt.fit(scores[rows, i], labels[rows, i])
         if calibrator.slope <= 0:
-            left_out[name] = "its maps are no higher where it is present"
+            left_out[name] = "its maps are no higher where it is present: it is never found"
         own[name] = QueryLevels(calibrator, _best(dice.get(name), grid))
+    for i, name in enumerate(findings):
+        calibrator = own.get(name, pooled).calibrator
         if calibrator.slope > 0:
-            probability[rows, i] = calibrator.apply(scores[rows, i])
+            probability[known[:, i], i] = calibrator.apply(scores[known[:, i], i])
     absent = probability[(labels == 0) & np.isfinite(probability)]
     present = probability[(labels == 1) & np.isfinite(probability)]
     if not len(absent) or not len(present):
@@ -191,13 +199,22 @@ def fit_thresholds(
         "absent": len(absent),
         "present": len(present),
     }
-    return MapThresholds(weights_sha256, modality, settings, threshold, own, pooled, left_out, {**given, **(fitted_on or {})})
+    return MapThresholds(
+        weights_sha256, modality, settings, threshold, own, pooled, left_out, {**given, **(fitted_on or {})}, prompts_sha256
+    )
 
 
 def at_share(absent: NDArray[np.float64], share: float) -> float:
     """The lowest threshold at which at most a share of the absent is found."""
     ordered = np.sort(absent)[::-1]
-    return float(np.nextafter(ordered[min(int(share * len(ordered)), len(ordered) - 1)], 2.0))
+    return _above(ordered, min(int(share * len(ordered)), len(ordered) - 1))
+
+
+def _above(falling: NDArray[np.float64], refused: int) -> float:
+    """Half way from a value that must not be found to the next higher one, so that the way back through a logarithm does not find it."""
+    value = falling[refused]
+    higher = falling[falling > value]
+    return float((value + (higher[-1] if len(higher) else 1.0)) / 2)
 
 
 def lowest_threshold(absent: NDArray[np.float64], share: float) -> float:
@@ -214,8 +231,7 @@ def lowest_threshold(absent: NDArray[np.float64], share: float) -> float:
     if not allowed:
         raise ValueError(f"{count} absent findings cannot show that at most {share:g} of them are found; at least {math.ceil(3 / share)}")
     ordered = np.sort(absent)[::-1]
-    highest_refused = ordered[allowed[-1]]  # the first that must not be found
-    return float(np.nextafter(highest_refused, 2.0))
+    return _above(ordered, allowed[-1])
 
 
 def dice_by_level(scores: NDArray[np.float32], mask: NDArray[np.bool_], grid: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -239,11 +255,13 @@ def place_of(model: Path, settings: MapSettings, modality: str) -> Path:
     return model / FOLDER / f"{modality}-{settings.sha256[:16]}.json"
 
 
-def load_thresholds(path: Path, weights_sha256: str, settings: MapSettings, modality: str) -> MapThresholds:
-    """Thresholds of a file, for maps of this model made this way, of one kind of image.
+def load_thresholds(
+    path: Path, weights_sha256: str, settings: MapSettings, modality: str, prompts_sha256: str | None = None
+) -> MapThresholds:
+    """Thresholds of a file, for maps of this model made this way, of one kind of image, asked by these prompts.
 
     Raises:
-        ThresholdsError: a file that cannot be read as such, or of other weights, settings or images.
+        ThresholdsError: a file that cannot be read as such, or of other weights, settings, images or prompts.
     """
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -256,4 +274,6 @@ def load_thresholds(path: Path, weights_sha256: str, settings: MapSettings, moda
         raise ThresholdsError(f"{path}: no thresholds that `medvl calibrate-maps` wrote ({type(error).__name__})") from error
     if found.weights_sha256 != weights_sha256 or found.settings != settings or found.modality != modality:
         raise ThresholdsError(f"{path} is of other weights or images, or of maps that were made otherwise; run `medvl calibrate-maps`")
+    if prompts_sha256 is not None and found.prompts_sha256 not in (None, prompts_sha256):
+        raise ThresholdsError(f"{path} was chosen with other prompts; give --prompts as then, or run `medvl calibrate-maps` with these")
     return found

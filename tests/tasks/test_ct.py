@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -53,19 +54,28 @@ def run_folder(cohort: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_a_run_notes_where_its_tokens_look(cohort: Path, run_folder: Path) -> None:
-    """The same again from the saved model; slices are encoded one by one, so a token looks at its own."""
+def test_where_tokens_look_is_measured_and_not_said_of_a_few_pairs(cohort: Path, run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slices are encoded one by one, so a token looks at its own."""
+    from medvl.training import offset
     from medvl.training.data import StudyDataModule
-    from medvl.training.offset import measured_offset
     from reports.text_source import ReportSentences
 
     noted = json.loads((run_folder / "config.json").read_text())["token_offset"]
     model = medvl.load(run_folder, device="cpu")
     data = StudyDataModule(manifest=cohort, reader=model.reader, texts=ReportSentences(), batch_size=3, modality="ct")
     data.setup()
-    found = measured_offset(model, data.some_batches())
-    np.testing.assert_allclose(found[3], noted["3"], atol=1e-3)
-    assert noted["3"][0] == 0 and max(map(abs, noted["3"])) < 32 and model.token_offset[3] == tuple(noted["3"])
+    assert noted == {} and model.token_offset == {}
+    with pytest.raises(ValueError, match="fewer than 30 pairs"):
+        offset.measured_offset(model, data.some_batches())
+    monkeypatch.setattr(offset, "FEWEST", 3)
+    found = offset.measured_offset(model, data.some_batches())
+    assert list(found) == [3] and found[3][0] == 0 and max(map(abs, found[3])) < 32
+    folder = Path(shutil.copytree(run_folder, run_folder.parent / "measured"))
+    offset.write_offset(folder, data.some_batches)
+    assert medvl.load(folder, device="cpu").token_offset == found
+    offset.write_offset(folder, lambda: 1 / 0)  # type: ignore[arg-type, return-value]
+    offset.write_offset(folder / "nowhere", data.some_batches)
+    assert medvl.load(folder, device="cpu").token_offset == found, "a failure costs nothing"
 
 
 def volumes(cohort: Path) -> list[Path]:

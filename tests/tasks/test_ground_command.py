@@ -222,7 +222,9 @@ def test_annotations_of_data_sets_are_measured_and_what_is_missing_is_listed(mod
     assert done.exit_code == 1, done.output
     found = json.loads(done.stdout)
     assert found["cases"]["present"] == 2 and {"Nodule", "Effusion"} <= set(found["per_group"])
-    assert found["protocol"]["queries"] == "prompts of findings" and "gone.png" in (tmp_path / "det10" / "rejected.csv").read_text()
+    assert (
+        found["protocol"]["queries"].startswith("prompts of findings") and "gone.png" in (tmp_path / "det10" / "rejected.csv").read_text()
+    )
     done = command("evaluate-maps", tmp_path / "ms.csv", "--format", "ms_cxr", *options, "--out", tmp_path / "ms")
     assert done.exit_code == 1, done.output
     found = json.loads(done.stdout)

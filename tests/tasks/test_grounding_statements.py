@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from skimage.filters import apply_hysteresis_threshold
 from skimage.measure import label, regionprops
 
 from medvl.metrics import Platt, overlap
+from tasks.grounding.grounder import Query, phrase_query
 from tasks.grounding.settings import MapSettings
 from tasks.grounding.sources import SOURCES, source
 from tasks.grounding.statements import Levels, state
@@ -88,6 +90,10 @@ def test_the_lowest_threshold_is_certain_of_its_share() -> None:
         lowest_threshold(absent[:30], 0.05)
 
 
+def finding(name: str) -> Query:
+    return Query(name, (name,), (f"no {name}",), "finding")
+
+
 def made(seed: int = 0, studies: int = 400) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(seed)
     labels = (rng.random((studies, 3)) < 0.3).astype(float)
@@ -116,15 +122,24 @@ def test_what_was_promised_on_validation_holds_on_others() -> None:
         shares = []
         for i, name in enumerate("abc"):
             absent = scores[labels[:, i] == 0, i]
-            shares.append(float((absent >= thresholds.levels(name).detect).mean()))
+            shares.append(float((absent >= thresholds.levels(finding(name)).detect).mean()))
         assert np.mean(shares) < share and max(shares) < 2 * share
         present = scores[labels[:, 0] == 1, 0]
-        assert (present >= thresholds.levels("a").detect).mean() > 0.8
-    assert thresholds.levels("a").spread == -0.1 and thresholds.levels("b").spread == thresholds.levels("b").detect
+        assert (present >= thresholds.levels(finding("a")).detect).mean() > 0.8
+    scores, labels = made()
+    for i, name in enumerate("abc"):  # what was refused on validation stays refused on the way back from probability to score
+        absent = scores[labels[:, i] == 0, i]
+        assert (absent >= thresholds.levels(finding(name)).detect).mean() <= share
+    every = [scores[labels[:, i] == 0, i] >= thresholds.levels(finding(name)).detect for i, name in enumerate("abc")]
+    told = thresholds.fitted_on
+    assert np.concatenate(every).sum() / told["absent"] == pytest.approx(told["false_share"])
+    assert (
+        thresholds.levels(finding("a")).spread == -0.1 and thresholds.levels(finding("b")).spread == thresholds.levels(finding("b")).detect
+    )
     own = thresholds.findings["a"].calibrator
     assert own.apply([score_at(own, 0.3)])[0] == pytest.approx(0.3)
     assert score_at(Platt(-1.0, 0.0), 0.5) == math.inf
-    assert thresholds.of("a phrase") is thresholds.pooled and thresholds.probability("a", math.nan) is None
+    assert thresholds.of(phrase_query("a")) is thresholds.pooled and thresholds.probability(finding("a"), math.nan) is None
 
 
 def test_thresholds_come_back_from_their_file_and_refuse_other_maps(tmp_path: Path) -> None:
@@ -134,6 +149,11 @@ def test_thresholds_come_back_from_their_file_and_refuse_other_maps(tmp_path: Pa
     assert load_thresholds(place, "w", MapSettings(), "xray") == thresholds
     with pytest.raises(ThresholdsError, match="other weights"):
         load_thresholds(place, "v", MapSettings(), "xray")
+    assert load_thresholds(place, "w", MapSettings(), "xray", "any prompts") == thresholds
+    replace(thresholds, prompts_sha256="p").save(place)
+    with pytest.raises(ThresholdsError, match="other prompts"):
+        load_thresholds(place, "w", MapSettings(), "xray", "q")
+    assert load_thresholds(place, "w", MapSettings(), "xray", "p").prompts_sha256 == "p"
     with pytest.raises(ThresholdsError, match="made otherwise"):
         load_thresholds(place, "w", MapSettings(shifts=2), "xray")
     record = json.loads(place.read_text())
@@ -152,7 +172,7 @@ def test_what_cannot_tell_is_left_out_and_named() -> None:
     assert "0 images with it" in found.left_out["b"] and "b" not in found.findings
     worse = scores * [1, 1, -1] - labels * [0, 0, 3.0]
     found = fit_thresholds(*(worse, labels, {}, np.zeros(1), ["a", "b", "c"]), weights_sha256="w", modality="xray", settings=MapSettings())
-    assert found.levels("c").detect == math.inf and "no higher" in found.left_out["c"]
+    assert found.levels(finding("c")).detect == math.inf and "no higher" in found.left_out["c"]
     with pytest.raises(ValueError, match="none of the labels"):
         fit_thresholds(
             *(scores, np.full_like(labels, np.nan), {}, np.zeros(1), ["a", "b", "c"]),
