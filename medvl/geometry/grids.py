@@ -245,14 +245,15 @@ class GridTransform:
             (..., *native_shape) float32, linear between token centres; NaN where the tower did not look.
         """
         n, axes = len(self.native_shape), self.axes
-        weights = [along.to(grid.device) for along in self.token_weights(grid.shape[grid.ndim - n :], extent, offset)]
+        known = torch.isfinite(grid)
+        held = None if offset is None else known_box(known.flatten(0, grid.ndim - n - 1).any(0) if grid.ndim > n else known)
+        weights = [along.to(grid.device) for along in self.token_weights(grid.shape[grid.ndim - n :], extent, offset, held)]
 
         def laid(values: Tensor) -> Tensor:
             for k, along in enumerate(weights):
                 values = _contract(along, values, values.ndim - n + k)
             return values.permute(*range(values.ndim - n), *(values.ndim - n + axes.index(a) for a in range(n)))
 
-        known = torch.isfinite(grid)
         if known.all():  # then weights sum to 1 wherever the tower looked
             found = laid(grid.float())
             for k, along in enumerate(weights):
@@ -264,20 +265,26 @@ class GridTransform:
         return torch.where(weight > 1e-6, total / weight.clamp_min(1e-6), torch.nan)
 
     def token_weights(
-        self, tokens: Sequence[int], extent: Sequence[int] | None = None, offset: Sequence[float] | None = None
+        self,
+        tokens: Sequence[int],
+        extent: Sequence[int] | None = None,
+        offset: Sequence[float] | None = None,
+        held: Sequence[tuple[int, int]] | None = None,
     ) -> list[Tensor]:
         """What a map is made of: per tower axis (native, tokens) how much each token counts at each native index; 0 outside what was seen.
 
         Args:
             tokens: of the grid, by the tower's axes.
             extent: as in :meth:`map_to_native`, as is ``offset``.
+            held: first and last token along each axis whose value holds beyond it; None: those at the ends.
         """
         axes, ratio, shift, seen = self._composed
         found = []
         for k, (axis, count) in enumerate(zip(axes, tokens, strict=True)):
             at = (np.arange(self.native_shape[axis]) - shift[k]) / ratio[k]
             size = self.shape[k] if extent is None else extent[k]
-            found.append(_token_weights(at, size, count, seen[k], 0.0 if offset is None else offset[k]))
+            ends = (0, count - 1) if held is None else held[k]
+            found.append(_token_weights(at, size, count, seen[k], 0.0 if offset is None else offset[k], ends))
         return found
 
     def to_dict(self) -> dict[str, Any]:
@@ -312,10 +319,24 @@ def _contract(along: Tensor, x: Tensor, axis: int) -> Tensor:
     return torch.tensordot(x, along, dims=([axis], [1])).movedim(-1, axis)
 
 
-def _token_weights(at: NDArray[np.float64], size: int, tokens: int, seen: NDArray[np.float64], offset: float) -> Tensor:
+def known_box(known: Tensor) -> list[tuple[int, int]] | None:
+    """First and last known token along each axis where the known ones are a box, as letterboxes leave them; None where they are not."""
+    ends: list[tuple[int, int]] = []
+    for axis in range(known.ndim):
+        along = torch.nonzero(known.any(dim=tuple(k for k in range(known.ndim) if k != axis)) if known.ndim > 1 else known).flatten()
+        if not len(along):
+            return None
+        ends.append((int(along[0]), int(along[-1])))
+    whole = known[tuple(slice(first, last + 1) for first, last in ends)]
+    return ends if bool(whole.all()) else None
+
+
+def _token_weights(
+    at: NDArray[np.float64], size: int, tokens: int, seen: NDArray[np.float64], offset: float, ends: tuple[int, int]
+) -> Tensor:
     """(native, tokens): how much each token counts at native positions ``at`` (tower index coordinates); rows of 0 outside ``seen``."""
     inside = torch.from_numpy((at > seen[0] - 1e-6) & (at < seen[1] + 1e-6))
-    place = torch.from_numpy((at - offset + 0.5) * tokens / size - 0.5).clamp(0, tokens - 1)  # outside the outer centres the edge holds
+    place = torch.from_numpy((at - offset + 0.5) * tokens / size - 0.5).clamp(*ends)  # outside the outer centres the edge holds
     low = place.floor().long().clamp(max=max(tokens - 2, 0))
     fraction = (place - low).float()
     weights = torch.zeros(len(at), tokens)

@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from medvl.geometry.grids import GridTransform
+from medvl.geometry.grids import GridTransform, known_box
 
 REGIONS_AT_ONCE = 256
 
@@ -76,7 +76,8 @@ class GridMoments:
             raise ValueError(f"a grid of {tuple(tokens)} tokens for an image of {transform.native_shape}: expected as many axes")
         self.transform, self.tokens = transform, tuple(tokens)
         self.known = torch.ones(self.tokens, dtype=torch.bool) if known is None else known.cpu()
-        weights = [one.double() for one in transform.token_weights(tokens, extent, offset)]
+        held = None if offset is None else known_box(self.known)
+        weights = [one.double() for one in transform.token_weights(tokens, extent, offset, held)]
         along = [self.known.any(dim=tuple(a for a in range(len(tokens)) if a != k)) for k in range(len(tokens))]
         separable = bool((self.known == _product(along)).all())
         self._share: NDArray[np.float64] | None = None

@@ -69,6 +69,20 @@ def test_moments_take_the_offset_as_the_map_does() -> None:
     np.testing.assert_allclose(found.variance[:, 0].numpy(), inside.var(1), atol=1e-6)
 
 
+def test_an_offset_leaves_no_part_of_a_letterboxed_film_unseen() -> None:
+    transform = letterbox((224, 128), 224)  # 48 columns of padding at either side, three tokens of 16
+    grid = torch.arange(14.0).expand(2, 14, 14).clone()
+    grid[..., :3], grid[..., 11:] = torch.nan, torch.nan
+    known = torch.isfinite(grid[0])
+    for offset in ((0.0, 16.0), (-24.0, -30.0), (3.0, 40.0)):
+        found = transform.map_to_native(grid, offset=offset)
+        assert torch.isfinite(found).all()
+        place = np.clip((np.arange(128) + 48 - offset[1] + 0.5) / 16 - 0.5, 3, 10)
+        np.testing.assert_allclose(found[0, 0].numpy(), place, atol=1e-4)
+        moments = GridMoments(transform, (14, 14), known=known, offset=offset).whole(grid)
+        assert moments.count.item() == 224 * 128 and moments.mean[0, 0].item() == pytest.approx(place.mean(), abs=1e-5)
+
+
 def test_a_tower_without_tokens_or_gradient_is_refused() -> None:
     class Deaf(Displaced):
         def forward(self, batch: ImageBatch) -> ImageFeatures:
