@@ -318,7 +318,7 @@ def run(subcommand: str, args: list[str], finished: Callable[[Path], object] | N
     cli = _cli(subcommand, args)
     out = Path(cli.config[subcommand].out)
     if cli.trainer.is_global_zero and (out / CONFIG).is_file() and not cli.config[subcommand].get("dry_run"):
-        if subcommand == "fit":
+        if subcommand == "fit" and not cli.trainer.interrupted:
             write_offset(out, cli.datamodule.some_batches, cli.trainer.strategy.root_device)
         if finished is not None:
             finished(out)
