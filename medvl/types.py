@@ -559,9 +559,11 @@ class ImageReader(Configurable, abc.ABC):
     def collate(self, samples: Sequence[ImageSample]) -> ImageBatch:
         """Stack samples to a batch."""
 
-    def enlarged(self, factor: int) -> ImageReader:
+    def enlarged(self, factor: int, path: Path | None = None) -> ImageReader:
         """A reader that shows the same part of an image on ``factor`` times the rows and columns.
 
+        Args:
+            path: the image it is for, for readers of several kinds.
         Raises:
             NotImplementedError: this reader reads at one resolution.
         """

@@ -86,8 +86,10 @@ class JointReader(ImageReader):
         """(H, W) or (S, H, W) float32 in 0..1, as the reader of the path shows it."""
         return self.reader_of(path).native(path)
 
-    def enlarged(self, factor: int) -> JointReader:
-        """As the reader of either kind has it."""
+    def enlarged(self, factor: int, path: Path | None = None) -> ImageReader:
+        """Of the reader for the path; without one, of both."""
+        if path is not None:
+            return self.reader_of(path).enlarged(factor)
         return JointReader(self.xray.enlarged(factor), self.ct.enlarged(factor))
 
     def collate(self, samples: Sequence[ImageSample]) -> ImageBatch:

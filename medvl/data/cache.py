@@ -249,9 +249,9 @@ class CachedReader(ImageReader):
         """Of the reader."""
         return self.reader.describe()
 
-    def enlarged(self, factor: int) -> ImageReader:
+    def enlarged(self, factor: int, path: Path | None = None) -> ImageReader:
         """Of the reader; what it reads is not kept."""
-        return self.reader.enlarged(factor)
+        return self.reader.enlarged(factor, path)
 
     def find_images(self, folder: Path) -> list[Path]:
         """As the reader does."""

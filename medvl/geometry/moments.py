@@ -101,16 +101,21 @@ class GridMoments:
         if self._share is not None:
             return self._joined([self.of_mask(grids, self._box_mask(box)) for box in boxes], len(grids))
         values = self._values(grids)
-        parts = [self._of_boxes(values, boxes[start : start + REGIONS_AT_ONCE]) for start in range(0, len(boxes), REGIONS_AT_ONCE)]
-        return self._joined(parts, len(grids))
+        return self._joined([self._of_boxes(values, part) for part in self._parts(boxes)], len(grids))
+
+    @staticmethod
+    def _parts(boxes: NDArray[np.float64]) -> list[NDArray[np.float64]]:
+        return [boxes[start : start + REGIONS_AT_ONCE] for start in range(0, len(boxes), REGIONS_AT_ONCE)]
 
     def box_means(self, grids: Tensor, boxes: NDArray[np.float64]) -> Tensor:
         """(Q, R) means over boxes alone: a fifth of what :meth:`of_boxes` costs."""
         if self._share is not None:
             return self.of_boxes(grids, boxes).mean
-        count, linear, _ = self._along(boxes, bands=False)
-        total = self._values(grids).flatten(1) @ _outer(linear).flatten(1).T
-        return total / count.where(count > 0, torch.nan)
+        values, means = self._values(grids).flatten(1), []
+        for part in self._parts(boxes):
+            count, linear, _ = self._along(part, bands=False)
+            means.append(values @ _outer(linear).flatten(1).T / count.where(count > 0, torch.nan))
+        return torch.cat(means, 1) if means else values.new_zeros(len(values), 0)
 
     def whole(self, grids: Tensor) -> Moments:
         """Sums over all that the tower saw; R is 1."""

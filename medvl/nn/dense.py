@@ -27,6 +27,12 @@ from torch.nn import functional as F
 
 Reading = Literal["values", "value_similarity", "early_attention"]
 Result = TypeVar("Result")
+
+
+class ReadingError(ValueError):
+    """A tower that cannot be read so."""
+
+
 _REPLACED = threading.RLock()
 """Held while the function is replaced, so that two threads do not put back each other's."""
 
@@ -39,7 +45,8 @@ def with_reading(run: Callable[[], Result], reading: Reading, layers: int = 1) -
         reading: see the module.
         layers: how many of the last are changed.
     Raises:
-        ValueError: an unknown reading, or a tower without ``layers`` self-attentions (for ``early_attention`` one more) that are seen.
+        ValueError: an unknown reading.
+        ReadingError: a tower without ``layers`` self-attentions (for ``early_attention`` one more) that are seen.
     """
     if reading not in get_args(Reading):
         raise ValueError(f"reading is {reading!r}, expected one of {', '.join(get_args(Reading))}")
@@ -48,7 +55,7 @@ def with_reading(run: Callable[[], Result], reading: Reading, layers: int = 1) -
             run()
         needed = layers + (reading == "early_attention")
         if layers < 1 or counted.count < needed:
-            raise ValueError(
+            raise ReadingError(
                 f"the image tower came by {counted.count} self-attentions that can be read, {reading} of {layers} needs {needed}; take a "
                 "transformer tower (timm, open_clip, transformers), or another source of maps"
             )
@@ -91,7 +98,7 @@ class _Attentions:
         if self.reading == "value_similarity":
             return self._own(value, value, value)
         if self._early is None or self._early.shape[-1] != value.shape[-2]:
-            raise ValueError(
+            raise ReadingError(
                 "early_attention: the layers before the last have another number of tokens, so their attention does not fit it"
             )
         return (self._early / self._summed).to(value.dtype) @ value

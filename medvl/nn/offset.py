@@ -30,11 +30,15 @@ def token_offsets(image: ImageEncoder, similarity: Similarity, batch: ImageBatch
         pairs: (B, M) bool, P of them True.
     Raises:
         ValueError: a tower that keeps no tokens, or whose map does not hang on the pixels.
+
+    NaN along an axis where the token is too near the border: a window that is cut on one side has its centre on the other.
     """
     with torch.inference_mode(False), torch.enable_grad():
         pixels = batch.pixels.detach().clone().requires_grad_(True)
         features = image(ImageBatch(pixels, batch.valid, batch.position_mm, batch.view))
         maps = similarity.maps(features, texts.copied())
+        if not maps.requires_grad:
+            raise ValueError("the map does not hang on the pixels: its tower takes no gradient")
         grid = maps.shape[2:]
         covered = pixels.shape[2:] if features.extent is None else features.extent
         flat = maps.flatten(2).nan_to_num(nan=-torch.inf)
@@ -53,6 +57,7 @@ def token_offsets(image: ImageEncoder, similarity: Similarity, batch: ImageBatch
 def _centres(weights: Tensor, tokens: Tensor, grid: torch.Size, covered: torch.Size | tuple[int, ...]) -> Tensor:
     """(P, n) centres of (P, *voxels) weights near each one's token, less the middle of that token's cell; NaN of no weight."""
     window = torch.ones_like(weights)
+    border: list[Tensor] = []
     places, left = [], tokens
     for count in reversed(grid):
         places.append(left % count)
@@ -64,8 +69,11 @@ def _centres(weights: Tensor, tokens: Tensor, grid: torch.Size, covered: torch.S
         along = torch.arange(weights.shape[k + 1], device=weights.device) - middle[:, None]  # (P, voxels)
         along = along.view(len(tokens), *[-1 if axis == k else 1 for axis in range(len(grid))])
         window = window * (along.abs() <= REACH * cell)
+        near = (middle < REACH * cell - 0.5) | (middle > size - 0.5 - REACH * cell)
+        border.append(near & (count > 1))
         away.append(along)
     weights = weights * window
     axes = tuple(range(1, weights.ndim))
     total = weights.sum(axes)
-    return torch.stack([(weights * along).sum(axes) for along in away], 1) / total.where(total > 0, torch.nan)[:, None]
+    centres = torch.stack([(weights * along).sum(axes) for along in away], 1) / total.where(total > 0, torch.nan)[:, None]
+    return centres.masked_fill(torch.stack(border, 1), torch.nan)

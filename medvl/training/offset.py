@@ -48,18 +48,21 @@ def measured_offset(model: DualEncoder, batches: Iterable[StudyBatch], pairs: in
             continue
         true = (batch if batch.missing is None else batch.without(batch.missing)).positives > 0
         texts = torch.nonzero(true.any(0)).flatten().tolist()[:TEXTS_AT_ONCE]
-        rows = torch.nonzero(true[:, texts].any(1)).flatten().tolist() if texts else []
-        features = model.encode_text([batch.texts.texts[j] for j in texts]) if texts else None
-        for row in rows:  # one image at a time, whatever a training step would hold
-            assert features is not None
-            own = token_offsets(
-                model.image, model.similarity, images.studies(row, row + 1).to(model.device), features, true[row : row + 1, texts]
-            )
-            found.setdefault(axes, []).append(own[torch.isfinite(own).all(1)].cpu())
-    told = {axes: torch.cat(parts).double() for axes, parts in found.items() if sum(map(len, parts)) >= FEWEST}
+        if not texts:
+            continue
+        features = model.encode_text([batch.texts.texts[j] for j in texts])
+        for row in torch.nonzero(true[:, texts].any(1)).flatten().tolist():  # one image at a time, whatever a training step would hold
+            image = images.studies(row, row + 1).to(model.device)
+            own = token_offsets(model.image, model.similarity, image, features, true[row : row + 1, texts])
+            found.setdefault(axes, []).append(own.cpu())
+    told: dict[int, tuple[float, ...]] = {}
+    for axes, parts in found.items():
+        offsets = torch.cat(parts).double()
+        if bool((torch.isfinite(offsets).sum(0) >= FEWEST).all()):
+            told[axes] = tuple(round(float(value), 3) for value in offsets.nanmedian(0).values)
     if not told:
         raise ValueError(f"fewer than {FEWEST} pairs of an image and a text of its own show evidence of tokens")
-    return {axes: tuple(round(float(value), 3) for value in offsets.median(0).values) for axes, offsets in told.items()}
+    return told
 
 
 def write_offset(folder: Path, batches: Callable[[], Iterable[StudyBatch]], device: torch.device | str | None = None) -> None:

@@ -236,7 +236,7 @@ class CtReader(ImageReader):
         values = torch.from_numpy(np.ascontiguousarray(read_ct(Path(path), self.series).voxels, dtype=np.float32))
         return ((values - low) / (high - low)).clamp_(0, 1)
 
-    def enlarged(self, factor: int) -> CtReader:
+    def enlarged(self, factor: int, path: Path | None = None) -> CtReader:
         """A reader of the same slices with ``factor`` times the rows and columns."""
         if self.spacing_mm[1] is None or self.spacing_mm[2] is None:
             raise NotImplementedError("a CT reader that keeps the file's own spacing has no finer one; give it spacing_mm")

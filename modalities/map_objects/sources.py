@@ -169,15 +169,15 @@ def _volume(path: Path, shape: tuple[int, int, int], affine: NDArray[np.float64]
         image, details = read[first.file, first.member]
         lossy = _lossy(first.file if first.member is None else unzipped[first.member], details)
     check_one_study(path, [one for one, _ in read.values()])
-    assert first.orientation is not None and first.spacing is not None
+    _, orientation, spacing = _place(path, first)
     steps = [float(first.normal @ (np.asarray(b.position) - np.asarray(a.position))) for a, b in itertools.pairwise(slices)]
     return MapSource(
         path,
         tuple(Plane(read[item.file, item.member][0], None if item.frame is None else item.frame + 1, item.position) for item in slices),
         first.shape,
         _frame_of_reference(image, details),
-        orientation=first.orientation,
-        spacing=(first.spacing[0], first.spacing[1]),
+        orientation=orientation,
+        spacing=spacing,
         thickness=_number(details, "SliceThickness") or first.thickness or (steps[0] if steps else float(np.linalg.norm(affine[:3, 0]))),
         between=sum(steps) / len(steps) if steps else None,
         chest=_is_chest(details),
@@ -185,14 +185,25 @@ def _volume(path: Path, shape: tuple[int, int, int], affine: NDArray[np.float64]
     )
 
 
+def _place(path: Path, item: SliceHeader) -> tuple[tuple[float, ...], tuple[float, ...], tuple[float, float]]:
+    """Position (3,), orientation (6,) and spacing (2,) of a slice, LPS mm.
+
+    Raises:
+        ValueError: a header without one of them.
+    """
+    if item.position is None or item.orientation is None or item.spacing is None:
+        raise ValueError(f"{path}: a slice without position, orientation or pixel spacing; {WHAT} needs to know where its pixels lie")
+    return tuple(item.position), tuple(item.orientation), (item.spacing[0], item.spacing[1])
+
+
 def _check_places(path: Path, slices: Sequence[SliceHeader], affine: NDArray[np.float64]) -> None:
     """Refuse a map whose voxels lie elsewhere than the pixels of the slices: it was turned, flipped or resampled."""
     for k, item in enumerate(slices):
-        assert item.position is not None and item.orientation is not None and item.spacing is not None
+        position, orientation, spacing = _place(path, item)
         h, w = (n - 1.0 for n in item.shape)
-        along_row, along_column = np.asarray(item.orientation[:3]) * item.spacing[1], np.asarray(item.orientation[3:]) * item.spacing[0]
+        along_row, along_column = np.asarray(orientation[:3]) * spacing[1], np.asarray(orientation[3:]) * spacing[0]
         for row, column in ((0.0, 0.0), (h, 0.0), (0.0, w)):
-            own = np.asarray(item.position) + along_row * column + along_column * row
+            own = np.asarray(position) + along_row * column + along_column * row
             apart = float(np.linalg.norm(own - (lps_to_ras(affine) @ [k, row, column, 1])[:3]))
             if not apart <= SAME_PLACE_MM:
                 raise ValueError(

@@ -158,7 +158,7 @@ class XrayReader(ImageReader):
         """
         return torch.from_numpy(_read_native(Path(path)).pixels)
 
-    def enlarged(self, factor: int) -> XrayReader:
+    def enlarged(self, factor: int, path: Path | None = None) -> XrayReader:
         """A reader of images ``factor`` times as wide and high."""
         return XrayReader(**{**self.spec()["init_args"], "size": self.size * factor})
 

@@ -21,6 +21,7 @@ from tasks.commands.common import (
     progress,
     prompts_option,
     report_rejected,
+    validation_split_option,
 )
 from tasks.commands.leaks import leak_options, leaks_checked
 from tasks.commands.scores import OURS, labels_option, preset_option, prompts_of, score_protocol, scoring_of
@@ -36,9 +37,7 @@ if TYPE_CHECKING:
 @click.option("--finding", "findings", multiple=True, metavar="NAME", help="Only this finding (repeatable).")
 @labels_option
 @preset_option
-@click.option(
-    "--split", type=click.Choice(["val", "train"]), default="val", show_default=True, help="Which studies; never those of a figure."
-)
+@validation_split_option
 @click.option("--method", type=click.Choice(["platt", "isotonic", "temperature"]), default="platt", show_default=True)
 @click.option(
     "--threshold",

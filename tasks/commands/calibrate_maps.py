@@ -22,10 +22,11 @@ from tasks.commands.common import (
     prompts_option,
     report_rejected,
     usage_errors,
+    validation_split_option,
     weights_sha256,
 )
 from tasks.commands.leaks import leak_options, leaks_checked
-from tasks.commands.maps import settings_of, settings_options
+from tasks.commands.maps import batch_size_of, batch_size_option, settings_of, settings_options
 
 
 @click.command("calibrate-maps", short_help="Choose the thresholds of maps.")
@@ -34,9 +35,7 @@ from tasks.commands.maps import settings_of, settings_options
 @prompts_option
 @click.option("--finding", "findings", multiple=True, metavar="NAME", help="Only this finding (repeatable).")
 @settings_options
-@click.option(
-    "--split", type=click.Choice(["val", "train"]), default="val", show_default=True, help="Which studies; never those of a figure."
-)
+@validation_split_option
 @click.option(
     "--false-share",
     type=click.FloatRange(0, 0.5, min_open=True),
@@ -44,6 +43,7 @@ from tasks.commands.maps import settings_of, settings_options
     show_default=True,
     help="How often a finding may be found where it is absent.",
 )
+@batch_size_option
 @click.option("--out", type=click.Path(path_type=Path), metavar="FILE", help="Where to; beside the model unless told.")
 @leak_options
 @manifest_options
@@ -57,6 +57,7 @@ def calibrate_maps(
     findings: tuple[str, ...],
     split: str,
     false_share: float,
+    batch_size: int | None,
     out: Path | None,
     trained_on: tuple[Path, ...],
     allowed: tuple[str, ...],
@@ -102,6 +103,7 @@ def calibrate_maps(
         fitted, rejected = fit(
             *(grounder, images, weights_sha256(model), modality),
             false_share=false_share,
+            batch_size=batch_size_of(batch_size, modality),
             prompts_sha256=prompt_set.sha256,
             fitted_on={"split": split, "manifest_sha256": table.sha256},
             progress=step,

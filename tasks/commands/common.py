@@ -76,6 +76,22 @@ def text_source(policy: str) -> TextSource:
     return ReportSentences() if policy == "sentences" else ReportText(cast("TextPolicy", policy))
 
 
+def interval_options(command: F) -> F:
+    """``--repeats`` and ``--seed`` of the bootstrap."""
+    repeats = click.option(
+        "--repeats", type=click.IntRange(min=0), default=1000, show_default=True, help="Bootstrap resamples for the intervals."
+    )
+    seed = click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the resamples.")
+    return repeats(seed(command))
+
+
+def validation_split_option(command: F) -> F:
+    """``--split`` of what is chosen and not measured."""
+    return click.option(
+        "--split", type=click.Choice(["val", "train"]), default="val", show_default=True, help="Which studies; never those of a figure."
+    )(command)
+
+
 def json_option(command: F) -> F:
     """``--json``, the same everywhere."""
     return click.option("--json", "as_json", is_flag=True, help="Print strict JSON instead of a table.")(command)

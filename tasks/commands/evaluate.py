@@ -15,6 +15,7 @@ from tasks.commands.common import (
     check_out_folder,
     console,
     echo_notice,
+    interval_options,
     json_option,
     json_text,
     load_manifest,
@@ -63,8 +64,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="What has one score and one label and counts once; where maps point is of images always.",
 )
-@click.option("--repeats", type=click.IntRange(min=0), default=1000, show_default=True, help="Bootstrap resamples for the intervals.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the resamples.")
+@interval_options
 @click.option(
     "--baseline/--no-baseline",
     default=None,

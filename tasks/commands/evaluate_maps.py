@@ -14,6 +14,7 @@ from tasks.commands.common import (
     check_out_folder,
     console,
     echo_notice,
+    interval_options,
     json_option,
     json_text,
     load_manifest,
@@ -32,7 +33,7 @@ from tasks.commands.common import (
 )
 from tasks.commands.diagnose import TABLES
 from tasks.commands.leaks import leak_options, leaks_checked
-from tasks.commands.maps import settings_of, settings_options, thresholds_of
+from tasks.commands.maps import batch_size_of, batch_size_option, settings_of, settings_options, thresholds_of
 
 if TYPE_CHECKING:
     from medvl.model import DualEncoder
@@ -57,6 +58,8 @@ COLUMNS = {
 }
 """Measures that are shown, and their headings; all others are in results.json."""
 DIGITS = {"distance_mm": 0, "false_found": 3}
+OF_SPLIT = {"all": ("train", "val", "test")}
+"""Splits that a choice of --split holds, besides the one of its own name."""
 CHUNK = 64
 """Images whose queries are encoded together: a set of sentences has thousands, of which an image asks a few."""
 
@@ -74,9 +77,9 @@ CHUNK = 64
 @click.option("--split", default="test", show_default=True, metavar="NAME|all", help="Which rows to measure, where the table says.")
 @click.option("--agreed", is_flag=True, help="Of several readers' boxes only those that two agree on.")
 @click.option("--iou-threshold", "iou_thresholds", type=float, multiple=True, metavar="X", help="Of the mean IoU, on the scale of the map.")
+@batch_size_option
 @click.option("--out", type=click.Path(path_type=Path), required=True, metavar="DIR", help="Where the figures and the tables go.")
-@click.option("--repeats", type=click.IntRange(min=0), default=1000, show_default=True, help="Bootstrap resamples for the intervals.")
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the resamples.")
+@interval_options
 @leak_options
 @manifest_options
 @json_option
@@ -93,6 +96,7 @@ def evaluate_maps(
     split: str,
     agreed: bool,
     iou_thresholds: tuple[float, ...],
+    batch_size: int | None,
     out: Path,
     repeats: int,
     seed: int,
@@ -118,7 +122,7 @@ def evaluate_maps(
       medvl evaluate-maps MS_CXR_Local_Alignment_v1.0.0.csv --format ms_cxr --images files --split all --model run --out ms_cxr
       medvl evaluate-maps test.json --format chestx_det10 --images test_data --split all --shifts 2 --model run --out det10
     """
-    if (format_name == "manifest") == (images is not None):
+    if (format_name == "manifest") != (images is None):
         raise click.UsageError("--images goes with a --format of annotations, which needs it; a manifest names its own")
     if not table_path.is_file() and not table_path.is_dir():
         raise click.UsageError(f"{table_path}: no such file")
@@ -132,11 +136,12 @@ def evaluate_maps(
 
     settings = settings_of(**how)
     prompt_set = load_prompt_set(prompts)
-    levels = thresholds_of(thresholds, model, settings, "ct" if format_name == "rexgrounding_ct" else modality, prompt_set.sha256)
+    kind = "ct" if format_name == "rexgrounding_ct" else modality
+    levels = thresholds_of(thresholds, model, settings, kind, prompt_set.sha256)
     cuts = tuple(sorted(iou_thresholds)) or IOU_THRESHOLDS
     problems: list[tuple[str, str]] = []
     leaks: dict[str, Any] | None = None
-    if format_name == "manifest":
+    if images is None:
         from tasks.grounding import finding_query
 
         table = load_manifest(table_path, columns, allow_outside)
@@ -146,13 +151,19 @@ def evaluate_maps(
         names = [name for name in prompt_set.labels if any(row.labels.get(name) in (0, 1) for row in rows)]
         queries, asked, data = [finding_query(name, prompt_set) for name in names], of_manifest(rows, names), table.sha256
         problems += [(str(bad.path), str(bad)) for bad in table.rejected]
+        if (
+            levels is not None
+            and levels.fitted_on.get("manifest_sha256") == table.sha256
+            and levels.fitted_on.get("split") in OF_SPLIT.get(split, (split,))
+        ):
+            levels = None
+            click.echo("the thresholds were chosen on these very studies: what is found is not measured; take another split", err=True)
     else:
-        assert images is not None
         queries, asked, data, problems = _annotated(format_name, table_path, images, split, agreed, prompt_set)
     if not asked:
         raise click.UsageError(f"{table_path}: nothing to measure in split {split!r}; {len(problems)} rows or images could not be used")
     with progress("images", len(asked)) as step, usage_errors(NotImplementedError):
-        measured = _measured(encoder, settings, queries, asked, levels, cuts, step)
+        measured = _measured(encoder, settings, queries, asked, levels, cuts, batch_size_of(batch_size, kind), step)
     problems += measured.rejected
     if not measured.cases:
         report_rejected(problems, "images", out / "rejected.csv")
@@ -222,6 +233,7 @@ def _measured(
     images: Sequence[GroundingImage],
     thresholds: MapThresholds | None,
     cuts: Sequence[float],
+    batch_size: int,
     step: Any,
 ) -> Measured:
     """Measure in parts, each with the queries that its images ask."""
@@ -236,7 +248,7 @@ def _measured(
         renumbered = [replace(image, asked=tuple(replace(one, query=place[one.query]) for one in image.asked)) for image in part]
         grounder = Grounder(model, [queries[query] for query in used], settings)
         with usage_errors(ValueError):
-            parts.append(measure(grounder, renumbered, thresholds, iou_thresholds=cuts, progress=step))
+            parts.append(measure(grounder, renumbered, thresholds, iou_thresholds=cuts, batch_size=batch_size, progress=step))
     return Measured(
         tuple(case for one in parts for case in one.cases),
         tuple(bad for one in parts for bad in one.rejected),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,12 +34,13 @@ from tasks.commands.maps import settings_of, settings_options, thresholds_of
 
 if TYPE_CHECKING:
     from medvl.model import DualEncoder
-    from medvl.types import ImageReader
+    from medvl.types import ImageReader, ImageSample
     from reports.prompts import PromptSet
-    from tasks.grounding import Query
+    from tasks.grounding import GridMaps, Query
     from tasks.grounding.settings import MapSettings
     from tasks.grounding.thresholds import MapThresholds
 
+MapsOf = Callable[["ImageSample", Path], "GridMaps"]
 INDEX, REJECTED_FILE = "maps.csv", "rejected.csv"
 
 
@@ -169,12 +170,18 @@ class _Work:
         several: bool,
     ) -> None:
         from tasks.grounding import Grounder
+        from tasks.grounding.external import external_maps, from_folder
         from tasks.grounding.outputs import denial_of
 
         self.model, self.queries, self.thresholds, self.dicom = model, queries, thresholds, dicom
         asked = [*queries, *(() if len(thresholds) == 2 else map(denial_of, queries))]
-        self.grounder = None if external is not None else Grounder(model, asked, settings)
-        self.external, self.several, self.made = external, several, 0
+        if external is None:
+            grounder = Grounder(model, asked, settings)
+            self.maps_of: MapsOf = lambda sample, path: grounder.of_samples([sample], [path])[0]
+        else:
+            provider = from_folder(external, several)
+            self.maps_of = lambda sample, path: external_maps(provider, path, sample, queries)
+        self.resumes = external is None  # of maps made elsewhere nobody knows whether they have changed
         made = {"maps": settings.to_dict()} if external is None else {"maps": {"source": "external"}}
         offset = {"token_offset": model.offset_record()}
         told = [
@@ -182,7 +189,6 @@ class _Work:
             made,
             offset,
             [asdict(query) for query in queries],
-            None if external is None else str(external.resolve()),
             {kind: one.to_dict() for kind, one in thresholds.items()},
             dicom,
         ]
@@ -202,6 +208,8 @@ class _Work:
         """The records of an image that an earlier run has finished; None if it has to be made."""
         from tasks.grounding.outputs import RECORD
 
+        if not self.resumes:
+            return None
         try:
             records: list[dict[str, Any]] = json.loads((folder / RECORD).read_text(encoding="utf-8"))
             same = bool(records) and all(
@@ -214,29 +222,19 @@ class _Work:
     def make(self, folder: Path, path: Path) -> tuple[list[dict[str, Any]], str | None]:
         """Records of an image, or none and why."""
         from medvl.types import UnreadableImageError
-        from tasks.grounding.external import external_maps, from_folder
         from tasks.grounding.outputs import write_image
+        from tasks.grounding.sources import SourceError
 
         try:
             sample = self.model.read(path)
-            if self.external is not None:
-                maps = external_maps(from_folder(self.external, self.several), path, sample, self.queries)
-            else:
-                assert self.grounder is not None
-                try:
-                    (maps,) = self.grounder.of_samples([sample], [path])
-                except (ValueError, NotImplementedError) as error:
-                    if not self.made:  # the model cannot be read so, whatever the image
-                        raise click.UsageError(str(error)) from error
-                    raise
-            self.made += 1
+            maps = self.maps_of(sample, path)
             facts = {**self.facts, "fingerprint": self.fingerprint(path)}
             levels = self.thresholds.get("xray" if sample.affine is None else "ct")
             return write_image(folder, path, self.model, sample, maps, self.queries, levels, facts, self.dicom), None
+        except (SourceError, ImportError) as error:
+            raise click.UsageError(str(error)) from error
         except (UnreadableImageError, ValueError, NotImplementedError) as error:
             return [], str(error)
-        except ImportError as error:
-            raise click.UsageError(str(error)) from error
 
 
 def _size_and_time(file: Path) -> tuple[int, int]:

@@ -43,6 +43,18 @@ def settings_options(command: F) -> F:
     return command
 
 
+def batch_size_option(command: F) -> F:
+    """``--batch-size``: of volumes one, unless told."""
+    return click.option("--batch-size", type=click.IntRange(min=1), metavar="N", help="Images encoded at once; 16, of CT 1, unless told.")(
+        command
+    )
+
+
+def batch_size_of(given: int | None, modality: str) -> int:
+    """What was asked for, or what fits in memory."""
+    return given or (1 if modality == "ct" else 16)
+
+
 def settings_of(source: str, against: str | None, negation: bool, early: float, crops: int, shifts: int, smooth: float) -> MapSettings:
     """The options as a record; what is smoothed is smoothed between tokens too."""
     from tasks.grounding.settings import MapSettings

@@ -7,21 +7,20 @@ whole tokens, so that all lie on one fine token grid; a token counts more the ne
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from medvl.model import batches
 from medvl.types import ImageSample
 
 CropMaps = Callable[[Sequence[ImageSample]], Tensor]
 
 
-def crop_maps(
-    enlarged: ImageSample, side: Sequence[int], tokens: Sequence[int], maps_of: CropMaps, batch_size: int = 16
-) -> tuple[Tensor, int]:
-    """(Q, *fine grid) maps of an enlarged image from its crops; NaN where no crop shows the image; and how many crops were looked at.
+def crop_maps(enlarged: ImageSample, side: Sequence[int], tokens: Sequence[int], maps_of: CropMaps, batch_size: int = 16) -> Tensor:
+    """(Q, *fine grid) maps of an enlarged image from its crops; NaN where no crop shows the image.
 
     Args:
         enlarged: read at a whole multiple of ``side`` along rows and columns; of a volume its slices are those of the crops.
@@ -39,21 +38,22 @@ def crop_maps(
     places = [at for at in itertools.product(*starts) if _shows(enlarged, at, cell, side)]
     fine = [n // c for n, c in zip(pixels, cell, strict=True)]
     weight_of = _tent(tokens[0])[:, None] * _tent(tokens[1])
-    total = weight = None
-    for start in range(0, len(places), batch_size):
-        part = places[start : start + batch_size]
-        maps = maps_of([_crop(enlarged, at, cell, side) for at in part])  # (b, Q, *grid)
-        if total is None:
-            total = maps.new_zeros(*maps.shape[1:-2], *fine, dtype=torch.float32)
-            weight = torch.zeros_like(total)
-        for one, (row, column) in zip(maps.float(), part, strict=True):
-            inside = (..., slice(row, row + tokens[0]), slice(column, column + tokens[1]))
-            known = torch.isfinite(one)
-            shares = weight_of.to(one.device) * known
-            total[inside] += torch.where(known, one, 0.0) * shares
-            weight[inside] += shares  # type: ignore[index]
-    assert total is not None and weight is not None
-    return torch.where(weight > 0, total / weight.clamp_min(1e-6), torch.nan), len(places)
+
+    def looked_at() -> Iterator[tuple[Tensor, Sequence[int]]]:
+        for part in batches(places, batch_size):
+            yield from zip(maps_of([_crop(enlarged, at, cell, side) for at in part]).float(), part, strict=True)
+
+    crops = looked_at()
+    first, at = next(crops)  # a crop shows the image: together they cover it
+    total = first.new_zeros(*first.shape[:-2], *fine)
+    weight = torch.zeros_like(total)
+    for one, (row, column) in itertools.chain([(first, at)], crops):
+        inside = (..., slice(row, row + tokens[0]), slice(column, column + tokens[1]))
+        known = torch.isfinite(one)
+        shares = weight_of.to(one.device) * known
+        total[inside] += torch.where(known, one, 0.0) * shares
+        weight[inside] += shares
+    return torch.where(weight > 0, total / weight.clamp_min(1e-6), torch.nan)
 
 
 def _starts(cells: int, tokens: int) -> list[int]:

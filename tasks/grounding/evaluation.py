@@ -37,6 +37,7 @@ from medvl.metrics import (
 from medvl.types import RESEARCH_USE, ImageSample, UnreadableImageError
 from tasks.grounding.grounder import Grounder
 from tasks.grounding.maps import GridMaps
+from tasks.grounding.sources import SourceError
 from tasks.grounding.statements import Statement, state
 from tasks.grounding.thresholds import MapThresholds
 from tasks.masks import MaskError, finding_mask
@@ -149,6 +150,11 @@ def measure(
 def encoded(
     grounder: Grounder, part: Sequence[GroundingImage], rejected: list[tuple[str, str]]
 ) -> Iterator[tuple[GroundingImage, ImageSample, GridMaps]]:
+    """Images of a batch with their maps; what cannot be read, or not be taken by the tower, is added to ``rejected``.
+
+    Raises:
+        SourceError: a model that the source of the maps cannot read.
+    """
     by_shape: dict[tuple[int, ...], list[tuple[GroundingImage, ImageSample]]] = {}
     for image in part:
         try:
@@ -158,9 +164,26 @@ def encoded(
             continue
         by_shape.setdefault((sample.pixels.ndim, *sample.pixels.shape[-2:]), []).append((image, sample))
     for group in by_shape.values():
+        yield from _mapped(grounder, group, rejected)
+
+
+def _mapped(
+    grounder: Grounder, group: Sequence[tuple[GroundingImage, ImageSample]], rejected: list[tuple[str, str]]
+) -> Iterator[tuple[GroundingImage, ImageSample, GridMaps]]:
+    """Images that go through the tower together; where it does not take them, one by one, to tell which one it is."""
+    try:
         maps = grounder.of_samples([sample for _, sample in group], [image.path for image, _ in group])
-        for (image, sample), own in zip(group, maps, strict=True):
-            yield image, sample, own
+    except SourceError:
+        raise
+    except (ValueError, NotImplementedError) as error:
+        if len(group) == 1:
+            rejected.append((group[0][0].study, str(error)))
+            return
+        for one in group:
+            yield from _mapped(grounder, [one], rejected)
+        return
+    for (image, sample), own in zip(group, maps, strict=True):
+        yield image, sample, own
 
 
 def _of_image(

@@ -109,9 +109,10 @@ def _read(file: Path) -> tuple[NDArray[np.float64], NDArray[np.float64] | None]:
             from modalities.export import read_map
 
             return read_map(file)
-        opened = np.load(file, allow_pickle=False)
-        array = opened["scores"] if file.suffix == ".npz" else opened
-        return np.asarray(array, dtype=np.float64), None
+        if file.suffix == ".npz":
+            with np.load(file, allow_pickle=False) as archive:
+                return np.asarray(archive["scores"], dtype=np.float64), None
+        return np.asarray(np.load(file, allow_pickle=False), dtype=np.float64), None
     except (OSError, ValueError, KeyError, EOFError) as error:
         raise ValueError(f"{file}: no map that can be read ({type(error).__name__}); expected an array of numbers") from error
 

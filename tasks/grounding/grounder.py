@@ -24,7 +24,7 @@ from tasks.grounding.maps import GridMaps, batch_extent, native_step_mm, token_m
 from tasks.grounding.refinements import against_general, mixed_by, resampled, smoothed
 from tasks.grounding.settings import MapSettings
 from tasks.grounding.shifts import shifted_maps
-from tasks.grounding.sources import source
+from tasks.grounding.sources import SourceError, source
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,8 @@ class Grounder:
         Args:
             paths: their files, which crops of a higher resolution are read from.
         Raises:
-            ValueError: a model that the source cannot read, or crops without paths.
+            SourceError: a model that the source cannot read.
+            ValueError: images that the tower does not take, or crops without paths.
             NotImplementedError: crops with a reader of one resolution.
         """
         scores, extent = self._scores(samples)
@@ -114,15 +115,26 @@ class Grounder:
         """(B, Q, *grid) of whole images or crops, and the voxels that the grid covers."""
         batch = self.model.reader.collate(samples).to(self.model.device)
         maps, features = self._of_batch(batch)
+        extent = batch_extent(samples, features)
         if self.settings.shifts > 1:
-            maps = shifted_maps(batch, maps.shape[-2:], self.settings.shifts, lambda moved: self._of_batch(moved)[0])
-        return maps, batch_extent(samples, features)
+            cells = [size // count for size, count in zip(extent[-2:], maps.shape[-2:], strict=True)]
+            if any(size % count for size, count in zip(extent[-2:], maps.shape[-2:], strict=True)) or min(cells) < self.settings.shifts:
+                raise SourceError(
+                    f"tokens of {extent[-2:]} pixels on {tuple(maps.shape[-2:])} cells cannot be parted {self.settings.shifts} times"
+                )
+            maps = shifted_maps(batch, cells, self.settings.shifts, lambda moved: self._of_batch(moved)[0])
+        return maps, extent
 
     def _of_batch(self, batch: ImageBatch) -> tuple[Tensor, ImageFeatures]:
         """(B, Q, *grid) as the tower gives them, and what it made of the batch."""
         settings = self.settings
         seen = self.source.see(self.model, batch)
-        scores = self.source.scores(self.model, seen, self.texts)
+        try:
+            scores = self.source.scores(self.model, seen, self.texts)
+        except SourceError:
+            raise
+        except ValueError as error:
+            raise SourceError(str(error)) from error
         if settings.against:
             scores, general = scores[:, :-1], scores[:, -1:]
             scores = against_general(scores, general, ratio=self.source.unit != "cosine")
@@ -142,9 +154,11 @@ class Grounder:
     def _with_crops(self, whole: Tensor, sample: ImageSample, path: Path, extent: Sequence[int], offset: Sequence[float] | None) -> Tensor:
         """The mean of the whole image's map and that of crops, on the crops' grid; of both each token's score lies where it looks."""
         factor = self.settings.crops
-        enlarged = self.model.reader.enlarged(factor).read(path)
+        if tuple(extent[-2:]) != tuple(sample.pixels.shape[-2:]):
+            raise SourceError(f"the tower's tokens reach beyond its image ({tuple(extent[-2:])} pixels), so crops do not lie on its grid")
+        enlarged = self.model.reader.enlarged(factor, path).read(path)
         side, tokens = sample.pixels.shape[-2:], whole.shape[-2:]  # of the grid as it is after shifts
-        crops, _ = crop_maps(enlarged, side, tokens, lambda parts: self._scores(parts)[0])
+        crops = crop_maps(enlarged, side, tokens, lambda parts: self._scores(parts)[0])
         cells = [size / count for size, count in zip(extent, whole.shape[1:], strict=True)]
         shift = [0.0] * len(cells) if offset is None else [away / cell for away, cell in zip(offset, cells, strict=True)]
         parts = [1] * (len(cells) - 2) + [factor, factor]

@@ -55,8 +55,15 @@ class GridMaps:
 
     @functools.cached_property
     def moments(self) -> GridMoments:
-        """What regions of the native image are measured by, without laying maps out; queries share their padding."""
-        return GridMoments(self.transform, self.scores.shape[1:], self.extent, torch.isfinite(self.scores).all(0), self.offset)
+        """What regions of the native image are measured by, without laying maps out.
+
+        Raises:
+            ValueError: queries whose tokens are not known in the same places.
+        """
+        known = torch.isfinite(self.scores)
+        if not bool((known == known[0]).all()):
+            raise ValueError("maps that are NaN in different places cannot be measured together on the grid; take one at a time")
+        return GridMoments(self.transform, self.scores.shape[1:], self.extent, known[0], self.offset)
 
     def token_mm(self) -> tuple[float, ...]:
         """Size of a token's cell by the grid's axes, in mm."""

@@ -1,8 +1,8 @@
 """What grounding leaves of an image: maps on its own pixels, pictures, token grids, and a record of what they say.
 
 A folder holds, per query, SLUG.npy (float32, NaN where the model did not look), SLUG.png, of a volume SLUG.nii.gz with its affine;
-grids.npz, the token grids of all queries in float16 with what lays them out again (:func:`load_grids`); and last maps.json, so that a
-folder with maps.json is whole.
+grids.npz, the token grids of all queries (cosines in float16) with what lays them out again (:func:`load_grids`); and last maps.json, so
+that a folder with maps.json is whole.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def write_image(
     from tasks.viewing import shown
 
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / RECORD).unlink(missing_ok=True)
+    _clear(folder)
     volume = None if sample.affine is None else model.reader.native(file).numpy()
     view = shown(model.reader, file) if volume is None else None
     records = []
@@ -120,6 +120,19 @@ def write_image(
     save_grids(folder / GRIDS, maps, len(queries), [record["slug"] for record in records])
     write_atomically(folder / RECORD, (json.dumps(records, indent=2, allow_nan=False) + "\n").encode())
     return records
+
+
+def _clear(folder: Path) -> None:
+    """Remove what an earlier run left of this or other questions: whose maps these are, maps.json says."""
+    try:
+        for record in json.loads((folder / RECORD).read_text(encoding="utf-8")):
+            told = [record.get(key) for key in ("npy", "png", "nifti")] + list((record.get("dicom") or {}).values())
+            for name in told:
+                if name and Path(name).name == name:
+                    (folder / name).unlink(missing_ok=True)
+    except (OSError, ValueError, TypeError, AttributeError):
+        pass  # nothing that can be told apart from files of someone else
+    (folder / RECORD).unlink(missing_ok=True)
 
 
 def _write_map(
@@ -152,7 +165,7 @@ def _write_map(
             "nifti": f"{said.slug}.nii.gz",
             "slices": scores.shape[0],
             "shown_slice_from_below": height,
-            "peak_ras_mm": None if statement.peak is None else _world(sample, statement.peak),
+            "peak_ras_mm": None if statement.peak is None else _world(sample.affine, statement.peak),
         }
     if seen.size:
         overlay(
@@ -198,21 +211,20 @@ def _write_map(
 
 def _box(sample: ImageSample, region: FoundRegion) -> dict[str, Any]:
     """A region for maps.json; of a volume with its middle in the world."""
-    record = region.to_dict("ml" if sample.affine is not None else "mm2")
-    if sample.affine is not None:
-        middle = [(a + b) / 2 for a, b in zip(region.low, region.high, strict=True)]
-        record["middle_ras_mm"] = _world(sample, middle)
-    return record
+    if sample.affine is None:
+        return region.to_dict("mm2")
+    middle = [(a + b) / 2 for a, b in zip(region.low, region.high, strict=True)]
+    return region.to_dict("ml") | {"middle_ras_mm": _world(sample.affine, middle)}
 
 
-def _world(sample: ImageSample, index: Sequence[float]) -> list[float]:
-    assert sample.affine is not None
-    found: list[float] = (sample.affine @ [*index, 1])[:3].tolist()
+def _world(affine: NDArray[np.float64], index: Sequence[float]) -> list[float]:
+    """RAS mm of an index (s, h, w)."""
+    found: list[float] = (affine @ [*index, 1])[:3].tolist()
     return found
 
 
 def save_grids(path: Path, maps: GridMaps, count: int, names: Sequence[str]) -> None:
-    """The first ``count`` token grids in float16, and the record that lays them out: a hundredth of the maps' bytes."""
+    """The first ``count`` token grids, cosines in float16, and the record that lays them out: a hundredth of the maps' bytes."""
     geometry = {
         "transform": maps.transform.to_dict(),
         "step_mm": list(maps.step_mm),
@@ -221,7 +233,8 @@ def save_grids(path: Path, maps: GridMaps, count: int, names: Sequence[str]) -> 
         "unit": maps.unit,
     }
     content = io.BytesIO()
-    np.savez(content, scores=maps.scores[:count].half().numpy(), names=np.array(list(names)), geometry=np.array(json.dumps(geometry)))
+    scores = maps.scores[:count].half() if maps.unit == "cosine" else maps.scores[:count].float()  # others may be of any size
+    np.savez(content, scores=scores.numpy(), names=np.array(list(names)), geometry=np.array(json.dumps(geometry)))
     write_atomically(path, content.getvalue())
 
 

@@ -23,22 +23,19 @@ def offsets(cell: int, finer: int) -> list[float]:
     return [((part + 0.5) / finer - 0.5) * cell for part in range(finer)]
 
 
-def shifted_maps(batch: ImageBatch, tokens: Sequence[int], finer: int, maps_of: Callable[[ImageBatch], Tensor]) -> Tensor:
+def shifted_maps(batch: ImageBatch, cells: Sequence[int], finer: int, maps_of: Callable[[ImageBatch], Tensor]) -> Tensor:
     """(B, Q, ..., finer * rows, finer * columns) maps of images from maps of the shifted images; NaN where no shift shows the image.
 
     Args:
-        tokens: (rows, columns) of the tower's grid.
+        cells: height and width of a token in whole pixels.
         finer: parts of a token along rows and along columns; the tower runs about finer^2 times.
         maps_of: (B, Q, ..., rows, columns) of a batch.
     Raises:
-        ValueError: a tower whose tokens are no whole number of pixels wide, or a token of fewer pixels than parts.
+        ValueError: a token of fewer pixels than parts.
     """
-    sides = batch.pixels.shape[-2:]
-    if any(side % count or side // count < finer for side, count in zip(sides, tokens, strict=True)):
-        raise ValueError(
-            f"{tuple(tokens)} tokens on {tuple(sides)} pixels cannot be parted {finer} times: a token needs whole pixels, one a part"
-        )
-    rows, columns = (offsets(side // count, finer) for side, count in zip(sides, tokens, strict=True))
+    if min(cells) < finer:
+        raise ValueError(f"tokens of {tuple(cells)} pixels cannot be parted {finer} times: a part needs a pixel")
+    rows, columns = (offsets(cell, finer) for cell in cells)
     made: dict[tuple[int, int], Tensor] = {}
 
     def at(down: int, right: int) -> Tensor:

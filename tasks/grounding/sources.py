@@ -18,10 +18,14 @@ from torch import Tensor
 from medvl.model import DualEncoder
 from medvl.nn.activations import gradient_maps
 from medvl.nn.cross import CrossAttentionSimilarity
-from medvl.nn.dense import Reading, with_reading
+from medvl.nn.dense import Reading, ReadingError, with_reading
 from medvl.nn.local import SentenceAttentionSimilarity, image_tokens, masked_softmax, over_texts, text_words, words_of
 from medvl.nn.similarity import SliceSimilarity, lay_on_grid, slice_scores, token_cosines, wide
 from medvl.types import ImageBatch, ImageFeatures, TextFeatures
+
+
+class SourceError(ValueError):
+    """A model that a source cannot read, whatever the image; the message says what it needs."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ class MapSource(abc.ABC):
         """(B, M, *grid) float32, higher where a phrase fits better; NaN on padding.
 
         Raises:
-            ValueError: a model that this source cannot read; says what it needs.
+            ValueError: a model that this source cannot read; says what it needs. :class:`Grounder` makes it a :class:`SourceError`.
         """
 
 
@@ -145,8 +149,11 @@ class DenseSource(MapSource):
 
     def see(self, model: DualEncoder, batch: ImageBatch) -> Seen:
         """Encode a batch, with the last self-attention read otherwise."""
-        with torch.inference_mode():
-            return Seen(batch, with_reading(lambda: model.image(batch), self.reading))
+        try:
+            with torch.inference_mode():
+                return Seen(batch, with_reading(lambda: model.image(batch), self.reading))
+        except ReadingError as error:
+            raise SourceError(str(error)) from error
 
     def scores(self, model: DualEncoder, seen: Seen, texts: TextFeatures) -> Tensor:
         """As the base class has it."""

@@ -143,12 +143,11 @@ def test_the_distance_is_to_the_nearest_pieces_centroid_in_mm() -> None:
         if at is None:
             assert math.isnan(away) and math.isnan(along)
             continue
-        best = None
-        for piece in regionprops(label(mask, connectivity=mask.ndim)):
-            vector = sum((a - c) * step[:, k] for k, (a, c) in enumerate(zip(at, piece.centroid, strict=True)))
-            if best is None or np.linalg.norm(vector) < np.linalg.norm(best):
-                best = vector
-        assert best is not None
+        vectors = [
+            sum((a - c) * step[:, k] for k, (a, c) in enumerate(zip(at, piece.centroid, strict=True)))
+            for piece in regionprops(label(mask, connectivity=mask.ndim))
+        ]
+        best = min(vectors, key=np.linalg.norm)
         axis = step[:, 0] / np.linalg.norm(step[:, 0])
         assert away == pytest.approx(math.dist(best, [0.0] * len(best)), abs=1e-9)
         assert along == pytest.approx(abs(sum(a * b for a, b in zip(best, axis, strict=True))), abs=1e-9)

@@ -152,6 +152,88 @@ def test_maps_made_elsewhere_are_shown_and_not_judged(tiny: Any, tmp_path: Path)
     assert missing.exit_code == 1 and "no map of" in json.loads(missing.stdout)["error"]
 
 
+def test_each_image_of_several_has_its_own_maps_made_elsewhere(tiny: Any, tmp_path: Path) -> None:
+    """Names that begin alike are not mixed up, and one image's map is not taken for another's."""
+    films, maps = tmp_path / "films", tmp_path / "maps"
+    films.mkdir()
+    for name, column in (("1.2.840.1.png", 1), ("1.2.840.2.png", 6)):
+        shutil.copy(tiny.png, films / name)
+        (maps / Path(name).stem).mkdir(parents=True)
+        grid = np.zeros((8, 8))
+        grid[4, column] = 1.0
+        np.save(maps / Path(name).stem / "a_nodule.npy", grid)
+    shutil.copy(tiny.png, films / "third.png")
+    np.save(maps / "a_nodule.npy", np.zeros((8, 8)))
+    asked = ("ground", films, "--phrase", "a nodule", "--model", tiny.model, "--out", tmp_path / "out", "--maps", maps, "--json")
+    done = command(*asked)
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert done.exit_code == 1 and [one["ok"] for one in lines] == [True, True, False] and "third" in lines[2]["error"]
+    assert [one["maps"][0]["peak"][1] < 20 for one in lines[:2]] == [True, False]
+    np.save(maps / "1.2.840.1" / "a_nodule.npy", grid)  # changed since: made again
+    assert json.loads(command(*asked).stdout.splitlines()[0])["maps"][0]["peak"][1] > 20
+
+
+def test_a_map_that_is_nan_throughout_has_no_picture_and_costs_no_other(tiny: Any, tmp_path: Path) -> None:
+    (tmp_path / "maps").mkdir()
+    np.save(tmp_path / "maps" / "a_nodule.npy", np.full((8, 8), np.nan))
+    np.save(tmp_path / "maps" / "heart.npy", np.eye(8))
+    flags = ("--phrase", "a nodule", "--phrase", "heart", "--maps", tmp_path / "maps", "--json")
+    done = command("ground", tiny.png, *flags, "--model", tiny.model, "--out", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    empty, heart = json.loads(done.stdout)["maps"]
+    assert empty["png"] is None and empty["peak"] is None and empty["score"] is None and (tmp_path / "out" / heart["png"]).is_file()
+
+
+def test_other_questions_leave_no_files_of_the_first(tiny: Any, tmp_path: Path) -> None:
+    options = ("--model", tiny.model, "--out", tmp_path)
+    command("ground", tiny.png, "--phrase", "a nodule", *options)
+    (tmp_path / "of_someone_else.png").write_bytes(b"kept")
+    command("ground", tiny.png, "--phrase", "heart", *options)
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["grids.npz", "heart.npy", "heart.png", "maps.json", "of_someone_else.png"]
+
+
+def test_a_phrase_that_is_called_like_a_finding_is_another_question(calibrated: Result, model: Path, tiny: Any, tmp_path: Path) -> None:
+    films = tmp_path / "films"
+    films.mkdir()
+    for name in ("a.png", "b.png"):
+        shutil.copy(tiny.png, films / name)
+    kinds = []
+    for flag in ("--phrase", "--finding"):
+        done = command("ground", films, flag, "edema", "--model", model, "--out", tmp_path / "out", "--json")
+        (one,) = json.loads(done.stdout.splitlines()[0])["maps"]
+        kinds.append((one["kind"], one["score"]))
+    assert [kind for kind, _ in kinds] == ["phrase", "finding"] and kinds[0][1] != kinds[1][1]
+
+
+def test_thresholds_of_these_very_studies_measure_nothing(calibrated: Result, model: Path, cohort: Path, tmp_path: Path) -> None:
+    done = command("evaluate-maps", cohort, "--model", model, "--split", "val", "--out", tmp_path, "--repeats", "10", "--json")
+    assert done.exit_code == 0 and "chosen on these very studies" in done.stderr
+    assert json.loads(done.stdout)["thresholds"] is None and "found" not in json.loads(done.stdout)["macro"]
+
+
+def test_thresholds_need_no_masks_and_know_their_prompts(model: Path, cohort: Path, tmp_path: Path) -> None:
+    with cohort.open() as file:
+        rows = list(csv.DictReader(file))
+    with (cohort.parent / "bare.csv").open("w", newline="") as file:
+        names = [name for name in rows[0] if not name.startswith("mask_")]
+        writer = csv.DictWriter(file, names, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+    place = tmp_path / "bare.json"
+    done = command("calibrate-maps", cohort.parent / "bare.csv", "--model", model, "--false-share", "0.2", "--out", place)
+    assert done.exit_code == 0, done.output
+    fitted = json.loads(place.read_text())
+    assert fitted["fitted_on"]["with_masks"] == 0 and fitted["fitted_on"]["present"] > 5
+    assert {one["spread"] for one in fitted["findings"].values()} == {None}
+    film = next(cohort.parent.glob("xray/*.dcm"))
+    options = ("--model", model, "--thresholds", place, "--out", tmp_path / "out")
+    assert command("ground", film, "--finding", "edema", *options).exit_code == 0
+    other = command("ground", film, "--finding", "edema", "--prompts", "chest_xray", *options)
+    assert other.exit_code == 2 and "other prompts" in " ".join(other.output.split())
+    wrong = command("calibrate-maps", cohort, "--model", model, "--finding", "edema", "--finding", "typo", "--out", place)
+    assert wrong.exit_code == 2 and "typo" in wrong.output
+
+
 @pytest.mark.parametrize(
     ("args", "said"),
     [

@@ -257,7 +257,7 @@ def test_shifts_put_what_lies_between_tokens_in_its_place() -> None:
         return torch.where(seen == 1, mean, torch.nan)
 
     for finer in (2, 8):
-        found = shifted_maps(ImageBatch(pixels), (4, 4), finer, maps_of)[0, 0]
+        found = shifted_maps(ImageBatch(pixels), (8, 8), finer, maps_of)[0, 0]
         middles = (torch.arange(4 * finer) + 0.5) * 8 / finer - 0.5
         known = torch.isfinite(found)
         assert known[4 * finer // 2].sum() >= 3 * finer
@@ -265,4 +265,4 @@ def test_shifts_put_what_lies_between_tokens_in_its_place() -> None:
         assert away.max() <= 0.5  # at the border, where of two whole shifts one shows the image
         torch.testing.assert_close(found[finer:-finer, finer:-finer], middles[finer:-finer].expand(2 * finer, -1))
     with pytest.raises(ValueError, match="cannot be parted"):
-        shifted_maps(ImageBatch(pixels), (5, 4), 2, maps_of)
+        shifted_maps(ImageBatch(pixels), (1, 4), 2, maps_of)
