@@ -16,7 +16,7 @@ from torch import Tensor
 from medvl.types import ImageBatch, ImageEncoder, Similarity, TextFeatures
 
 REACH = 3.5
-"""Tokens to either side of one in which its evidence is looked for."""
+"""Tokens to either side of one in which its evidence is looked for; of a small grid a quarter of it, so that some lie whole within."""
 
 
 def token_offsets(image: ImageEncoder, similarity: Similarity, batch: ImageBatch, texts: TextFeatures, pairs: Tensor) -> Tensor:
@@ -68,8 +68,9 @@ def _centres(weights: Tensor, tokens: Tensor, grid: torch.Size, covered: torch.S
         middle = (place + 0.5) * cell - 0.5
         along = torch.arange(weights.shape[k + 1], device=weights.device) - middle[:, None]  # (P, voxels)
         along = along.view(len(tokens), *[-1 if axis == k else 1 for axis in range(len(grid))])
-        window = window * (along.abs() <= REACH * cell)
-        near = (middle < REACH * cell - 0.5) | (middle > size - 0.5 - REACH * cell)
+        reach = min(REACH, count / 4) * cell
+        window = window * (along.abs() <= reach)
+        near = (middle < reach - 0.5) | (middle > size - 0.5 - reach)
         border.append(near & (count > 1))
         away.append(along)
     weights = weights * window
