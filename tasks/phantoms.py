@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from medvl.memory import keep_freed_memory
 from medvl.types import FINDINGS, Fact
 
 if TYPE_CHECKING:
@@ -33,8 +34,6 @@ AP_SHARE = 0.25
 UNCERTAIN_SHARE = 0.03
 """Of mild findings, how many the report only suspects (label -1)."""
 CHUNK = 8
-MALLOC_KEEPS = {-1: 2**30, -3: 2**25}
-"""glibc's M_TRIM_THRESHOLD and M_MMAP_THRESHOLD (its largest), malloc.h: a volume of 128 voxels a side has 8 MiB."""
 TEXT_COLUMNS = ("indication", "technique", "comparison", "findings", "impression")
 COLUMNS = (
     "study_id", "patient_id", "modality", "path", "view", "split", *TEXT_COLUMNS, *FINDINGS, "sex", "age", "origin",
@@ -219,7 +218,6 @@ def _make(
 
 def _begin_worker() -> None:
     """End with the parent, however that ends, and keep freed memory: to hand it back and fault it in again costs a fifth of a study."""
-    import ctypes
     import threading
     from multiprocessing import connection, parent_process
 
@@ -231,9 +229,7 @@ def _begin_worker() -> None:
         os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()
-    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        for parameter, size in MALLOC_KEEPS.items():
-            libc.mallopt(parameter, size)
+    keep_freed_memory()
 
 
 def usable_cpus() -> int:

@@ -15,7 +15,8 @@ from medvl.types import Configurable, ImageBatch
 
 
 class Augment(Configurable):
-    """Random rotation, scale, shift, contrast, brightness and noise, each image its own, uniform in the ranges given.
+    """Random rotation, scale, shift, contrast, brightness and noise, each image its own, uniform in the ranges given; of volumes every
+    k-th slice, from a random one on.
 
     Args:
         rotation_deg: largest rotation to either side.
@@ -24,6 +25,10 @@ class Augment(Configurable):
         contrast: largest relative change of contrast about zero, the mean of a normalised image.
         brightness: largest offset, in normalised units.
         noise: standard deviation of Gaussian noise, in normalised units, uniform from 0 to this.
+        slice_step: k. A tower that reads slices one by one costs a k-th, and sees the others in other epochs (as FLIP leaves out patches,
+            arXiv:2212.00794); choose it so that k slices are no thicker than the findings.
+    Raises:
+        ValueError: ``slice_step`` below 1.
     """
 
     def __init__(
@@ -34,14 +39,19 @@ class Augment(Configurable):
         contrast: float = 0.2,
         brightness: float = 0.2,
         noise: float = 0.05,
+        slice_step: int = 1,
     ) -> None:
+        if slice_step < 1:
+            raise ValueError(f"slice_step is {slice_step}, expected at least 1")
         self.rotation_deg, self.scale, self.shift = rotation_deg, scale, shift
-        self.contrast, self.brightness, self.noise = contrast, brightness, noise
+        self.contrast, self.brightness, self.noise, self.slice_step = contrast, brightness, noise, slice_step
 
     def __call__(self, images: ImageBatch, rng: np.random.Generator) -> ImageBatch:
         """A changed copy. Of 2D images, what moves in from outside is 0 and not valid; the slices of a volume move together, and their edge
         moves in.
         """
+        if images.pixels.ndim == 5 and self.slice_step > 1:
+            images = every_kth_slice(images, self.slice_step, rng)
         pixels = images.pixels
         b, h, w = len(pixels), *pixels.shape[-2:]
         angle = np.deg2rad(rng.uniform(-self.rotation_deg, self.rotation_deg, b))
@@ -69,3 +79,20 @@ class Augment(Configurable):
         inside = moved[:, -1:] > 0.5
         changed = torch.where(inside, moved[:, :-1] * gain + offset + sigma * noise, 0.0)
         return replace(images, pixels=changed, valid=inside[:, 0])
+
+
+def every_kth_slice(images: ImageBatch, step: int, rng: np.random.Generator) -> ImageBatch:
+    """Of each volume of a batch (B, C, S, H, W) every ``step``-th slice, from one drawn among its first on, with its place in mm."""
+    b, _, s, _, _ = images.pixels.shape
+    count = -(-s // step)
+    valid = torch.ones(b, s, dtype=torch.bool) if images.valid is None else images.valid
+    begin = torch.from_numpy(rng.integers(0, np.minimum(step, valid.sum(1).numpy())))
+    at = begin[:, None] + step * torch.arange(count)  # (B, count) slices; those beyond the end are padding
+    inside, at = at < s, at.clamp_max(s - 1)
+    rows = torch.arange(b)[:, None]
+    return replace(
+        images,
+        pixels=images.pixels.transpose(1, 2)[rows, at].transpose(1, 2).contiguous(),
+        valid=valid[rows, at] & inside,
+        position_mm=None if images.position_mm is None else images.position_mm[rows, at],
+    )

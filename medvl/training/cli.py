@@ -28,6 +28,7 @@ from rich.progress import Progress
 from medvl.data.cache import SampleCache
 from medvl.data.shards import ShardStore
 from medvl.data.studies import views_of
+from medvl.memory import keep_freed_memory
 from medvl.model import CONFIG, WEIGHTS, load_weights, write_atomically
 from medvl.nn.projector import ProjectedEncoder
 from medvl.training.callbacks import RESOLVED, AtomicCheckpointIO, KeepBest, ListUnread, ResumePoint
@@ -175,6 +176,8 @@ class AlignmentCLI(LightningCLI):
                 log.warning("%s: nothing to resume from, starting anew", checkpoint)
         if not config.ckpt_path:
             self.model.take_start()
+        if self.trainer.strategy.root_device.type == "cpu":  # after the images were read: what is kept of them is not among holes
+            keep_freed_memory()
         self._on_signal.leave_rendezvous(self.trainer)
 
     def before_validate(self) -> None:
