@@ -18,4 +18,5 @@ def keep_freed_memory() -> bool:
     """
     if sys.platform != "linux" or not hasattr(libc := ctypes.CDLL(None), "mallopt"):
         return False
-    return all([libc.mallopt(option, value) for option, value in MALLOC_OPTIONS.items()])
+    taken = [libc.mallopt(option, value) for option, value in MALLOC_OPTIONS.items()]
+    return all(taken)

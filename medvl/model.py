@@ -14,7 +14,6 @@ import math
 import os
 import shutil
 import subprocess
-import tempfile
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -28,6 +27,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import medvl
+from medvl.files import write_atomically
 from medvl.types import (
     RESEARCH_USE,
     Configurable,
@@ -505,18 +505,3 @@ def packed(groups: Sequence[Sequence[Item]], size: int) -> Iterator[list[Sequenc
         count += len(group)
     if part:
         yield part
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write to a temporary name beside ``path``, flush to disk, rename: readers see the old file or the new, never half of one."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

@@ -34,8 +34,9 @@ from rich.progress import Progress
 
 import medvl
 from medvl.data.manifest import Manifest, StudyImage, read_manifest
+from medvl.files import write_atomically
 from medvl.metrics import Interval, Statistic, auroc_statistic, bootstrap_intervals, combined, mean_statistic, recall_at_k
-from medvl.model import ConfigError, build, commit, load, write_atomically
+from medvl.model import ConfigError, build, commit, load
 from medvl.types import RESEARCH_USE, ImageReader, TextSource
 from reports.prompts import load_prompts
 from reports.text_source import ReportSentences, ReportText

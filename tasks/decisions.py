@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import logit
 
+from medvl.files import write_atomically
 from medvl.metrics import Calibrator, ConformalBinary, Isotonic, Platt, Temperature, Threshold, calibrator_from_dict, choose_threshold
 from medvl.metrics.thresholds import Rule as ThresholdRule
-from medvl.model import write_atomically
 from medvl.types import RESEARCH_USE
 
 FOLDER, FORMAT = "decisions", 1

@@ -23,7 +23,8 @@ from rich.progress import Progress
 
 import medvl
 from medvl.data.manifest import Manifest, StudyImage, read_manifest
-from medvl.model import CONFIG, WEIGHTS, DualEncoder, load, write_atomically
+from medvl.files import write_atomically
+from medvl.model import CONFIG, WEIGHTS, DualEncoder, load
 from medvl.types import FINDINGS, RESEARCH_USE
 from reports.prompts import PromptSet, load_prompts
 from reports.text_source import ReportSentences

@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 
 from medvl.data.manifest import StudyImage
 from medvl.data.studies import as_listed, by_study
+from medvl.files import write_atomically
 from medvl.metrics import (
     MACRO,
     Interval,
@@ -42,7 +43,7 @@ from medvl.metrics import (
     recall_at_k,
     subgroup_table,
 )
-from medvl.model import DualEncoder, packed, write_atomically
+from medvl.model import DualEncoder, packed
 from medvl.types import RESEARCH_USE, ImageFeatures, ImageSample, TextSource, UnreadableImageError
 from reports.prompts import PromptSet
 from tasks.decisions import Decisions

@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from medvl.files import write_atomically
 from medvl.metrics.familiarity import FEWEST, Gaussian, Limit, choose_limit, cross_fitted_distances
-from medvl.model import write_atomically
 from medvl.types import RESEARCH_USE, ImageReader
 from modalities.dicom import Stated, stated
 from modalities.dicom.stated import FRONTAL, LATERAL, OF_THE_CHEST, PROJECTIONS

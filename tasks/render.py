@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import AbstractPathEffect, withStroke
 from numpy.typing import NDArray
 
-from medvl.model import write_atomically
+from medvl.files import write_atomically
 from medvl.types import RESEARCH_USE
 
 TOP_SHARES = (0.10, 0.05, 0.01)

@@ -39,7 +39,7 @@ Split = Literal["train", "val", "test"]
 
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 REQUIRED = ("study_id", "patient_id", "modality", "path")
-_OPTIONAL = ("view", "split", "report", "findings", "impression", "boxes")
+_OPTIONAL = ("view", "split", "report", "findings", "impression", "boxes", "date")
 GROUPS = ("sex", "age", "scanner", "site")
 """Columns that part an evaluation into subgroups, besides the view, where a column map names no others."""
 _SHOWN = 20  # bad rows spelled out in an error; the rest are counted
@@ -108,6 +108,7 @@ class ColumnMap:
     findings: str = "findings"
     impression: str = "impression"
     boxes: str = "boxes"
+    date: str = "date"
     mask_prefix: str = "mask_"
     labels: dict[str, str] | list[str] | None = None
     label_values: dict[str, dict[str, dict[str, int]]] = field(default_factory=dict)
@@ -201,6 +202,7 @@ class StudyImage:
     masks: dict[str, Path]  # finding -> absolute path
     row: int
     groups: dict[str, str] = field(default_factory=dict, repr=False)  # sex, age, scanner, site, as the table has them; no key if empty
+    date: str | None = field(default=None, repr=False)  # of the study, as the table has it
 
     @property
     def text(self) -> str:
@@ -401,6 +403,7 @@ class _RowReader:
             masks={finding: where for finding, where in masks_at.items() if where is not None},
             row=number,
             groups={name: cell for name, index in self._groups.items() if (cell := record[index].strip())},
+            date=self.cell(record, "date") or None,
         )
         return row, reasons
 

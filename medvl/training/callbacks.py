@@ -19,7 +19,8 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback
 
 from medvl.data.studies import Skipped
-from medvl.model import commit, write_atomically
+from medvl.files import write_atomically
+from medvl.model import commit
 from medvl.training.averaging import Ema
 from medvl.training.data import REJECTED, StudyDataModule
 from medvl.training.module import AlignmentModule

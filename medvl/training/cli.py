@@ -28,8 +28,9 @@ from rich.progress import Progress
 from medvl.data.cache import SampleCache
 from medvl.data.shards import ShardStore
 from medvl.data.studies import views_of
+from medvl.files import write_atomically
 from medvl.memory import keep_freed_memory
-from medvl.model import CONFIG, WEIGHTS, load_weights, write_atomically
+from medvl.model import CONFIG, WEIGHTS, load_weights
 from medvl.nn.projector import ProjectedEncoder
 from medvl.training.callbacks import RESOLVED, AtomicCheckpointIO, KeepBest, ListUnread, ResumePoint
 from medvl.training.data import REJECTED, StudyDataModule

@@ -34,7 +34,7 @@ from medvl.data.studies import (
     ViewsOf,
     check_flip,
 )
-from medvl.model import write_atomically
+from medvl.files import write_atomically
 from medvl.training.signals import ignore_sigterm
 from medvl.types import ImageReader, PairBuilder, TextSource
 

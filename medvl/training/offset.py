@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 
 from medvl.data.studies import StudyBatch
-from medvl.model import CONFIG, DualEncoder, load, write_atomically
+from medvl.files import write_atomically
+from medvl.model import CONFIG, DualEncoder, load
 from medvl.nn.offset import token_offsets
 from medvl.nn.projector import ProjectedEncoder
 

@@ -15,7 +15,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from medvl.model import CONFIG, PARTS, WEIGHTS, ConfigError, build, write_atomically
+from medvl.files import write_atomically
+from medvl.model import CONFIG, PARTS, WEIGHTS, ConfigError, build
 from medvl.types import RESEARCH_USE, ImageReader
 from tasks.card.markdown import Table, as_code, as_fact, as_table, as_text, as_value
 from tasks.card.results import fact_of, kinds, probe_parts, result_parts, untested

@@ -241,7 +241,7 @@ def report_rejected(rejected: Sequence[tuple[str, str]], what: str, out: Path | 
 
 def write_csv(path: Path, header: Sequence[str], lines: Iterable[Sequence[Any]]) -> None:
     """Write a table whole or not at all."""
-    from medvl.model import write_atomically
+    from medvl.files import write_atomically
 
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")

@@ -280,7 +280,7 @@ def _write_explanation(
         name: id of the study; files are named after it and, by a hash, its images: its first film alone is another study.
         raw: its scores; ``calibrated`` has probabilities in their place, where there are.
     """
-    from medvl.model import write_atomically
+    from medvl.files import write_atomically
     from tasks.explanation import explain
     from tasks.grounding import slug
     from tasks.page.explanation import write_explanation

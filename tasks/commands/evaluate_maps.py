@@ -259,7 +259,7 @@ def _measured(
 def _write(out: Path, found: dict[str, Any], measured: Measured) -> None:
     import json
 
-    from medvl.model import write_atomically
+    from medvl.files import write_atomically
     from tasks.grounding.evaluation import MEANS
 
     write_atomically(out / "results.json", (json.dumps(found, indent=2, allow_nan=False) + "\n").encode())

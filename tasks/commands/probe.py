@@ -102,7 +102,7 @@ def probe(
         "interval": f"95 %, bootstrap over patients, {repeats} resamples",
     }
     write_csv(out / "probes.csv", header, (["" if v is None else v for v in one.row()] for one in found))
-    from medvl.model import write_atomically
+    from medvl.files import write_atomically
     from medvl.types import RESEARCH_USE
 
     told = {"notice": RESEARCH_USE, **facts, "leak_check": leaks, "probes": [dict(zip(header, one.row(), strict=True)) for one in found]}

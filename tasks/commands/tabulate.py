@@ -55,7 +55,7 @@ def tabulate(
     heading, lines = as_rows(found)
     columns, differences = difference_rows(found)
     if out is not None:
-        from medvl.model import write_atomically
+        from medvl.files import write_atomically
 
         write_csv(out / "table.csv", heading, lines)
         write_csv(out / "differences.csv", columns, differences)

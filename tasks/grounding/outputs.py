@@ -19,8 +19,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from medvl.files import write_atomically
 from medvl.geometry import GridTransform
-from medvl.model import DualEncoder, write_atomically
+from medvl.model import DualEncoder
 from medvl.types import RESEARCH_USE, ImageSample
 from tasks.grounding.grounder import Query
 from tasks.grounding.maps import EXTERNAL, GridMaps, slug

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from medvl.files import write_atomically
 from medvl.metrics import Platt
-from medvl.model import write_atomically
 from medvl.types import RESEARCH_USE
 from tasks.grounding.grounder import Query
 from tasks.grounding.settings import MapSettings

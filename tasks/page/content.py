@@ -6,7 +6,7 @@ import base64
 from dataclasses import dataclass
 from pathlib import Path
 
-from medvl.model import write_atomically
+from medvl.files import write_atomically
 from medvl.types import RESEARCH_USE
 
 

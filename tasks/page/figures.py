@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from medvl.model import write_atomically
+from medvl.files import write_atomically
 from medvl.types import RESEARCH_USE
 
 

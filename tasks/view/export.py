@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from medvl.model import write_atomically
+from medvl.files import write_atomically
 from medvl.types import RESEARCH_USE, UnreadableImageError
 from tasks.view.content import Kind, NoMapError, Viewer
 from tasks.view.server import STATIC, static_file

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 import medvl
-from medvl.model import CONFIG, WEIGHTS, ConfigError, DualEncoder, build, load, write_atomically
+from medvl.files import write_atomically
+from medvl.model import CONFIG, WEIGHTS, ConfigError, DualEncoder, build, load
 from medvl.nn.similarity import PooledSimilarity, TokenSimilarity
 from medvl.types import Configurable, ImageEncoder, Similarity
 from modalities.xray.conv import ConvEncoder
