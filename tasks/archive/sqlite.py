@@ -184,9 +184,8 @@ class SqliteStore(ArchiveStore):
                     f"WHERE study_id IN ({marks(part)}) GROUP BY id",
                     part,
                 )
-                found |= {
-                    name: Kept(digest, frozenset(map(int, (models or "").split(",") if models else ()))) for name, digest, models in rows
-                }
+                for name, digest, models in rows:
+                    found[name] = Kept(digest, frozenset(map(int, models.split(","))) if models else frozenset())
         return found
 
     def write(self, batch: Sequence[tuple[ArchivedStudy, StudyVectors]], model: int) -> None:
@@ -222,7 +221,9 @@ class SqliteStore(ArchiveStore):
             if len(rows) != len(owners):
                 raise ArchiveError(f"study {study.study_id}: {len(rows)} {kind} vectors, expected {len(owners)}")
             values = [
-                (owner, model, checked_vector(row, width, f"study {study.study_id}")) for owner, row in zip(owners, rows, strict=True)
+                (owner, model, checked_vector(row, width, f"study {study.study_id}"))
+                for owner, row in zip(owners, rows, strict=True)
+                if row is not None
             ]
             self._db.executemany(f"INSERT OR REPLACE INTO {kind}_vectors ({OWNER[kind]}, model, vector) VALUES (?, ?, ?)", values)
 
@@ -278,12 +279,8 @@ class SqliteStore(ArchiveStore):
                         found |= {row[0]: (row[1], row[2]) for row in rows}
                 before = self._words_of(found)
                 self._delete(list(found))
-                gone = {patient for _, patient in found.values()}
-                for part in parts(gone):
-                    gone -= {
-                        row[0] for row in self._db.execute(f"SELECT patient_id FROM studies WHERE patient_id IN ({marks(part)})", part)
-                    }
-                traces = {*(study for study, _ in found.values()), *gone, *(before - self._still_there(before))}
+                before |= {name for names in found.values() for name in names}
+                traces = before - self._still_there(before)
                 if found:
                     self._changed()
             if found:
@@ -301,15 +298,15 @@ class SqliteStore(ArchiveStore):
         return found
 
     def _still_there(self, words: Collection[str]) -> set[str]:
-        """Those that another study has too, be it as a part of its report."""
+        """Those that another study has too, be it as a part of something longer: "p3" of "p30"."""
+        columns = {"studies": ("study_id", "patient_id", "source"), "images": ("path",), "texts": ("text",), "reports": SECTIONS}
         found: set[str] = set()
         for word in words:
-            known = self._db.execute(
-                "SELECT 1 FROM images WHERE path = ? UNION ALL SELECT 1 FROM texts WHERE text = ?", (word, word)
-            ).fetchone()
-            inside = " OR ".join(f"instr({name}, ?1)" for name in SECTIONS)
-            if known or self._db.execute(f"SELECT 1 FROM reports WHERE {inside} LIMIT 1", (word,)).fetchone():
-                found.add(word)
+            for table, names in columns.items():
+                inside = " OR ".join(f"instr({name}, ?1)" for name in names)
+                if self._db.execute(f"SELECT 1 FROM {table} WHERE {inside} LIMIT 1", (word,)).fetchone():
+                    found.add(word)
+                    break
         return found
 
     def _delete(self, ids: Sequence[int]) -> None:
