@@ -36,6 +36,8 @@ DEPTH = 1000
 RRF_K = 60
 MARGIN = 1e-5
 """Of float32 scores: what is nearer than this to the last hit is scored again."""
+DECIMALS = 9
+"""Scores that agree in so many are equal: vectors that differ may have the same cosine, which rounding must not order."""
 GATHER = 0.3
 """A filter that leaves a smaller share has its rows copied out, instead of all being scored."""
 BLOCK = 65536
@@ -136,21 +138,20 @@ class Archive:
         mask[[derived.places[number] for number in self.store.matching(expression)]] = True
         return mask
 
-    def vectors_of(self, study_id: str, model: int, kind: VectorKind) -> NDArray[np.float32]:
-        """(rows, D) the vectors of a study that is in the archive.
+    def vectors_of(self, study_id: str, model: int, kind: VectorKind) -> NDArray[np.float32] | None:
+        """(rows, D) the vectors of a study that is in the archive; None where it has none of that kind.
 
         Raises:
-            ArchiveError: no such study, or it has none of that kind.
+            ArchiveError: no such study.
         """
         derived, number = self.derived, self.store.number(study_id)
         if number is None:
             raise ArchiveError(f"study {study_id}: is not in the archive")
-        place = derived.places[number]
-        gallery = derived.gallery(model, kind)
+        if kind not in derived.kinds(model):
+            return None
+        place, gallery = derived.places[number], derived.gallery(model, kind)
         rows = gallery.members[gallery.starts[place] : gallery.starts[place + 1]]
-        if not len(rows):
-            raise ArchiveError(f"study {study_id}: has no {kind} vectors in the archive")
-        return np.asarray(gallery.matrix[rows])
+        return np.asarray(gallery.matrix[rows]) if len(rows) else None
 
     def search(self, question: Question, model: int | None = None) -> list[ArchiveHit]:
         """The studies that answer best, best first.
@@ -332,7 +333,7 @@ def first(scores: VectorScores | TextScores, top: int, groups: NDArray[np.int64]
     while True:
         places = _candidates(rough, min(wanted, usable))
         exact = scores.exact(places)
-        order = np.lexsort((places, -exact))
+        order = np.lexsort((places, -exact.round(DECIMALS)))
         places, exact = places[order], exact[order]
         if wanted < usable:  # beyond the last that was asked for, the margin's are incomplete
             places, exact = places[:wanted], exact[:wanted]

@@ -2,50 +2,23 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
-from PIL import Image
 
 from medvl.metrics import peak
 from medvl.model import DualEncoder
-from medvl.types import ImageFeatures, ImageSample
 from tasks.explanation import Explanation, FindingExplanation, Sign
-from tasks.grounding import native_maps, token_maps
 from tasks.page.figures import write_figures
+from tasks.page.images import Drawn, PageImage, jpeg_uri, map_of, page_image
 from tasks.render import thumbnail
-from tasks.viewing import Shown, in_plane, shown, shown_slice
 
 SHOWN, VIEWS = 5, 4
 """Findings whose maps are drawn, the highest, and images of a study that are."""
 SIDE = {"image": 512, "map": 220}
 BAR, CURVE = 160, (260, 90)  # pixels
-
-
-@dataclass(frozen=True)
-class _View:
-    """An image of the study, read for showing, with its features."""
-
-    path: str
-    sample: ImageSample
-    features: ImageFeatures
-    native: NDArray[np.float32]  # (H, W) of a film, (S, H, W) of a volume, 0 to 1
-    orientation: tuple[str, str] | None  # of a film
-
-    def drawn(self, scores: NDArray[np.float32], at: tuple[int, ...] | None) -> _Drawn:
-        """Scores of all its pixels on the film, or on the slice of the volume that the peak ``at`` lies in, else the middle one."""
-        name = Path(self.path).name
-        if self.sample.affine is None:
-            return _Drawn(Shown(self.native, self.orientation), scores, in_plane(at), name)
-        cut, of_cut, place, level = shown_slice(self.native, scores, self.sample.affine, at)
-        return _Drawn(cut, of_cut, place, f"{name}, slice {level} from below")
 
 
 def write_explanation(
@@ -70,7 +43,7 @@ def write_explanation(
     """
     names = called or {}
     ordered = sorted(explanation.findings, key=lambda one: -one.score)
-    views = [_view(model, one) for one in explanation.paths[:VIEWS]]
+    views = [page_image(model, one) for one in explanation.paths[:VIEWS]]
     shown_ones = [one for one in ordered if any(sign.positive for sign in one.signs)][:findings]
     maps = {one.finding: _maps(model, views, one) for one in shown_ones} if views and views[0].features.tokens is not None else {}
     limit = max((float(np.nanmax(np.abs(drawn.scores))) for of in maps.values() for row in of for drawn in row), default=0.0) or 1.0
@@ -101,27 +74,7 @@ def write_explanation(
     return write_figures(path, "explanation.html", page)
 
 
-@dataclass(frozen=True)
-class _Drawn:
-    """A map on one image: the picture it lies on, scores of its pixels, their peak, and what the picture is."""
-
-    picture: Shown
-    scores: NDArray[np.float32]
-    peak: tuple[int, int] | None
-    what: str
-
-
-@torch.inference_mode()
-def _view(model: DualEncoder, path: str) -> _View:
-    sample = model.read(Path(path))
-    features = model.encode_samples([sample])
-    if sample.affine is not None:
-        return _View(path, sample, features, model.reader.native(Path(path)).numpy(), None)
-    film = shown(model.reader, Path(path))
-    return _View(path, sample, features, film.pixels, film.orientation)
-
-
-def _maps(model: DualEncoder, views: Sequence[_View], one: FindingExplanation) -> list[list[_Drawn]]:
+def _maps(model: DualEncoder, views: Sequence[PageImage], one: FindingExplanation) -> list[list[Drawn]]:
     """The maps of each sign, one for each image; none of what speaks against a finding.
 
     A sign's map is the highest token cosine with any of its prompts. Of a volume the slice that the map points at is shown.
@@ -130,14 +83,13 @@ def _maps(model: DualEncoder, views: Sequence[_View], one: FindingExplanation) -
     for sign in one.signs:
         row = []
         for view in views if sign.positive else ():
-            grids = token_maps(model, view.features, sign.positive)[0].amax(0, keepdim=True)
-            scores = native_maps(grids, view.sample.transform, view.features.extent, model.token_offset.get(grids.ndim - 1))[0]
+            scores = map_of(model, view, tuple(sign.positive))
             row.append(view.drawn(scores, peak(scores)))
         found.append(row)
     return found
 
 
-def _signs(one: FindingExplanation, maps: list[list[_Drawn]] | None, limit: float) -> list[dict[str, Any]]:
+def _signs(one: FindingExplanation, maps: list[list[Drawn]] | None, limit: float) -> list[dict[str, Any]]:
     """Lines of the table, the strongest signs first; bars are of scores where these are shares, else of what the signs add."""
     shares = all(0 <= sign.score <= 1 for sign in one.signs) and one.scale != "logit"
     largest = max((abs(sign.contribution) for sign in one.signs if sign.contribution is not None), default=0.0) or 1.0
@@ -166,7 +118,7 @@ def _prompts(sign: Sign) -> str:
     return " / ".join(texts[0] for texts in (sign.positive, sign.negative) if texts)
 
 
-def _map(drawn: _Drawn, limit: float) -> dict[str, str]:
+def _map(drawn: Drawn, limit: float) -> dict[str, str]:
     png = thumbnail(
         drawn.picture.pixels,
         scores=drawn.scores,
@@ -176,14 +128,14 @@ def _map(drawn: _Drawn, limit: float) -> dict[str, str]:
         side=SIDE["map"],
         pixel_aspect=drawn.picture.pixel_aspect,
     )
-    return {"src": _jpeg(png), "what": drawn.what}
+    return {"src": jpeg_uri(png), "what": drawn.what}
 
 
-def _image(view: _View) -> dict[str, str]:
+def _image(view: PageImage) -> dict[str, str]:
     drawn = view.drawn(np.zeros_like(view.native), None)
     picture = drawn.picture
     png = thumbnail(picture.pixels, orientation=picture.orientation, side=SIDE["image"], pixel_aspect=picture.pixel_aspect)
-    return {"src": _jpeg(png), "what": drawn.what}
+    return {"src": jpeg_uri(png), "what": drawn.what}
 
 
 def _curve(series: Any, finding: str) -> dict[str, Any] | None:
@@ -213,9 +165,3 @@ def _told(path: str, alone: float, change: float | None) -> dict[str, str]:
 
 def _bar(score: float) -> int | None:
     return round(BAR * score) if 0 <= score <= 1 else None
-
-
-def _jpeg(png: bytes) -> str:
-    out = io.BytesIO()
-    Image.open(io.BytesIO(png)).convert("RGB").save(out, "JPEG", quality=85)
-    return f"data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode()}"

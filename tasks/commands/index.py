@@ -1,0 +1,370 @@
+"""``medvl index``: an archive of studies in one file, to be asked with ``medvl search``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from tasks.commands.common import (
+    REJECTED,
+    check_out_folder,
+    console,
+    echo_notice,
+    json_option,
+    json_text,
+    load_manifest,
+    load_model,
+    model_options,
+    new_table,
+    report_rejected,
+    text_policy_option,
+    text_source,
+    usage_errors,
+    weights_sha256,
+)
+
+if TYPE_CHECKING:
+    from medvl.model import DualEncoder
+    from tasks.archive.ingest import Ingested
+    from tasks.archive.records import ModelKey
+    from tasks.archive.sources import Candidate, Reject
+    from tasks.archive.sqlite import SqliteStore
+
+F = TypeVar("F", bound=Callable[..., Any])
+MANIFEST = ("study_id", "patient_id", "modality", "path")
+"""Columns by which a table is told to be a manifest."""
+
+
+def store_option(command: F) -> F:
+    """``--store``."""
+    return click.option("--store", type=click.Path(path_type=Path), required=True, metavar="FILE", help="The archive.")(command)
+
+
+@contextmanager
+def archive_errors() -> Iterator[None]:
+    """Errors of the archive as usage errors: their messages are safe to show."""
+    from tasks.archive.store import ArchiveError
+
+    with usage_errors(ArchiveError):
+        yield
+
+
+@click.group(short_help="Keep an archive of studies to be searched.")
+def index() -> None:
+    """Keep an archive of studies: reports by section, sentences and what they state, metadata, paths, and vectors of one model or several.
+
+    It is one SQLite file, made for its owner alone. What is made of it for speed stands beside it in FILE.derived and is made again
+    whenever it does not fit.
+
+    \b
+    Examples:
+      medvl index build demo/data/manifest.csv --model demo/model --store archive.db
+      medvl index add more/ --model demo/model --store archive.db
+      medvl index stats --store archive.db
+      medvl index remove --patient P17 --store archive.db
+      medvl index verify --store archive.db
+    """
+
+
+def source_options(command: F) -> F:
+    """What ``build`` and ``add`` read, and how."""
+    for option in (
+        json_option,
+        click.option("--rejected", "rejected_path", type=click.Path(path_type=Path), metavar="OUT", help="List what cannot be used."),
+        click.option("--id-column", metavar="COL", help="Of a table that is no manifest: its ids, if not the first column."),
+        click.option("--text-column", "text_columns", multiple=True, metavar="COL", help="Of a table that is no manifest: its reports."),
+        click.option("--no-images", is_flag=True, help="Encode the reports alone."),
+        text_policy_option,
+        click.option("--split", type=click.Choice(["train", "val", "test"]), help="Of a manifest, this split; all unless told."),
+        click.option("--allow-outside", is_flag=True, help="Accept paths that leave the table's folder."),
+        click.option("--modality", type=click.Choice(["xray", "ct"]), help="Of a manifest, these rows; of other sources, what they are."),
+        click.option("--columns", type=click.Path(path_type=Path), metavar="YAML", help="How a manifest names its columns."),
+        store_option,
+        model_options,
+        click.argument("source", type=click.Path(path_type=Path), metavar="MANIFEST|FOLDER|XML|TABLE"),
+    ):
+        command = option(command)
+    return command
+
+
+@index.command(short_help="Make an archive of studies.")
+@source_options
+@click.option("--no-text", is_flag=True, help="Keep ids, metadata and vectors alone: no word of a report, nothing made of its words.")
+@click.pass_context
+def build(ctx: click.Context, store: Path, no_text: bool, **what: Any) -> None:
+    """Make an archive of the studies of a manifest, a folder of images (and .txt reports of the same names), Open-i's XML, or a table of
+    reports (.csv, .tsv, .jsonl, .parquet).
+
+    The same command again goes on where it was stopped, and changes nothing of what is there as it is now. What cannot be used is listed
+    with its reason.
+
+    \b
+    Examples:
+      medvl index build demo/data/manifest.csv --model demo/model --store archive.db
+      medvl index build openi_reports.tgz --model demo/model --store openi.db
+      medvl index build reports.csv --id-column id --text-column report --no-images --model demo/model --store reports.db
+    """
+    check_out_folder(store.absolute().parent, "--store")
+    _fill(ctx, store, create=True, with_text=not no_text, **what)
+
+
+@index.command(short_help="Add studies, or the vectors of another model.")
+@source_options
+@click.pass_context
+def add(ctx: click.Context, store: Path, **what: Any) -> None:
+    """Add studies to an archive, or vectors of another model to the studies that are there.
+
+    \b
+    Examples:
+      medvl index add new/manifest.csv --model demo/model --store archive.db
+      medvl index add demo/data/manifest.csv --model other/model --store archive.db
+    """
+    _fill(ctx, store, create=False, with_text=True, **what)
+
+
+def _fill(
+    ctx: click.Context,
+    store: Path,
+    *,
+    create: bool,
+    with_text: bool,
+    source: Path,
+    model: Path,
+    device: str | None,
+    columns: Path | None,
+    modality: str | None,
+    allow_outside: bool,
+    split: str | None,
+    text_policy: str,
+    no_images: bool,
+    text_columns: tuple[str, ...],
+    id_column: str | None,
+    rejected_path: Path | None,
+    as_json: bool,
+) -> None:
+    if not source.exists():
+        raise click.UsageError(f"{source}: no such file or folder")
+    encoder = load_model(model, device)
+    from medvl.types import RESEARCH_USE
+    from reports.facts import LexiconFacts
+    from reports.facts.ontology import load_ontology
+    from reports.openi import UnreadableReportError
+    from tasks.archive.derived import folder_of, open_derived
+    from tasks.archive.ingest import Encoder, Ingested, ingest, model_key
+    from tasks.archive.sources import ReportReader
+    from tasks.archive.sqlite import SqliteStore
+    from tasks.report_tables import ReportTableError
+
+    texts = text_source(text_policy)
+    done = Ingested()
+
+    def reject(place: str, reason: str) -> None:
+        done.rejected.append((place, reason))
+
+    with archive_errors(), usage_errors(ReportTableError, UnreadableReportError):
+        kept = SqliteStore(store, create=create, with_text=with_text)
+        key = model_key(encoder, weights_sha256(model), texts)
+        _check_key(kept, key)
+        number = kept.model(key)
+        studies = _studies(source, encoder, columns, modality, allow_outside, split, text_columns, id_column, reject)
+        with _counting("studies") as advance:
+            reader = ReportReader(texts, LexiconFacts(), load_ontology())
+            ingest(kept, studies, Encoder(encoder, with_images=not no_images), reader, number, done, advance)
+        with _counting("index") as advance:
+            open_derived(kept, folder_of(store), lambda _, count: advance(count))
+        counts = kept.counts()
+        kept.close()
+    report_rejected(done.rejected, f"of {source}", rejected_path)
+    if as_json:
+        click.echo(json_text({**_told(done), "studies": counts.studies, "store": str(store), "ok": True, "notice": RESEARCH_USE}))
+    else:
+        click.echo(f"{store}: {done.added} added, {done.changed} changed, {done.unchanged} there already; {counts.studies} studies in all")
+        echo_notice()
+    if done.rejected:
+        ctx.exit(REJECTED)
+
+
+def _told(done: Ingested) -> dict[str, int]:
+    return {"added": done.added, "changed": done.changed, "unchanged": done.unchanged, "rejected": len(done.rejected)}
+
+
+def _check_key(store: SqliteStore, key: ModelKey) -> None:
+    """Refuse what the store would take for another model, though only the split of texts differs."""
+    from tasks.archive.store import ArchiveError
+
+    for known in store.models().values():
+        if known.weights_sha256 == key.weights_sha256 and known != key:
+            raise ArchiveError(
+                f"{store.path}: has vectors of these weights with another preprocessing or --text-policy; take the same, or another --store"
+            )
+
+
+@contextmanager
+def _counting(what: str) -> Iterator[Callable[[int], None]]:
+    """A progress line for a number that is not known before."""
+    from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    shown = (SpinnerColumn(), TextColumn("{task.description}"), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*shown, console=console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda count: bar.advance(task, count)
+
+
+def _studies(
+    source: Path,
+    model: DualEncoder,
+    columns: Path | None,
+    modality: str | None,
+    allow_outside: bool,
+    split: str | None,
+    text_columns: tuple[str, ...],
+    id_column: str | None,
+    reject: Reject,
+) -> Iterator[Candidate]:
+    """The studies of a source, by what it is."""
+    from tasks.archive.sources import OPENI, of_folder, of_manifest, of_openi, of_table
+
+    kind = modality or _kind_of(model)
+    name = source.name.lower()
+    if source.is_dir():
+        if any(source.rglob("*.xml")) and not model.reader.find_images(source):
+            return of_openi(source, reject)
+        return of_folder(source, model.reader, kind, reject)
+    if name.endswith(OPENI):
+        return of_openi(source, reject)
+    if columns is None and not _is_manifest(source):
+        return of_table(source, text_columns, id_column, kind, reject)
+    if text_columns or id_column:
+        raise click.UsageError("--text-column and --id-column are for tables that are no manifest; this one has --columns for it")
+    table = load_manifest(source, columns, allow_outside)
+    for bad in table.rejected:
+        reject(bad.path, str(bad))
+    return of_manifest(table.select(split=split, modality=modality).rows, source.name, reject)
+
+
+def _kind_of(model: DualEncoder) -> str:
+    """What the model reads, where the source does not say: both are taken for radiographs' reports only if it reads no volumes."""
+    return (
+        "ct" if any(suffix in model.reader.suffixes for suffix in (".nii", ".nii.gz")) and ".png" not in model.reader.suffixes else "xray"
+    )
+
+
+def _is_manifest(source: Path) -> bool:
+    """Whether a table has the columns of a study manifest."""
+    import csv
+
+    if source.suffix.lower() == ".parquet":
+        import pyarrow.parquet
+
+        return set(MANIFEST) <= set(pyarrow.parquet.read_schema(source).names)
+    if source.suffix.lower() not in (".csv", ".tsv"):
+        return False
+    with source.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+        header = next(csv.reader(file, delimiter="\t" if source.suffix.lower() == ".tsv" else ","), [])
+    return set(MANIFEST) <= {name.strip() for name in header}
+
+
+@index.command(short_help="Take studies or patients out, with every trace.")
+@store_option
+@click.option("--patient", "patients", multiple=True, metavar="ID", help="All studies of a patient.")
+@click.option("--study", "studies", multiple=True, metavar="ID", help="A study.")
+@json_option
+@click.pass_context
+def remove(ctx: click.Context, store: Path, patients: tuple[str, ...], studies: tuple[str, ...], as_json: bool) -> None:
+    """Take studies out of an archive: their rows are overwritten, the full-text index is merged, what is derived is made again; then every
+    file is looked through for their ids, paths and sentences.
+
+    What the disk itself keeps of overwritten files, copies and backups are beyond its reach.
+
+    \b
+    Examples:
+      medvl index remove --patient P17 --patient P18 --store archive.db
+      medvl index remove --study S4 --store archive.db
+    """
+    if not patients and not studies:
+        raise click.UsageError("nothing to take out: give --patient ID or --study ID")
+    from tasks.archive.sqlite import SqliteStore
+    from tasks.archive.upkeep import removed_for_good
+
+    with archive_errors():
+        kept = SqliteStore(store)
+        gone, left = removed_for_good(kept, patients=patients, studies=studies)
+        kept.close()
+    if as_json:
+        click.echo(json_text({"removed": list(gone.studies), "traces_left": len(left), "ok": not left}))
+    else:
+        click.echo(f"{len(gone.studies)} studies removed" + ("" if gone.studies else "; none has such an id"))
+        click.echo(f"{len(gone.traces)} ids, paths and sentences were looked for in every file of the archive: {len(left)} found")
+    for where in left:
+        click.echo(f"  still in {where}", err=True)
+    if left or not gone.studies:
+        ctx.exit(REJECTED)
+
+
+@index.command(short_help="Check that an archive is whole.")
+@store_option
+@json_option
+@click.pass_context
+def verify(ctx: click.Context, store: Path, as_json: bool) -> None:
+    """Check an archive: pages, references, full-text index and vectors of the file, and what is derived of it.
+
+    \b
+    Example:
+      medvl index verify --store archive.db
+    """
+    from tasks.archive.sqlite import SqliteStore
+    from tasks.archive.upkeep import problems_of
+
+    with archive_errors():
+        kept = SqliteStore(store)
+        problems = problems_of(kept)
+        kept.close()
+    if as_json:
+        click.echo(json_text({"ok": not problems, "problems": problems}))
+    else:
+        click.echo(f"{store}: " + ("whole" if not problems else f"{len(problems)} problems"))
+        for problem in problems:
+            click.echo(f"  {problem}")
+    if problems:
+        ctx.exit(REJECTED)
+
+
+@index.command(short_help="Say what an archive holds.")
+@store_option
+@json_option
+def stats(store: Path, as_json: bool) -> None:
+    """Count what an archive holds, by kind, model and finding.
+
+    \b
+    Example:
+      medvl index stats --store archive.db
+    """
+    from tasks.archive.sqlite import SqliteStore
+    from tasks.archive.upkeep import facts_of
+
+    with archive_errors():
+        kept = SqliteStore(store)
+        told = facts_of(kept)
+        kept.close()
+    if as_json:
+        click.echo(json_text(told))
+        return
+    table = new_table(str(store), "what", "how many", numbers=("how many",))
+    for name in ("studies", "patients", "reports", "sentences", "images"):
+        table.add_row({"sentences": "different sentences"}.get(name, name), f"{told[name]:,}")
+    for model in told["models"]:
+        for kind, count in model["vectors"].items():
+            table.add_row(f"{kind} vectors of model {model['weights_sha256'][:12]} ({model['width']} numbers)", f"{count:,}")
+    table.add_row("bytes of the file", f"{told['bytes']:,}")
+    table.add_row("bytes of what is derived", f"{told['derived_bytes']:,}")
+    console().print(table)
+    if told["findings"]:
+        said = new_table("What reports say", "finding", "present", "uncertain", "absent", numbers=("present", "uncertain", "absent"))
+        for name, count in told["findings"].items():
+            said.add_row(name, f"{count['present']:,}", f"{count['uncertain']:,}", f"{count['absent']:,}")
+        console().print(said)
+    echo_notice()
