@@ -12,6 +12,8 @@ from medvl.metrics.bootstrap import (
     combined,
     mean_intervals,
     mean_statistic,
+    median_statistic,
+    ratio_statistic,
 )
 from medvl.metrics.boxes import Matches, accuracy_at_iou, average_precision_statistic, box_iou, match_boxes
 from medvl.metrics.calibration import Calibrator, Isotonic, Platt, Temperature, calibrator_from_dict
@@ -119,9 +121,11 @@ __all__ = [
     "mean_intervals",
     "mean_iou",
     "mean_statistic",
+    "median_statistic",
     "overlap",
     "peak",
     "pointing_game",
+    "ratio_statistic",
     "recall_at_k",
     "sensitivity_statistic",
     "specificity_statistic",
