@@ -1,4 +1,4 @@
-"""Metrics and their intervals: ranking, probabilities, decisions, maps, retrieval; thresholds, calibration and conformal sets."""
+"""Metrics and their intervals: ranking, probabilities, decisions, maps, retrieval, facts; thresholds, calibration, conformal."""
 
 from medvl.metrics.bootstrap import (
     MACRO,
@@ -37,6 +37,13 @@ from medvl.metrics.conformal import (
     decisions,
 )
 from medvl.metrics.delong import DeLongInterval, DeLongTest, delong_covariance, delong_interval, delong_test
+from medvl.metrics.facts import (
+    FactAgreement,
+    FactOverlap,
+    fact_agreement,
+    fact_relevance,
+    same_present_facts,
+)
 from medvl.metrics.labels import LabelCounts, label_counts
 from medvl.metrics.maps import (
     IOU_THRESHOLDS,
@@ -53,7 +60,17 @@ from medvl.metrics.maps import (
 )
 from medvl.metrics.paired import Comparison, compare_models
 from medvl.metrics.ranking import auprc_statistic, auroc, auroc_intervals, auroc_statistic, concordance_statistic
-from medvl.metrics.retrieval import Retrieval, chance_of_a_hit, recall_at_k
+from medvl.metrics.retrieval import (
+    Gain,
+    PooledRecall,
+    RankingResult,
+    Retrieval,
+    both_directions,
+    chance_of_a_hit,
+    pooled_recall,
+    ranking_metrics,
+    recall_at_k,
+)
 from medvl.metrics.subgroups import Difference, Gap, Subgroup, SubgroupTable, subgroup_table
 from medvl.metrics.thresholds import Threshold, choose_threshold
 
@@ -68,6 +85,9 @@ __all__ = [
     "DeLongInterval",
     "DeLongTest",
     "Difference",
+    "FactAgreement",
+    "FactOverlap",
+    "Gain",
     "Gap",
     "Interval",
     "Isotonic",
@@ -76,6 +96,8 @@ __all__ = [
     "Matches",
     "PatientIds",
     "Platt",
+    "PooledRecall",
+    "RankingResult",
     "Resamples",
     "Retrieval",
     "Statistic",
@@ -95,6 +117,7 @@ __all__ = [
     "bootstrap_interval",
     "bootstrap_intervals",
     "bootstrap_resamples",
+    "both_directions",
     "box_iou",
     "brier_statistic",
     "calibration_error_statistic",
@@ -115,6 +138,8 @@ __all__ = [
     "delong_test",
     "distance_to_centre",
     "f1_statistic",
+    "fact_agreement",
+    "fact_relevance",
     "label_counts",
     "match_boxes",
     "mcc_statistic",
@@ -125,8 +150,11 @@ __all__ = [
     "overlap",
     "peak",
     "pointing_game",
+    "pooled_recall",
+    "ranking_metrics",
     "ratio_statistic",
     "recall_at_k",
+    "same_present_facts",
     "sensitivity_statistic",
     "specificity_statistic",
     "subgroup_table",
