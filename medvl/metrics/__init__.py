@@ -1,4 +1,4 @@
-"""Metrics and their intervals: ranking, probabilities, decisions, maps, retrieval, facts; thresholds, calibration, conformal."""
+"""Metrics and their intervals: ranking, probabilities, decisions, maps, retrieval, facts, hubness; thresholds, calibration, conformal."""
 
 from medvl.metrics.bootstrap import (
     MACRO,
@@ -43,6 +43,17 @@ from medvl.metrics.facts import (
     fact_agreement,
     fact_relevance,
     same_present_facts,
+)
+from medvl.metrics.hubness import (
+    Hubness,
+    centre,
+    centred,
+    csls,
+    hubness_of,
+    k_occurrences,
+    measure_hubness,
+    modality_gap,
+    neighbour_similarity,
 )
 from medvl.metrics.labels import LabelCounts, label_counts
 from medvl.metrics.maps import (
@@ -89,6 +100,7 @@ __all__ = [
     "FactOverlap",
     "Gain",
     "Gap",
+    "Hubness",
     "Interval",
     "Isotonic",
     "LabelCounts",
@@ -122,6 +134,8 @@ __all__ = [
     "brier_statistic",
     "calibration_error_statistic",
     "calibrator_from_dict",
+    "centre",
+    "centred",
     "chance_of_a_hit",
     "choose_threshold",
     "classification_table",
@@ -131,6 +145,7 @@ __all__ = [
     "contrast_of_moments",
     "contrast_to_noise",
     "coverage_statistic",
+    "csls",
     "decided_accuracy_statistic",
     "decisions",
     "delong_covariance",
@@ -140,13 +155,18 @@ __all__ = [
     "f1_statistic",
     "fact_agreement",
     "fact_relevance",
+    "hubness_of",
+    "k_occurrences",
     "label_counts",
     "match_boxes",
     "mcc_statistic",
     "mean_intervals",
     "mean_iou",
     "mean_statistic",
+    "measure_hubness",
     "median_statistic",
+    "modality_gap",
+    "neighbour_similarity",
     "overlap",
     "peak",
     "pointing_game",
