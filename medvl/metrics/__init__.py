@@ -1,4 +1,4 @@
-"""Metrics and their intervals: ranking, probabilities, decisions, maps, retrieval; thresholds, calibration and conformal sets."""
+"""Metrics and their intervals: ranking, probabilities, decisions, maps, retrieval, facts, hubness; thresholds, calibration, conformal."""
 
 from medvl.metrics.bootstrap import (
     MACRO,
@@ -12,6 +12,8 @@ from medvl.metrics.bootstrap import (
     combined,
     mean_intervals,
     mean_statistic,
+    median_statistic,
+    ratio_statistic,
 )
 from medvl.metrics.boxes import Matches, accuracy_at_iou, average_precision_statistic, box_iou, match_boxes
 from medvl.metrics.calibration import Calibrator, Isotonic, Platt, Temperature, calibrator_from_dict
@@ -35,6 +37,24 @@ from medvl.metrics.conformal import (
     decisions,
 )
 from medvl.metrics.delong import DeLongInterval, DeLongTest, delong_covariance, delong_interval, delong_test
+from medvl.metrics.facts import (
+    FactAgreement,
+    FactOverlap,
+    fact_agreement,
+    fact_relevance,
+    same_present_facts,
+)
+from medvl.metrics.hubness import (
+    Hubness,
+    centre,
+    centred,
+    csls,
+    hubness_of,
+    k_occurrences,
+    measure_hubness,
+    modality_gap,
+    neighbour_similarity,
+)
 from medvl.metrics.labels import LabelCounts, label_counts
 from medvl.metrics.maps import (
     IOU_THRESHOLDS,
@@ -51,7 +71,17 @@ from medvl.metrics.maps import (
 )
 from medvl.metrics.paired import Comparison, compare_models
 from medvl.metrics.ranking import auprc_statistic, auroc, auroc_intervals, auroc_statistic, concordance_statistic
-from medvl.metrics.retrieval import Retrieval, chance_of_a_hit, recall_at_k
+from medvl.metrics.retrieval import (
+    Gain,
+    PooledRecall,
+    RankingResult,
+    Retrieval,
+    both_directions,
+    chance_of_a_hit,
+    pooled_recall,
+    ranking_metrics,
+    recall_at_k,
+)
 from medvl.metrics.subgroups import Difference, Gap, Subgroup, SubgroupTable, subgroup_table
 from medvl.metrics.thresholds import Threshold, choose_threshold
 
@@ -66,7 +96,11 @@ __all__ = [
     "DeLongInterval",
     "DeLongTest",
     "Difference",
+    "FactAgreement",
+    "FactOverlap",
+    "Gain",
     "Gap",
+    "Hubness",
     "Interval",
     "Isotonic",
     "LabelCounts",
@@ -74,6 +108,8 @@ __all__ = [
     "Matches",
     "PatientIds",
     "Platt",
+    "PooledRecall",
+    "RankingResult",
     "Resamples",
     "Retrieval",
     "Statistic",
@@ -93,10 +129,13 @@ __all__ = [
     "bootstrap_interval",
     "bootstrap_intervals",
     "bootstrap_resamples",
+    "both_directions",
     "box_iou",
     "brier_statistic",
     "calibration_error_statistic",
     "calibrator_from_dict",
+    "centre",
+    "centred",
     "chance_of_a_hit",
     "choose_threshold",
     "classification_table",
@@ -106,6 +145,7 @@ __all__ = [
     "contrast_of_moments",
     "contrast_to_noise",
     "coverage_statistic",
+    "csls",
     "decided_accuracy_statistic",
     "decisions",
     "delong_covariance",
@@ -113,16 +153,28 @@ __all__ = [
     "delong_test",
     "distance_to_centre",
     "f1_statistic",
+    "fact_agreement",
+    "fact_relevance",
+    "hubness_of",
+    "k_occurrences",
     "label_counts",
     "match_boxes",
     "mcc_statistic",
     "mean_intervals",
     "mean_iou",
     "mean_statistic",
+    "measure_hubness",
+    "median_statistic",
+    "modality_gap",
+    "neighbour_similarity",
     "overlap",
     "peak",
     "pointing_game",
+    "pooled_recall",
+    "ranking_metrics",
+    "ratio_statistic",
     "recall_at_k",
+    "same_present_facts",
     "sensitivity_statistic",
     "specificity_statistic",
     "subgroup_table",

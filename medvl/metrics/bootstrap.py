@@ -61,16 +61,57 @@ class Statistic:
 
 def mean_statistic(values: ArrayLike) -> Statistic:
     """The mean of (N,) values as a function of row weights; rows that are NaN do not count."""
-    given = np.asarray(values, dtype=np.float64)
-    if given.ndim != 1:
-        raise ValueError(f"values have shape {given.shape}, expected (N,)")
-    used = ~np.isnan(given)
-    numbers = given[used]
+    used, numbers = _numbers(values)
 
     def of_weights(weights: NDArray[np.float64]) -> NDArray[np.float64]:
         return ratio(weights[:, used] @ numbers, weights[:, used].sum(axis=1))
 
     return Statistic(of_weights, used)
+
+
+def median_statistic(values: ArrayLike) -> Statistic:
+    """The median of (N,) values as a function of row weights, that of each row repeated as often as it weighs; NaN rows do not count.
+
+    With rows sorted by value, W their weight and C its running sum, the mean of the first value with C >= W / 2 and of the first with
+    C > W / 2: of an even number the middle of the two middle ones, as ``numpy.median`` has it.
+
+    Raises:
+        ValueError: values that are not (N,).
+    """
+    used, numbers = _numbers(values)
+    order = np.argsort(numbers, kind="stable")
+    rows, ranked = np.flatnonzero(used)[order], numbers[order]
+
+    def of_weights(weights: NDArray[np.float64]) -> NDArray[np.float64]:
+        if not len(rows):
+            return np.full(len(weights), math.nan)
+        running = weights[:, rows].cumsum(axis=1)
+        half = running[:, -1:] / 2
+        middle = (ranked[(running >= half).argmax(axis=1)] + ranked[(running > half).argmax(axis=1)]) / 2
+        return np.where(half[:, 0] > 0, middle, math.nan)
+
+    return Statistic(of_weights, used)
+
+
+def ratio_statistic(top: ArrayLike, bottom: ArrayLike) -> Statistic:
+    """A quotient of two sums over rows as a function of row weights w, sum_i w_i top_i / sum_i w_i bottom_i, NaN where the bottom is 0.
+
+    Args:
+        top: (N,) finite.
+        bottom: (N,) finite, 0 or more. Rows in which both are 0 do not count.
+    Raises:
+        ValueError: shapes that differ or are not (N,), a value that is not finite, or a bottom below 0.
+    """
+    over, under = np.asarray(top, dtype=np.float64), np.asarray(bottom, dtype=np.float64)
+    if over.ndim != 1 or over.shape != under.shape:
+        raise ValueError(f"top has shape {over.shape}, bottom {under.shape}; both must be (N,)")
+    if not (np.isfinite(over).all() and np.isfinite(under).all()) or (under < 0).any():
+        raise ValueError("a quotient of sums needs finite numbers, those of the bottom 0 or more")
+
+    def of_weights(weights: NDArray[np.float64]) -> NDArray[np.float64]:
+        return ratio(weights @ over, weights @ under)
+
+    return Statistic(of_weights, (over != 0) | (under != 0))
 
 
 def combined(terms: Sequence[tuple[float, Statistic]]) -> Statistic:
@@ -209,6 +250,15 @@ def mean_intervals(
         raise ValueError(f"values have shape {values.shape}, expected (N, {len(names)}), a column per name")
     statistics = {name: mean_statistic(values[:, i]) for i, name in enumerate(names)}
     return bootstrap_intervals(statistics, patient_ids, repeats=repeats, seed=seed, level=level)
+
+
+def _numbers(values: ArrayLike) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
+    """(N,) bool, the rows that are not NaN, and their values."""
+    given = np.asarray(values, dtype=np.float64)
+    if given.ndim != 1:
+        raise ValueError(f"values have shape {given.shape}, expected (N,)")
+    used = ~np.isnan(given)
+    return used, given[used]
 
 
 def _patients(patient_ids: PatientIds) -> tuple[int, NDArray[np.int64]]:

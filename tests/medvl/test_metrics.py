@@ -7,6 +7,7 @@ import json
 import math
 import random
 from fractions import Fraction
+from statistics import median
 
 import numpy as np
 import pytest
@@ -24,8 +25,10 @@ from medvl.metrics import (
     bootstrap_intervals,
     mean_intervals,
     mean_statistic,
+    median_statistic,
     peak,
     pointing_game,
+    ratio_statistic,
     recall_at_k,
     tied_peaks,
 )
@@ -195,6 +198,30 @@ def test_mean_intervals_ignore_what_is_not_there():
     assert got["lung_nodule"].value == pytest.approx(2 / 3)
     assert (got["pneumothorax"].value, got["pneumothorax"].n) == (0.0, 1)
     assert (got[MACRO].value, got[MACRO].n, got[MACRO].n_patients) == (pytest.approx(1 / 3), 3, 2)
+
+
+@given(
+    st.lists(st.one_of(st.integers(-3, 3).map(float), st.just(math.nan)), min_size=1, max_size=9),
+    st.randoms(use_true_random=False),
+)
+def test_weighted_median_is_the_median_of_repeated_rows(values, rng):
+    statistic = median_statistic(values)
+    weights = np.array([[rng.randrange(4) for _ in values] for _ in range(6)], dtype=float)
+    for got, row in zip(statistic.of_weights(weights), weights, strict=True):
+        repeated = [v for v, w in zip(values, row, strict=True) for _ in range(int(w)) if not math.isnan(v)]
+        assert got == median(repeated) if repeated else math.isnan(got)
+
+
+def test_a_quotient_of_sums_weighs_its_rows():
+    statistic = ratio_statistic([1, 0, 3, 0], [2, 0, 4, 1])
+    assert statistic.used.tolist() == [True, False, True, True]
+    assert statistic.of_weights(np.array([[1.0, 1, 1, 1], [0, 5, 2, 0], [0, 1, 0, 0]]))[:2].tolist() == pytest.approx([4 / 7, 6 / 8])
+    assert math.isnan(statistic.of_weights(np.array([[0.0, 1, 0, 0]]))[0])
+    for top, bottom, says in (([1], [-1], "0 or more"), ([math.nan], [1], "finite"), ([1, 2], [1], "shape")):
+        with pytest.raises(ValueError, match=says):
+            ratio_statistic(top, bottom)
+    with pytest.raises(ValueError, match="expected"):
+        median_statistic(np.zeros((2, 2)))
 
 
 def test_interval_is_strict_json():
