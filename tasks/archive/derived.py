@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from medvl.files import write_atomically
+from tasks.archive import approximate
 from tasks.archive.store import KINDS, METADATA, ArchiveError, ArchiveStore, VectorKind
 
 VERSION = 1
@@ -40,6 +41,14 @@ Advance = Callable[[str, int], None]
 
 
 @dataclass(frozen=True)
+class Approximate:
+    """An index of a large matrix."""
+
+    index: Any = field(repr=False)
+    probes: int
+
+
+@dataclass(frozen=True)
 class Gallery:
     """The vectors of one kind, and which studies they are of."""
 
@@ -47,6 +56,7 @@ class Gallery:
     starts: NDArray[np.int64] = field(repr=False)  # (N + 1,) study n has members[starts[n]:starts[n + 1]]
     members: NDArray[np.int64] = field(repr=False)  # rows of the matrix, by study
     owners: NDArray[np.int64] = field(repr=False)  # (rows,) the store's number of the report, sentence or image
+    approximate: Approximate | None = None
 
     @cached_property
     def one_each(self) -> bool:
@@ -55,9 +65,13 @@ class Gallery:
         return len(self.matrix) == n and len(self.members) == n and bool((self.members == np.arange(n)).all())
 
     @cached_property
-    def rows_of(self) -> NDArray[np.int64]:
-        """(members,) the study of each member."""
-        return np.repeat(np.arange(len(self.starts) - 1), np.diff(self.starts))
+    def study_of(self) -> NDArray[np.int64] | None:
+        """(rows,) the study of each row; None where a row is of several."""
+        if len(self.members) != len(self.matrix):
+            return None
+        found = np.empty(len(self.matrix), np.int64)
+        found[self.members] = np.repeat(np.arange(len(self.starts) - 1), np.diff(self.starts))
+        return found
 
 
 class Derived:
@@ -122,7 +136,11 @@ class Derived:
             if key not in self.current["galleries"]:
                 raise ArchiveError(f"the archive has no {kind} vectors of this model")
             names = ("matrix", "starts", "members", "owners")
-            self._galleries[key] = Gallery(*(self._array(f"{key}-{name}") for name in names))
+            how = self.current["galleries"][key]
+            file = self.folder / f"{self.current['prefix']}-{key}-ivf.faiss"
+            index = None if how is None or not approximate.available() else Approximate(approximate.load(file), int(how["probes"]))
+            matrix, starts, members, owners = (self._array(f"{key}-{name}") for name in names)
+            self._galleries[key] = Gallery(matrix, starts, members, owners, index)
         return self._galleries[key]
 
     def kinds(self, model: int) -> tuple[VectorKind, ...]:
@@ -211,12 +229,11 @@ def _build(store: ArchiveStore, folder: Path, advance: Advance) -> dict[str, Any
             made.array(f"column-{name}", np.array([-1 if value is None else code[str(value)] for value in values], np.int32))
             made.text(f"words-{name}.json", json.dumps(known))
         findings = _findings(store, made, place)
-        galleries = [
-            f"{number}-{kind}"
-            for number, key in store.models().items()
-            for kind in KINDS
-            if _gallery(store, made, place, number, kind, key.width, advance)
-        ]
+        galleries: dict[str, dict[str, Any] | None] = {}
+        for number, key in store.models().items():
+            for kind in KINDS:
+                if (matrix := _gallery(store, made, place, number, kind, key.width, advance)) is not None:
+                    galleries[f"{number}-{kind}"] = _approximate(matrix, made, f"{number}-{kind}", advance)
         documents = _documents(store, made, place, advance)
         current = {
             "version": VERSION,
@@ -276,13 +293,22 @@ def _findings(store: ArchiveStore, made: _Files, place: dict[int, int]) -> list[
     return names
 
 
-def _gallery(store: ArchiveStore, made: _Files, place: dict[int, int], model: int, kind: VectorKind, width: int, advance: Advance) -> bool:
-    """The matrix of a kind of vectors, and its studies; False where there is none. Rows lie in the order of the studies."""
+def _approximate(matrix: NDArray[np.float32], made: _Files, key: str, advance: Advance) -> dict[str, Any] | None:
+    """An index for approximate search beside a large matrix, where faiss is installed; how it is searched."""
+    if len(matrix) < approximate.ROWS or not approximate.available():
+        return None
+    return approximate.build(matrix, made.path(f"{key}-ivf.faiss"), lambda rows: advance("approximate index", rows))
+
+
+def _gallery(
+    store: ArchiveStore, made: _Files, place: dict[int, int], model: int, kind: VectorKind, width: int, advance: Advance
+) -> NDArray[np.float32] | None:
+    """The matrix of a kind of vectors, and its studies; None where there is none. Rows lie in the order of the studies."""
     pairs = np.array([(place[study], owner) for study, owner in store.owners(kind)], np.int64).reshape(-1, 2)
     pairs = pairs[np.argsort(pairs[:, 0], kind="stable")]
     known = np.array([owner for owner, _ in store.vectors(model, kind)], np.int64) if len(pairs) else np.zeros(0, np.int64)
     if not len(known):
-        return False
+        return None
     pairs = pairs[np.isin(pairs[:, 1], known)]
     owners, first = np.unique(pairs[:, 1], return_index=True)
     owners = owners[np.argsort(first)]  # by the first study that has it
@@ -304,7 +330,7 @@ def _gallery(store: ArchiveStore, made: _Files, place: dict[int, int], model: in
     made.array(f"{model}-{kind}-starts", starts)
     made.array(f"{model}-{kind}-members", members)
     made.array(f"{model}-{kind}-owners", owners)
-    return True
+    return matrix
 
 
 def _documents(store: ArchiveStore, made: _Files, place: dict[int, int], advance: Advance) -> int:

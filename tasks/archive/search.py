@@ -24,6 +24,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from tasks.archive import approximate
 from tasks.archive.derived import Advance, Derived, Gallery, folder_of, open_derived, words_of
 from tasks.archive.records import ModelKey
 from tasks.archive.sqlite import SqliteStore
@@ -38,6 +39,8 @@ MARGIN = 1e-5
 """Of float32 scores: what is nearer than this to the last hit is scored again."""
 DECIMALS = 9
 """Scores that agree in so many are equal: vectors that differ may have the same cosine, which rounding must not order."""
+EXACT = 20_000
+"""So many studies are scored each, though there be an approximate index."""
 GATHER = 0.3
 """A filter that leaves a smaller share has its rows copied out, instead of all being scored."""
 BLOCK = 65536
@@ -263,6 +266,22 @@ class VectorScores:
         has = np.diff(gallery.starts) > 0
         self.allowed = has if question.allowed is None else has & question.allowed
 
+    @property
+    def usable(self) -> int:
+        """Studies that may answer."""
+        return int(self.allowed.sum())
+
+    def candidates(self, count: int) -> NDArray[np.int64]:
+        """The studies that may be among the ``count`` best: all of them, but for those that an approximate index misses."""
+        gallery = self.gallery
+        studies = gallery.study_of if gallery.approximate is not None and len(self.queries) == 1 else None
+        if gallery.approximate is None or studies is None or self.usable <= EXACT:
+            return largest(self.rough(), count)
+        rows = None if self.usable == len(self.allowed) else self.allowed[studies]
+        index, wanted = gallery.approximate, approximate.rows_for(count)
+        found = approximate.search(index.index, self.queries[0].astype(np.float32), wanted, index.probes, rows)
+        return np.unique(studies[found])
+
     def rough(self) -> NDArray[np.float32]:
         """(N,) float32 scores, -inf where a study may not answer."""
         gallery, queries = self.gallery, self.queries.astype(np.float32)
@@ -312,9 +331,14 @@ class TextScores:
         if question.allowed is not None:
             self.scores[~question.allowed] = -np.inf
 
-    def rough(self) -> NDArray[np.float64]:
-        """(N,) scores."""
-        return self.scores
+    @property
+    def usable(self) -> int:
+        """Studies that have one of the words and may answer."""
+        return int(np.isfinite(self.scores).sum())
+
+    def candidates(self, count: int) -> NDArray[np.int64]:
+        """The studies that may be among the ``count`` best."""
+        return largest(self.scores, count)
 
     def exact(self, places: NDArray[np.int64]) -> NDArray[np.float64]:
         """Those of some."""
@@ -327,11 +351,9 @@ class TextScores:
 
 def first(scores: VectorScores | TextScores, top: int, groups: NDArray[np.int64] | None = None) -> tuple[list[int], list[float]]:
     """The ``top`` best studies and their scores, equal ones by place; of each group the best alone."""
-    rough = scores.rough()
-    usable = int(np.isfinite(rough).sum())
-    wanted = top
+    usable, wanted = scores.usable, top
     while True:
-        places = _candidates(rough, min(wanted, usable))
+        places = scores.candidates(min(wanted, usable))
         exact = scores.exact(places)
         order = np.lexsort((places, -exact.round(DECIMALS)))
         places, exact = places[order], exact[order]
@@ -345,7 +367,7 @@ def first(scores: VectorScores | TextScores, top: int, groups: NDArray[np.int64]
         wanted *= 4
 
 
-def _candidates(rough: NDArray[np.floating], count: int) -> NDArray[np.int64]:
+def largest(rough: NDArray[np.floating], count: int) -> NDArray[np.int64]:
     """The places of the ``count`` largest and of all that could be among them but for rounding."""
     if count < 1:
         return np.zeros(0, np.int64)
