@@ -26,6 +26,7 @@ from tasks.commands.diagnose import diagnose
 from tasks.commands.evaluate import evaluate
 from tasks.commands.evaluate_maps import evaluate_maps
 from tasks.commands.ground import ground
+from tasks.commands.index import index
 from tasks.commands.inspect import inspect
 from tasks.commands.match import match
 from tasks.commands.phantom import phantom
@@ -115,7 +116,8 @@ def cli(debug: bool) -> None:
       medvl calibrate data/manifest.csv --model demo/model     probabilities and decisions, fitted on validation studies
       medvl ground film.dcm --phrase "left pleural effusion" --model demo/model --out maps
       medvl view film.dcm --model demo/model          a page on this machine: the image, and maps of what is typed
-      medvl search --model demo/model --index demo/data/manifest.csv --query "large pneumothorax" --top 5
+      medvl index build demo/data/manifest.csv --model demo/model --store archive.db
+      medvl search --store archive.db --model demo/model --query "large pneumothorax" --top 5
       medvl evaluate --model demo/model --manifest demo/data/manifest.csv --out results
       medvl tabulate results other/results.json            results of one protocol side by side, with paired differences
       medvl compare clip siglip radzero --out compared      recipes under the same budget, in one table
@@ -127,7 +129,7 @@ def cli(debug: bool) -> None:
 
 for _command in (
     *(demo, phantom, inspect, reports, shards, match, fit, validate, test, average),
-    *(diagnose, calibrate, ground, calibrate_maps, view, search, evaluate, evaluate_maps, tabulate, probe, compare, card),
+    *(diagnose, calibrate, ground, calibrate_maps, view, index, search, evaluate, evaluate_maps, tabulate, probe, compare, card),
 ):
     cli.add_command(_command)
 

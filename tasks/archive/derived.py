@@ -27,12 +27,12 @@ from numpy.typing import NDArray
 
 from medvl.files import write_atomically
 from tasks.archive import approximate
+from tasks.archive.filters import NOT_MENTIONED, Columns, TextColumn, day_number
 from tasks.archive.store import KINDS, METADATA, ArchiveError, ArchiveStore, VectorKind
 
 VERSION = 1
 CURRENT = "current.json"
-UNSAID = -2
-"""In the columns of findings: not mentioned."""
+TEXT_COLUMNS = tuple(name for name in METADATA if name not in ("age", "date"))
 BM25 = {"k1": 1.2, "b": 0.75, "method": "lucene"}
 """Of the ranking of words, as in Lucene and SQLite."""
 CHUNK = 4096
@@ -99,26 +99,23 @@ class Derived:
         """(N,) the first study whose report is the same text; of a study without a report itself."""
         return np.asarray(self._array("groups"))
 
-    def text_column(self, name: str) -> tuple[NDArray[np.int32], list[str]]:
-        """Codes (N,) of a column of metadata, -1 where unknown, and what they stand for."""
-        if name not in self._text_columns:
-            words = json.loads((self.folder / f"{self.current['prefix']}-words-{name}.json").read_text(encoding="utf-8"))
-            self._text_columns[name] = (np.asarray(self._array(f"column-{name}")), words)
-        return self._text_columns[name]
-
     @cached_property
-    def _text_columns(self) -> dict[str, tuple[NDArray[np.int32], list[str]]]:
-        return {}
-
-    @cached_property
-    def ages(self) -> NDArray[np.float64]:
-        """(N,) years, NaN where unknown."""
-        return np.asarray(self._array("column-age"))
-
-    def finding(self, name: str, of: str) -> NDArray[np.int8] | None:
-        """(N,) 1, 0, -1 or UNSAID of a finding by ``fact`` or ``label``; None where no study has it."""
-        names: list[str] = self.current["findings"]
-        return self._array(f"findings-{of}")[names.index(name)] if name in names else None
+    def columns(self) -> Columns:
+        """What filters look at."""
+        tables = {of: self._array(f"findings-{of}") for of in ("fact", "label")}
+        return Columns(
+            len(self.numbers),
+            {
+                name: TextColumn(
+                    np.asarray(self._array(f"column-{name}")),
+                    json.loads((self.folder / f"{self.current['prefix']}-words-{name}.json").read_text(encoding="utf-8")),
+                )
+                for name in TEXT_COLUMNS
+            },
+            np.asarray(self._array("column-age")),
+            np.asarray(self._array("column-date")),
+            *({name: tables[of][i] for i, name in enumerate(self.findings)} for of in ("fact", "label")),
+        )
 
     @property
     def findings(self) -> tuple[str, ...]:
@@ -223,11 +220,12 @@ def _build(store: ArchiveStore, folder: Path, advance: Advance) -> dict[str, Any
             values = [row.metadata[column] for row in rows]
             if name == "age":
                 made.array("column-age", np.array([np.nan if value is None else value for value in values], np.float64))
-                continue
-            known = sorted({str(value) for value in values if value is not None})
-            code = {word: i for i, word in enumerate(known)}
-            made.array(f"column-{name}", np.array([-1 if value is None else code[str(value)] for value in values], np.int32))
-            made.text(f"words-{name}.json", json.dumps(known))
+            elif name == "date":
+                made.array("column-date", np.array([day_number(None if value is None else str(value)) for value in values], np.int32))
+            else:
+                coded = TextColumn.encode(None if value is None else str(value) for value in values)
+                made.array(f"column-{name}", coded.codes)
+                made.text(f"words-{name}.json", json.dumps(coded.vocabulary))
         findings = _findings(store, made, place)
         galleries: dict[str, dict[str, Any] | None] = {}
         for number, key in store.models().items():
@@ -283,7 +281,7 @@ def _findings(store: ArchiveStore, made: _Files, place: dict[int, int]) -> list[
     found = list(store.findings())
     names = sorted({name for _, name, _, _ in found})
     row = {name: i for i, name in enumerate(names)}
-    tables = {of: np.full((len(names), len(place)), UNSAID, np.int8) for of in ("fact", "label")}
+    tables = {of: np.full((len(names), len(place)), NOT_MENTIONED, np.int8) for of in ("fact", "label")}
     for study, name, *values in found:
         for of, value in zip(("fact", "label"), values, strict=True):
             if value is not None:

@@ -81,7 +81,11 @@ def source_options(command: F) -> F:
         text_policy_option,
         click.option("--split", type=click.Choice(["train", "val", "test"]), help="Of a manifest, this split; all unless told."),
         click.option("--allow-outside", is_flag=True, help="Accept paths that leave the table's folder."),
-        click.option("--modality", type=click.Choice(["xray", "ct"]), help="Of a manifest, these rows; of other sources, what they are."),
+        click.option(
+            "--modality",
+            type=click.Choice(["xray", "ct"]),
+            help="Rows of a manifest; what other sources are. Unless told, what the model reads.",
+        ),
         click.option("--columns", type=click.Path(path_type=Path), metavar="YAML", help="How a manifest names its columns."),
         store_option,
         model_options,
@@ -228,7 +232,8 @@ def _studies(
     """The studies of a source, by what it is."""
     from tasks.archive.sources import OPENI, of_folder, of_manifest, of_openi, of_table
 
-    kind = modality or _kind_of(model)
+    read = _read_by(model)
+    kind = modality or (read[0] if len(read) == 1 else "xray")
     name = source.name.lower()
     if source.is_dir():
         if any(source.rglob("*.xml")) and not model.reader.find_images(source):
@@ -243,14 +248,13 @@ def _studies(
     table = load_manifest(source, columns, allow_outside)
     for bad in table.rejected:
         reject(bad.path, str(bad))
-    return of_manifest(table.select(split=split, modality=modality).rows, source.name, reject)
+    wanted = modality or (read[0] if len(read) == 1 else None)
+    return of_manifest(table.select(split=split, modality=wanted).rows, source.name, reject)
 
 
-def _kind_of(model: DualEncoder) -> str:
-    """What the model reads, where the source does not say: both are taken for radiographs' reports only if it reads no volumes."""
-    return (
-        "ct" if any(suffix in model.reader.suffixes for suffix in (".nii", ".nii.gz")) and ".png" not in model.reader.suffixes else "xray"
-    )
+def _read_by(model: DualEncoder) -> tuple[str, ...]:
+    """The modalities that a model reads."""
+    return tuple(kind for kind, suffix in (("xray", ".png"), ("ct", ".nii")) if suffix in model.reader.suffixes)
 
 
 def _is_manifest(source: Path) -> bool:

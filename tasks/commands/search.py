@@ -185,12 +185,11 @@ def _told(queries: tuple[str, ...], like: tuple[str, ...]) -> str:
 def _allowed(archive: Archive, where: str | None, match: str | None) -> Mask | None:
     """What --filter and --match leave."""
     from tasks.archive.filters import parse_filter
-    from tasks.archive.search import columns_of
 
     allowed: Mask | None = None
     if where is not None:
         derived = archive.derived
-        allowed = parse_filter(where, derived.findings).mask(columns_of(derived))
+        allowed = parse_filter(where, derived.findings).mask(derived.columns)
     if match is not None:
         fits = archive.matching(match)
         allowed = fits if allowed is None else allowed & fits

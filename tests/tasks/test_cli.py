@@ -39,6 +39,7 @@ COMMANDS = [
     "ground",
     "calibrate-maps",
     "view",
+    "index",
     "search",
     "evaluate",
     "evaluate-maps",
@@ -207,9 +208,14 @@ def test_no_output_holds_identifiers_of_the_header(tiny: Any, tmp_path: Path) ->
         (["ground", "{png}", "--model", "{model}", "--out", "{tmp}"], "--phrase TEXT or --finding NAME"),
         (["ground", "{png}", "--phrase", " ", "--model", "{model}", "--out", "{tmp}"], "empty"),
         (["ground", "{png}", "--phrase", "x", "--model", "{model}", "--out", "{png}"], "cannot be made a folder"),
-        (["search", "--model", "{model}", "--index", "/nowhere.csv", "--query", "x"], "no such file"),
-        (["search", "--model", "{model}", "--index", "{manifest}", "--query", " "], "empty"),
-        (["search", "--model", "{model}", "--index", "{manifest}", "--query", "film.png"], "ends like an image"),
+        (["index", "build", "/nowhere.csv", "--model", "{model}", "--store", "{tmp}/a.db"], "no such file"),
+        (["index", "add", "{manifest}", "--model", "{model}", "--store", "{tmp}/a.db"], "no such store"),
+        (["index", "stats", "--store", "{png}"], "no SQLite file"),
+        (["index", "remove", "--store", "{png}"], "nothing to take out"),
+        (["search", "--model", "{model}", "--store", "/nowhere.db", "--query", "x"], "no such store"),
+        (["search", "--model", "{model}", "--store", "{png}", "--query", " "], "empty"),
+        (["search", "--model", "{model}", "--store", "{png}"], "nothing is asked"),
+        (["search", "--model", "{model}", "--store", "{png}", "--query", "film.png"], "ends like an image"),
         (["evaluate", "--model", "{model}", "--manifest", "{manifest}", "--split", "val", "--out", "{tmp}"], "no xray row in split val"),
         (["evaluate", "--model", "{model}", "--manifest", "{png}", "--out", "{tmp}"], "expected .csv"),
         (["phantom", "{png}", "--studies", "1"], "cannot be made a folder"),
@@ -299,34 +305,6 @@ def test_ground_rejects_an_unreadable_file(tiny: Any, tmp_path: Path) -> None:
     assert done.exit_code == 1
     told = strict(done.stdout)
     assert told["ok"] is False and told["maps"] == [] and "broken.dcm" in told["error"]
-
-
-# search
-
-
-def test_search_by_text_and_by_image(tiny: Any) -> None:
-    for query, kind in (("There is cardiomegaly on this film.", "text"), (tiny.png, "image")):
-        done = medvl("search", "--model", tiny.model, "--index", tiny.manifest, "--query", query, "--top", 4, "--json")
-        assert done.exit_code == 0, done.output
-        told = strict(done.stdout)
-        assert told["query_kind"] == kind and told["pool"] == 26 and told["notice"] == NOTICE
-        assert [hit["rank"] for hit in told["hits"]] == [1, 2, 3, 4]
-        scores = [hit["score"] for hit in told["hits"]]
-        assert scores == sorted(scores, reverse=True)
-        if kind == "text":
-            assert {hit["sentence"] for hit in told["hits"]} == {"There is cardiomegaly on this film."}
-    done = medvl("search", "--model", tiny.model, "--index", tiny.manifest, "--split", "train", "--query", "x", "--json")
-    assert {hit["study_id"] for hit in strict(done.stdout)["hits"]} == {"s00", "s01"}
-
-
-def test_search_counts_bad_rows_and_an_unreadable_query(tiny: Any, tmp_path: Path) -> None:
-    studies = tmp_path / "studies"
-    shutil.copytree(tiny.folder, studies)
-    (studies / "images" / "s07.png").unlink()
-    done = medvl("search", "--model", tiny.model, "--index", studies / "manifest.csv", "--query", "a nodule", "--json")
-    assert done.exit_code == 1 and strict(done.stdout)["pool"] == 25 and "1 rejected" in done.stderr
-    done = medvl("search", "--model", tiny.model, "--index", tiny.manifest, "--query", tiny.broken, "--json")
-    assert done.exit_code == 1 and strict(done.stdout)["ok"] is False
 
 
 # evaluate

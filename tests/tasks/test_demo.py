@@ -250,7 +250,10 @@ def test_a_table_of_notes_is_trained_on_and_searched(notes: Path, damaged: bool)
         done = command(again, "--config", run / "config.yaml", "--out", run, cwd=notes.parent)
         assert done.returncode == 0 and "loss" in done.stdout + done.stderr, done.stderr[-4000:]
     columns = ("--columns", RECIPE.with_name("columns_notes.yaml"))
-    done = command("search", "--model", run, "--index", notes, *columns, "--query", notes.parent / "images" / "03.png", "--json", cwd=ROOT)
+    done = command("index", "build", notes, "--model", run, *columns, "--store", notes.parent / "a.db", cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-4000:]
+    query = notes.parent / "images" / "03.png"
+    done = command("search", "--model", run, "--store", notes.parent / "a.db", "--query", query, "--json", cwd=ROOT)
     assert done.returncode == 0, done.stderr[-4000:]
     assert strict(done.stdout)["pool"] == 40 and len(strict(done.stdout)["hits"]) == 5
 
