@@ -1,0 +1,1 @@
+"""An archive of studies and reports: kept, searched, and read from."""
