@@ -328,9 +328,10 @@ def read(neighbours: Sequence[Neighbour], findings: Sequence[str], settings: Rea
     votes = _votes(counted, findings, settings)
     accepted: dict[str, State] = {one.finding: one.call for one in votes if one.call != "abstain"}
     sentences = _sentences(ballot.neighbours, counted.weights)
+    agreeing = {one.finding: ballot.agreeing(f, one.call, settings.silent) for f, one in enumerate(votes) if one.call != "abstain"}
     shown: dict[tuple[str | None, tuple[str, ...]], ReadingStatement] = {}
     for name in sorted(accepted, key=lambda one: accepted[one] == "absent"):
-        statement = _statement(name, accepted, sentences, ballot, counted.weights, settings.silent)
+        statement = _statement(name, accepted, sentences, ballot.neighbours, counted.weights, agreeing)
         shown.setdefault((statement.text, tuple(statement.claims)), statement)
     heavy = counted.weights > 0
     return Reading(
@@ -569,11 +570,14 @@ class _Ballot:
         return float(self.scores[0]) if len(self.scores) else math.nan
 
     def count(self, k: int, temperature: float | None) -> _Count:
-        weights = weigh(self.scores, self.patients, k, temperature)
-        weighed = weights[:, None] * self.said
-        by_patient = np.zeros((int(self.patients.max(initial=-1)) + 1, 4, self.said.shape[2]))
-        np.add.at(by_patient, self.patients, weighed.transpose(1, 0, 2))
-        return _Count(weights, by_patient.transpose(0, 2, 1), self.best)
+        return _Count(self, weigh(self.scores, self.patients, k, temperature))
+
+    def agreeing(self, finding: int, call: Call, silent: Silent) -> NDArray[np.bool_]:
+        """(K,) whether a neighbour's facts say what the vote says of a finding."""
+        present, absent, _, nothing = self.said[:, :, finding]
+        if call == "present":
+            return present
+        return absent | nothing if silent == "absent" else absent
 
 
 @dataclass(frozen=True)
@@ -588,14 +592,25 @@ class _Tally:
 
 @dataclass(frozen=True)
 class _Count:
+    """A ballot with its weights."""
+
+    ballot: _Ballot
     weights: Array  # (K,)
-    by_patient: Array  # (P, F, 4), the weight of each patient that says present, absent, uncertain, nothing
-    best: float
+
+    @property
+    def best(self) -> float:
+        return self.ballot.best
 
     @property
     def shares(self) -> Array:
         """(4, F)."""
-        return np.asarray(self.by_patient.sum(axis=0).T)
+        return np.asarray(self.weights @ self.ballot.said)
+
+    def of_patients(self, kinds: int) -> Array:
+        """(P, F) weight of each patient that says one of the first ``kinds`` of present, absent, uncertain, nothing."""
+        found = np.zeros((int(self.ballot.patients.max(initial=-1)) + 1, self.ballot.said.shape[2]))
+        np.add.at(found, self.ballot.patients, self.weights[:, None] * self.ballot.said[:kinds].any(axis=0))
+        return found
 
     def evidence(self, silent: Silent) -> Array:
         """(F,)."""
@@ -607,7 +622,7 @@ class _Count:
         against = a + s if silent == "absent" else a
         said = p + u + against
         agreement = np.divide(np.maximum(p, against), said, out=np.full(said.shape, math.nan), where=said > 0)
-        saying = self.by_patient[:, :, : 4 if silent == "absent" else 3].sum(axis=2)
+        saying = self.of_patients(4 if silent == "absent" else 3)
         return _Tally(self.evidence(silent), agreement, (saying > 0).sum(axis=0), _effective(saying))
 
 
@@ -664,33 +679,33 @@ def _sentences(neighbours: Sequence[Neighbour], weights: Array) -> tuple[_Told, 
 
 
 def _statement(
-    finding: str, accepted: Mapping[str, State], sentences: Sequence[_Told], ballot: _Ballot, weights: Array, silent: Silent
+    finding: str,
+    accepted: Mapping[str, State],
+    sentences: Sequence[_Told],
+    neighbours: Sequence[Neighbour],
+    weights: Array,
+    agreeing: Mapping[str, NDArray[np.bool_]],
 ) -> ReadingStatement:
+    """See :func:`read`. ``agreeing`` is (K,) of each accepted finding."""
     own = (finding, accepted[finding])
 
     def agrees(claims: frozenset[tuple[str, State]]) -> NDArray[np.bool_]:
-        facts = [
-            [one.facts.get(name, 0 if silent == "absent" else None) == STATES[state] for name, state in claims] for one in ballot.neighbours
-        ]
-        return np.array([all(row) for row in facts], dtype=bool)
+        return np.logical_and.reduce([agreeing[name] for name, _ in sorted(claims)])
 
     def rank(told: _Told) -> tuple[float, float, float, str]:
         rows = list(told.rows)
-        return (
-            -round(float(weights[agrees(told.claims)].sum()), 12),
-            -ballot.scores[rows].max(),
-            -round(float(weights[rows].sum()), 12),
-            told.text,
-        )
+        shares = (float(weights[chosen].sum()) for chosen in (agrees(told.claims), rows))
+        by_facts, by_words = (round(share, 12) for share in shares)
+        return -by_facts, -max(neighbours[i].score for i in rows), -by_words, told.text
 
     fit = [one for one in sentences if own in one.claims and all(accepted.get(name) == state for name, state in one.claims)]
     best = min(fit, key=rank, default=None)
     claims = frozenset({own}) if best is None else best.claims
-    agreeing = agrees(claims) & (weights > 0)
-    rows = np.flatnonzero(agreeing).tolist() if best is None else list(best.rows)
-    sources = [Source(ballot.neighbours[i].study_id, ballot.neighbours[i].score, float(weights[i])) for i in rows]
+    heavy = agrees(claims) & (weights > 0)
+    rows = np.flatnonzero(heavy).tolist() if best is None else list(best.rows)
+    sources = [Source(neighbours[i].study_id, neighbours[i].score, float(weights[i])) for i in rows]
     sources.sort(key=lambda one: (-one.weight, one.study_id))
-    return ReadingStatement(dict(sorted(claims)), None if best is None else best.text, float(weights[agreeing].sum()), tuple(sources))
+    return ReadingStatement(dict(sorted(claims)), None if best is None else best.text, float(weights[heavy].sum()), tuple(sources))
 
 
 def _limits(
