@@ -7,8 +7,8 @@ NaN where nothing is said: silence is absence only where ``silent`` says so. A p
 Nothing here reads an image or a store: neighbours come from a search. What they answer is for research, not for diagnosis.
 
 Sources: EchoPrime (arXiv:2410.09704) answers with the plain mean of the labels of the 50 nearest studies, those without one left out: here
-``silent="ignored"`` without weights. CXR-RePaiR (Endo et al. 2021, PMLR 158) and X-REM (arXiv:2303.17579) compose what is retrieved to a
-report and drop what repeats or contradicts; X-MoRe (arXiv:2308.15273) weighs the retrieved by how sure it is. None of them abstains.
+``silent="ignored"`` without weights. CXR-RePaiR (Endo et al. 2021, PMLR 158) and X-REM (arXiv:2303.17579) answer with retrieved sentences
+or reports; X-MoRe (arXiv:2308.15273) weighs image and retrieved text by how reliable each is. Abstention and one vote a patient are ours.
 """
 
 from __future__ import annotations
