@@ -79,8 +79,8 @@ def search(index: Any, query: NDArray[np.float32], count: int, probes: int, allo
 
     parameters: dict[str, Any] = {"nprobe": probes}
     if allowed is not None:
-        bits: Any = np.packbits(allowed, bitorder="little")
-        parameters["sel"] = faiss.IDSelectorBitmap(bits)
+        bits = np.packbits(allowed, bitorder="little")
+        parameters["sel"] = faiss.IDSelectorBitmap(len(bits), faiss.swig_ptr(bits))
     rows = index.search(query[None].astype(np.float32), count, params=faiss.SearchParametersIVF(**parameters))[1][0]
     return np.asarray(rows[rows >= 0], np.int64)
 

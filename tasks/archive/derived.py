@@ -4,8 +4,9 @@ the columns that filters look at, and a ranking index of the words.
 Shapes: N studies by rising ``study_id`` (their places here, so that equal scores are in the order of ids), T different sentences, I images,
 D width. Rows of matrices are of unit length.
 
-Files stand in ``STORE.derived/`` and carry the generation in their names; ``current.json``, written last and by renaming, says which are
-valid. A process that is killed while it writes leaves files that nothing names, and the next one to build takes them away.
+Files stand in a folder of the store's (``FILE.derived``) and carry the generation in their names; ``current.json``, written last and by
+renaming, says which are valid. A process that is killed while it writes leaves files that nothing names, and the next one to build takes
+them away.
 """
 
 from __future__ import annotations
@@ -164,34 +165,29 @@ class Derived:
         return np.asarray(self._array("documents"))
 
 
-def folder_of(store: Path) -> Path:
-    """Where what is derived of a store stands."""
-    return store.with_name(store.name + ".derived")
-
-
-def open_derived(store: ArchiveStore, folder: Path, advance: Advance | None = None) -> Derived:
+def open_derived(store: ArchiveStore, advance: Advance | None = None) -> Derived:
     """What is derived of a store, built if it is missing, damaged or of another generation.
 
     Args:
-        store: the truth.
-        folder: of the derived files; made if absent, for its owner alone.
+        store: the truth; its folder of derived files is made if absent, for its owner alone.
         advance: called with what is being built and how many rows more are done.
     Raises:
         ArchiveError: a place that cannot be written to, or a full disk.
     """
-    generation = store.generation()
+    generation, folder = store.generation(), store.derived
     current = _read(folder)
     if current is None or current["generation"] != generation or current["store"] != store.uid or not _whole(folder, current):
-        current = build(store, folder, advance)
+        current = build(store, advance)
     return Derived(folder, current)
 
 
-def build(store: ArchiveStore, folder: Path, advance: Advance | None = None) -> dict[str, Any]:
+def build(store: ArchiveStore, advance: Advance | None = None) -> dict[str, Any]:
     """Make the derived files, put them in place, and take those of other generations away.
 
     Raises:
         ArchiveError: a place that cannot be written to, or a full disk.
     """
+    folder = store.derived
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         return _build(store, folder, advance or (lambda what, done: None))

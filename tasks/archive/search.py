@@ -25,10 +25,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tasks.archive import approximate
-from tasks.archive.derived import Advance, Derived, Gallery, folder_of, open_derived, words_of
+from tasks.archive.derived import Advance, Derived, Gallery, open_derived, words_of
 from tasks.archive.records import ModelKey
 from tasks.archive.sqlite import SqliteStore
-from tasks.archive.store import ArchiveError, FoundStudy, VectorKind
+from tasks.archive.store import ArchiveError, ArchiveStore, FoundStudy, VectorKind
 
 Mode = Literal["hybrid", "vector", "text"]
 Mask = NDArray[np.bool_]
@@ -99,23 +99,22 @@ class Archive:
     """A store with what is derived of it, open for questions. What other processes add is seen at the next question.
 
     Args:
-        path: the file of the store.
+        store: the store, or the file of one.
         advance: as of :func:`tasks.archive.derived.open_derived`.
     Raises:
         ArchiveError: a store that cannot be opened.
     """
 
-    def __init__(self, path: Path, advance: Advance | None = None) -> None:
-        self.store = SqliteStore(path)
-        self.folder = folder_of(Path(path))
+    def __init__(self, store: ArchiveStore | Path, advance: Advance | None = None) -> None:
+        self.store = SqliteStore(store) if isinstance(store, Path) else store
         self._advance = advance
-        self._derived = open_derived(self.store, self.folder, advance)
+        self._derived = open_derived(self.store, advance)
 
     @property
     def derived(self) -> Derived:
         """Of the store as it is now."""
         if self.store.generation() != self._derived.generation:
-            self._derived = open_derived(self.store, self.folder, self._advance)
+            self._derived = open_derived(self.store, self._advance)
         return self._derived
 
     def model(self, key: ModelKey) -> int:
@@ -130,12 +129,12 @@ class Archive:
                 return number
         same = any(known.weights_sha256 == key.weights_sha256 for known in models.values())
         raise ArchiveError(
-            f"{self.store.path}: has no vectors of this model{', but of its weights with another preprocessing' if same else ''} "
+            f"{self.store.name}: has no vectors of this model{', but of its weights with another preprocessing' if same else ''} "
             f"({len(models)} others). Vectors of different models cannot be compared: add this one's with `medvl index add`"
         )
 
     def matching(self, expression: str) -> Mask:
-        """(N,) which studies' reports fit an expression of the full-text index (:meth:`tasks.archive.sqlite.SqliteStore.matching`)."""
+        """(N,) which studies' reports fit an expression of the full-text index (:meth:`tasks.archive.store.ArchiveStore.matching`)."""
         derived = self.derived
         mask = np.zeros(len(derived.numbers), bool)
         mask[[derived.places[number] for number in self.store.matching(expression)]] = True

@@ -11,6 +11,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -86,8 +87,12 @@ class Counts:
 class ArchiveStore(abc.ABC):
     """Base of the stores. All methods raise :class:`ArchiveError` where the store cannot be read or written to."""
 
+    name: str
+    """What it is called in messages."""
     uid: str
     """Of this store, so that derived files of another are told."""
+    derived: Path
+    """The folder of what is derived of it."""
     with_text: bool
     """Whether words are kept; without, ids, metadata and vectors alone."""
 
@@ -146,6 +151,18 @@ class ArchiveStore(abc.ABC):
     @abc.abstractmethod
     def ids(self, numbers: Sequence[int]) -> list[str]:
         """The ids of studies, in the order given."""
+
+    @abc.abstractmethod
+    def number(self, study_id: str) -> int | None:
+        """The number of a study; None if it is not there."""
+
+    @abc.abstractmethod
+    def matching(self, expression: str) -> list[int]:
+        """Studies whose report fits an expression in the language of the store's full-text search."""
+
+    def files(self) -> tuple[Path, ...]:
+        """The files of its own that hold it; none where a server keeps them."""
+        return ()
 
     @abc.abstractmethod
     def facts(self, texts: Collection[int]) -> dict[int, tuple[Fact, ...]]:

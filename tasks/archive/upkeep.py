@@ -11,14 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from tasks.archive.derived import CURRENT, Derived, folder_of, open_derived
-from tasks.archive.sqlite import SqliteStore
-from tasks.archive.store import ArchiveError, Removed
+from tasks.archive.derived import CURRENT, Derived, open_derived
+from tasks.archive.store import ArchiveError, ArchiveStore, Removed
 
 SAID = {1: "present", 0: "absent", -1: "uncertain"}
 
 
-def removed_for_good(store: SqliteStore, *, patients: Collection[str] = (), studies: Collection[str] = ()) -> tuple[Removed, list[Path]]:
+def removed_for_good(store: ArchiveStore, *, patients: Collection[str] = (), studies: Collection[str] = ()) -> tuple[Removed, list[Path]]:
     """Take studies out, make anew what is derived, and look for what is left of them.
 
     Returns:
@@ -28,17 +27,17 @@ def removed_for_good(store: SqliteStore, *, patients: Collection[str] = (), stud
     """
     gone = store.remove(study_ids=studies, patient_ids=patients)
     if gone.studies:
-        open_derived(store, folder_of(store.path))
+        open_derived(store)
     return gone, files_with(store, gone.traces)
 
 
-def files_with(store: SqliteStore, traces: Collection[str]) -> list[Path]:
+def files_with(store: ArchiveStore, traces: Collection[str]) -> list[Path]:
     """The files of an archive that hold one of some texts, as UTF-8 or as JSON writes it."""
     wanted = {form for trace in traces for form in (trace.encode(), json.dumps(trace)[1:-1].encode()) if form}
     return [path for path in _files(store) if wanted and _holds(path, wanted)]
 
 
-def problems_of(store: SqliteStore) -> list[str]:
+def problems_of(store: ArchiveStore) -> list[str]:
     """What is wrong with a store or with what is derived of it, in words; empty: nothing.
 
     What is derived and does not fit is made again first, as every question does.
@@ -48,13 +47,13 @@ def problems_of(store: SqliteStore) -> list[str]:
     """
     problems = store.verify()
     try:
-        derived = open_derived(store, folder_of(store.path))
+        derived = open_derived(store)
     except ArchiveError as error:
         return [*problems, str(error)]
     return [*problems, *_differences(store, derived)]
 
 
-def _differences(store: SqliteStore, derived: Derived) -> Iterator[str]:
+def _differences(store: ArchiveStore, derived: Derived) -> Iterator[str]:
     """Where the derived files say something else than the store."""
     if [row.id for row in store.rows()] != derived.numbers.tolist():
         yield "derived: its studies are not those of the store"
@@ -72,7 +71,7 @@ def _differences(store: SqliteStore, derived: Derived) -> Iterator[str]:
                 yield f"derived: {wrong} {kind} vectors of model {number} differ from the store's; delete {derived.folder} and ask again"
 
 
-def facts_of(store: SqliteStore) -> dict[str, Any]:
+def facts_of(store: ArchiveStore) -> dict[str, Any]:
     """What a store holds, JSON-ready."""
     counts = store.counts()
     said: dict[str, Counter[str]] = {}
@@ -80,7 +79,7 @@ def facts_of(store: SqliteStore) -> dict[str, Any]:
         if fact is not None:
             said.setdefault(name, Counter())[SAID[fact]] += 1
     order = sorted(said, key=lambda name: (-said[name]["present"], name))
-    folder = folder_of(store.path)
+    folder = store.derived
     return {
         "studies": counts.studies,
         "patients": counts.patients,
@@ -104,9 +103,9 @@ def facts_of(store: SqliteStore) -> dict[str, Any]:
     }
 
 
-def _files(store: SqliteStore) -> Iterator[Path]:
+def _files(store: ArchiveStore) -> Iterator[Path]:
     yield from store.files()
-    folder = folder_of(store.path)
+    folder = store.derived
     if folder.is_dir():
         yield from sorted(path for path in folder.rglob("*") if path.is_file())
 

@@ -131,8 +131,6 @@ def ask(store: Path) -> None:
     """In a process of its own: open, ask, measure."""
     os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", MKL_NUM_THREADS="1")
     from tasks.archive.filters import parse_filter
-
-    from tasks.archive.derived import folder_of
     from tasks.archive.search import Archive, Question, ranking
 
     start = time.process_time()
@@ -187,7 +185,7 @@ def ask(store: Path) -> None:
         "recall of the first 10, ties counted": float(np.mean(recall)),
         "matrix MB": matrix.nbytes / 1e6,
         "MB of the process": {"before questions": before, "after": used},
-        "derived MB": sum(path.stat().st_size for path in folder_of(store).rglob("*") if path.is_file()) / 1e6,
+        "derived MB": sum(path.stat().st_size for path in archive.store.derived.rglob("*") if path.is_file()) / 1e6,
         "ms": ms,
     }
     click.echo(json.dumps(told))
@@ -207,8 +205,8 @@ def _peers(
     }
     flat = faiss.IndexFlatIP(matrix.shape[1])
     flat.add(held)
-    bits: Any = np.packbits(allowed, bitorder="little")
-    selected = faiss.SearchParameters(sel=faiss.IDSelectorBitmap(bits))
+    bits = np.packbits(allowed, bitorder="little")
+    selected = faiss.SearchParameters(sel=faiss.IDSelectorBitmap(len(bits), faiss.swig_ptr(bits)))
     found["faiss flat, no filter"] = milliseconds(lambda i: flat.search(queries[i : i + 1], 10), 20)
     found["faiss flat, filter"] = milliseconds(lambda i: flat.search(queries[i : i + 1], 10, params=selected), 20)
     try:

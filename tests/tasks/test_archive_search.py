@@ -177,8 +177,11 @@ def test_vector_search_is_the_full_sort_of_the_formula(world: World, over: str, 
     got = names(world, Question(vectors=queries, over=over, top=top, group=group, allowed=allowed), world.model)  # type: ignore[arg-type]
     want = expected(scores, world, top, group)
     assert got[1] == pytest.approx([score for _, score in want], abs=1e-6)
-    settled = [
-        i for i, (_, score) in enumerate(want) if all(abs(score - other) > 1e-6 or abs(score - other) < 1e-12 for other in scores.values())
+    said = {study.study_id: study.sections.get("findings", study.study_id) for study in world.studies}
+    settled = [  # of others that are as near, float32 may order all but those of the very vectors
+        i
+        for i, (name, score) in enumerate(want)
+        if all(abs(score - other) > 1e-6 or (over != "image" and said[name] == said[one]) for one, other in scores.items() if one != name)
     ]
     assert [got[0][i] for i in settled] == [want[i][0] for i in settled]
 

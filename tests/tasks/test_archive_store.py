@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 
 from medvl.types import Fact
-from tasks.archive.derived import folder_of, open_derived
+from tasks.archive.derived import open_derived
 from tasks.archive.records import ArchivedImage, ArchivedStudy, ArchivedText, ModelKey, StudyVectors, said_of
 from tasks.archive.search import Archive, Question
 from tasks.archive.sqlite import SqliteStore
@@ -91,7 +91,7 @@ def test_the_file_is_its_owners_alone(tmp_path: Path) -> None:
         Archive(tmp_path / "a.db")
     finally:
         os.umask(before)
-    for path in (*store.files(), folder_of(store.path)):
+    for path in (*store.files(), store.derived):
         assert stat.S_IMODE(path.stat().st_mode) & 0o077 == 0, path
     assert {path.name for path in store.files()} == {"a.db", "a.db-wal", "a.db-shm"}
 
@@ -165,7 +165,7 @@ def _ingest(path: Path, pipe: Connection, first: int) -> None:
         store.write([study(i) for i in range(at, at + 3)], model)
         pipe.send(at)
         if at % 4 == 0:
-            open_derived(store, folder_of(path))
+            open_derived(store)
 
 
 @pytest.mark.slow
@@ -332,7 +332,7 @@ def test_derived_files_are_made_again_when_they_are_damaged_or_gone(tmp_path: Pa
     store, model = filled(tmp_path / "a.db")
     question = Question(vectors=np.ones(D), top=5)
     want = [hit.study.study_id for hit in Archive(tmp_path / "a.db").search(question, model)]
-    folder = folder_of(store.path)
+    folder = store.derived
     matrix = next(folder.glob("*report-matrix.npy"))
     damages = [
         lambda: shutil.rmtree(folder),
