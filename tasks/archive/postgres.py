@@ -27,7 +27,6 @@ from tasks.archive.store import FORMAT, ArchiveError, VectorKind
 if TYPE_CHECKING:
     from tasks.archive.filters import Filter
 
-SCHEMES = ("postgresql://", "postgres://")
 TABLES = (
     *("studies", "reports", "images", "texts", "sentences", "facts", "study_findings", "embedded"),
     *(f"{kind}_vectors" for kind in OWNER),

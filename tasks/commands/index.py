@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from tasks.archive.ingest import Ingested
     from tasks.archive.records import ModelKey
     from tasks.archive.sources import Candidate, Reject
-    from tasks.archive.sqlite import SqliteStore
+    from tasks.archive.store import ArchiveStore
 
 F = TypeVar("F", bound=Callable[..., Any])
 MANIFEST = ("study_id", "patient_id", "modality", "path")
@@ -41,7 +41,9 @@ MANIFEST = ("study_id", "patient_id", "modality", "path")
 
 def store_option(command: F) -> F:
     """``--store``."""
-    return click.option("--store", type=click.Path(path_type=Path), required=True, metavar="FILE", help="The archive.")(command)
+    return click.option("--store", required=True, metavar="FILE|ADDRESS", help="The archive: a file, or postgresql://user@host/database.")(
+        command
+    )
 
 
 @contextmanager
@@ -99,7 +101,7 @@ def source_options(command: F) -> F:
 @source_options
 @click.option("--no-text", is_flag=True, help="Keep ids, metadata and vectors alone: no word of a report, nothing made of its words.")
 @click.pass_context
-def build(ctx: click.Context, store: Path, no_text: bool, **what: Any) -> None:
+def build(ctx: click.Context, store: str, no_text: bool, **what: Any) -> None:
     """Make an archive of the studies of a manifest, a folder of images (and .txt reports of the same names), Open-i's XML, or a table of
     reports (.csv, .tsv, .jsonl, .parquet).
 
@@ -112,14 +114,17 @@ def build(ctx: click.Context, store: Path, no_text: bool, **what: Any) -> None:
       medvl index build openi_reports.tgz --model demo/model --store openi.db
       medvl index build reports.csv --id-column id --text-column report --no-images --model demo/model --store reports.db
     """
-    check_out_folder(store.absolute().parent, "--store")
+    from tasks.archive.opening import SCHEMES
+
+    if not store.startswith(SCHEMES):
+        check_out_folder(Path(store).absolute().parent, "--store")
     _fill(ctx, store, create=True, with_text=not no_text, **what)
 
 
 @index.command(short_help="Add studies, or the vectors of another model.")
 @source_options
 @click.pass_context
-def add(ctx: click.Context, store: Path, **what: Any) -> None:
+def add(ctx: click.Context, store: str, **what: Any) -> None:
     """Add studies to an archive, or vectors of another model to the studies that are there.
 
     \b
@@ -132,7 +137,7 @@ def add(ctx: click.Context, store: Path, **what: Any) -> None:
 
 def _fill(
     ctx: click.Context,
-    store: Path,
+    store: str,
     *,
     create: bool,
     with_text: bool,
@@ -157,10 +162,10 @@ def _fill(
     from reports.facts import LexiconFacts
     from reports.facts.ontology import load_ontology
     from reports.openi import UnreadableReportError
-    from tasks.archive.derived import folder_of, open_derived
+    from tasks.archive.derived import open_derived
     from tasks.archive.ingest import Encoder, Ingested, ingest, model_key
+    from tasks.archive.opening import open_store
     from tasks.archive.sources import ReportReader
-    from tasks.archive.sqlite import SqliteStore
     from tasks.report_tables import ReportTableError
 
     texts = text_source(text_policy)
@@ -170,7 +175,7 @@ def _fill(
         done.rejected.append((place, reason))
 
     with archive_errors(), usage_errors(ReportTableError, UnreadableReportError):
-        kept = SqliteStore(store, create=create, with_text=with_text)
+        kept = open_store(store, create=create, with_text=with_text)
         key = model_key(encoder, weights_sha256(model), texts)
         _check_key(kept, key)
         number = kept.model(key)
@@ -179,14 +184,16 @@ def _fill(
             reader = ReportReader(texts, LexiconFacts(), load_ontology())
             ingest(kept, studies, Encoder(encoder, with_images=not no_images), reader, number, done, advance)
         with _counting("index") as advance:
-            open_derived(kept, folder_of(store), lambda _, count: advance(count))
+            open_derived(kept, lambda _, count: advance(count))
         counts = kept.counts()
         kept.close()
     report_rejected(done.rejected, f"of {source}", rejected_path)
     if as_json:
-        click.echo(json_text({**_told(done), "studies": counts.studies, "store": str(store), "ok": True, "notice": RESEARCH_USE}))
+        click.echo(json_text({**_told(done), "studies": counts.studies, "store": kept.name, "ok": True, "notice": RESEARCH_USE}))
     else:
-        click.echo(f"{store}: {done.added} added, {done.changed} changed, {done.unchanged} there already; {counts.studies} studies in all")
+        click.echo(
+            f"{kept.name}: {done.added} added, {done.changed} changed, {done.unchanged} there already; {counts.studies} studies in all"
+        )
         echo_notice()
     if done.rejected:
         ctx.exit(REJECTED)
@@ -196,14 +203,14 @@ def _told(done: Ingested) -> dict[str, int]:
     return {"added": done.added, "changed": done.changed, "unchanged": done.unchanged, "rejected": len(done.rejected)}
 
 
-def _check_key(store: SqliteStore, key: ModelKey) -> None:
+def _check_key(store: ArchiveStore, key: ModelKey) -> None:
     """Refuse what the store would take for another model, though only the split of texts differs."""
     from tasks.archive.store import ArchiveError
 
     for known in store.models().values():
         if known.weights_sha256 == key.weights_sha256 and known != key:
             raise ArchiveError(
-                f"{store.path}: has vectors of these weights with another preprocessing or --text-policy; take the same, or another --store"
+                f"{store.name}: has vectors of these weights with another preprocessing or --text-policy; take the same, or another --store"
             )
 
 
@@ -278,7 +285,7 @@ def _is_manifest(source: Path) -> bool:
 @click.option("--study", "studies", multiple=True, metavar="ID", help="A study.")
 @json_option
 @click.pass_context
-def remove(ctx: click.Context, store: Path, patients: tuple[str, ...], studies: tuple[str, ...], as_json: bool) -> None:
+def remove(ctx: click.Context, store: str, patients: tuple[str, ...], studies: tuple[str, ...], as_json: bool) -> None:
     """Take studies out of an archive: their rows are overwritten, the full-text index is merged, what is derived is made again; then every
     file is looked through for their ids, paths and sentences.
 
@@ -291,11 +298,11 @@ def remove(ctx: click.Context, store: Path, patients: tuple[str, ...], studies: 
     """
     if not patients and not studies:
         raise click.UsageError("nothing to take out: give --patient ID or --study ID")
-    from tasks.archive.sqlite import SqliteStore
+    from tasks.archive.opening import open_store
     from tasks.archive.upkeep import removed_for_good
 
     with archive_errors():
-        kept = SqliteStore(store)
+        kept = open_store(store)
         gone, left = removed_for_good(kept, patients=patients, studies=studies)
         kept.close()
     if as_json:
@@ -313,24 +320,24 @@ def remove(ctx: click.Context, store: Path, patients: tuple[str, ...], studies: 
 @store_option
 @json_option
 @click.pass_context
-def verify(ctx: click.Context, store: Path, as_json: bool) -> None:
+def verify(ctx: click.Context, store: str, as_json: bool) -> None:
     """Check an archive: pages, references, full-text index and vectors of the file, and what is derived of it.
 
     \b
     Example:
       medvl index verify --store archive.db
     """
-    from tasks.archive.sqlite import SqliteStore
+    from tasks.archive.opening import open_store
     from tasks.archive.upkeep import problems_of
 
     with archive_errors():
-        kept = SqliteStore(store)
+        kept = open_store(store)
         problems = problems_of(kept)
         kept.close()
     if as_json:
         click.echo(json_text({"ok": not problems, "problems": problems}))
     else:
-        click.echo(f"{store}: " + ("whole" if not problems else f"{len(problems)} problems"))
+        click.echo(f"{kept.name}: " + ("whole" if not problems else f"{len(problems)} problems"))
         for problem in problems:
             click.echo(f"  {problem}")
     if problems:
@@ -340,24 +347,24 @@ def verify(ctx: click.Context, store: Path, as_json: bool) -> None:
 @index.command(short_help="Say what an archive holds.")
 @store_option
 @json_option
-def stats(store: Path, as_json: bool) -> None:
+def stats(store: str, as_json: bool) -> None:
     """Count what an archive holds, by kind, model and finding.
 
     \b
     Example:
       medvl index stats --store archive.db
     """
-    from tasks.archive.sqlite import SqliteStore
+    from tasks.archive.opening import open_store
     from tasks.archive.upkeep import facts_of
 
     with archive_errors():
-        kept = SqliteStore(store)
+        kept = open_store(store)
         told = facts_of(kept)
         kept.close()
     if as_json:
         click.echo(json_text(told))
         return
-    table = new_table(str(store), "what", "how many", numbers=("how many",))
+    table = new_table(kept.name, "what", "how many", numbers=("how many",))
     for name in ("studies", "patients", "reports", "sentences", "images"):
         table.add_row({"sentences": "different sentences"}.get(name, name), f"{told[name]:,}")
     for model in told["models"]:

@@ -56,7 +56,7 @@ def search(
     ctx: click.Context,
     model: Path,
     device: str | None,
-    store: Path,
+    store: str,
     queries: tuple[str, ...],
     like: tuple[str, ...],
     unlike: tuple[str, ...],
@@ -89,17 +89,19 @@ def search(
         raise click.UsageError("--query is empty")
     check_out_file(html, "--html")
     encoder = load_model(model, device)
-    texts, files = [], []
+    texts: list[str] = []
+    files: list[str] = []
     for query in queries:
         (files if _is_image(query, encoder) else texts).append(query)
     from medvl.types import RESEARCH_USE, UnreadableImageError
     from tasks.archive.asking import Wanted, question_of
     from tasks.archive.filters import FilterError
     from tasks.archive.ingest import model_key
+    from tasks.archive.opening import open_store
     from tasks.archive.search import Archive
 
     with archive_errors(), usage_errors(FilterError):
-        archive = Archive(store)
+        archive = Archive(open_store(store))
         number = archive.model(model_key(encoder, weights_sha256(model), text_source(text_policy)))
         wanted = Wanted(
             tuple(texts),
