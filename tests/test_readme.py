@@ -63,7 +63,7 @@ def test_every_example_runs(tmp_path):
     scores = np.load(tmp_path / "maps" / "left_pleural_effusion.npy")
     assert scores.ndim == 2
     assert np.isfinite(scores).any()
-    assert "1" in outputs[4]
+    assert "1" in outputs[4] and (tmp_path / "hits.html").read_text(encoding="utf-8").count("<article>") == 3
     labels, truth = (list(csv.DictReader((tmp_path / name).read_text().splitlines())) for name in ("labels.csv", "phantoms/manifest.csv"))
     told = {row["study_id"]: row["Pneumothorax"] for row in labels}
     assert len(told) == 300 and set(told.values()) == {"1", "0", ""}

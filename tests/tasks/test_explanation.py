@@ -21,6 +21,7 @@ from tasks.cli import cli
 from tasks.explanation import _contributions, explain
 from tasks.grounding import ground
 from tasks.page import explanation as page
+from tasks.page.images import page_image
 from tasks.scoring import Scorer, preset
 from tasks.zero_shot import diagnose, encode_prompts
 
@@ -114,7 +115,7 @@ def test_maps_are_those_of_grounding_on_the_film_s_own_pixels(model: Any, tiny: 
     bank = encode_prompts(model, load_prompts(), FINDINGS)
     (one,) = diagnose(model, [tiny.dicom], bank)
     found = explain(model, one, bank).findings[1]
-    view = page._view(model, str(tiny.dicom))
+    view = page_image(model, str(tiny.dicom))
     maps = page._maps(model, [view], found)
     for sign, row in zip(found.signs, maps, strict=True):
         assert len(row) == bool(sign.positive)
@@ -131,7 +132,7 @@ def test_maps_are_those_of_grounding_on_the_film_s_own_pixels(model: Any, tiny: 
         grid[0, 0, spot[0], spot[1]] = 1.0
         return grid
 
-    monkeypatch.setattr(page, "token_maps", planted)
+    monkeypatch.setattr("tasks.page.images.token_maps", planted)
     drawn = page._maps(model, [view], found)[0][0]
     scale, cell = 64 / 48, 64 / rows  # 48 x 40 is letterboxed to 64 x 64
     row, column = (spot[0] + 0.5) * cell / scale, ((spot[1] + 0.5) * cell - (64 - 40 * scale) / 2) / scale
