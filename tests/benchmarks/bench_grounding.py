@@ -97,10 +97,18 @@ def speed() -> None:
 @click.option("--calibrate", type=click.Path(path_type=Path), help="Manifest whose validation rows thresholds are chosen on.")
 @click.option("--split", default="test")
 @click.option("--limit", type=int, help="Only so many images.")
+@click.option("--calibrate-limit", type=int, help="Of the validation rows only so many.")
 @click.option("--way", "chosen", multiple=True, help="Only these.")
 @click.option("--repeats", default=500)
 def sources(
-    folder: Path, manifest: Path, calibrate: Path | None, split: str, limit: int | None, chosen: tuple[str, ...], repeats: int
+    folder: Path,
+    manifest: Path,
+    calibrate: Path | None,
+    split: str,
+    limit: int | None,
+    calibrate_limit: int | None,
+    chosen: tuple[str, ...],
+    repeats: int,
 ) -> None:
     """Pointing game by finding; means over focal findings of the others."""
     import medvl
@@ -112,14 +120,17 @@ def sources(
     from tasks.grounding.evaluation import measure, of_manifest, results
 
     model, prompts = medvl.load(folder), load_prompts()
-    rows = read_manifest(manifest).select(split=split).rows[:limit]
-    fitted_on = None if calibrate is None else read_manifest(calibrate).select(split="val").rows
+    kind = "ct" if ".nii" in model.reader.suffixes else "xray"
+    rows = read_manifest(manifest).select(split=split, modality=kind).rows[:limit]
+    fitted_on = None if calibrate is None else read_manifest(calibrate).select(split="val", modality=kind).rows[:calibrate_limit]
     shown = [name[:7] for name in FINDINGS]
     click.echo(f"| maps | {' | '.join(shown)} | pointing | CNR | mIoU | found | false | false area | s |")
     click.echo("|---" * (len(shown) + 8) + "|")
     for way, settings in WAYS.items():
         if chosen and way not in chosen:
             continue
+        if kind == "ct" and "against" in settings:
+            way, settings = "against 'a chest CT'", {"against": "a chest CT"}
         grounder = Grounder(model, [finding_query(name, prompts) for name in FINDINGS], MapSettings(**settings))
         start = time.monotonic()
         try:

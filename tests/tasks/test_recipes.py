@@ -30,6 +30,7 @@ def test_all_recipes_are_here():
     others = {
         "columns_notes",
         "ct_phantom",
+        "ct_phantom_fine",
         "ct_series",
         "ct_slices",
         "mixed_texts",
@@ -67,13 +68,13 @@ def test_what_is_compared_differs_in_what_makes_the_system_alone():
         assert image.get("init_args", {}).get("backbone", image) == base["model"]["image"]
 
 
-@pytest.mark.parametrize("name", [*XRAY, *CT, "ct_series", "ct_phantom"])
+@pytest.mark.parametrize("name", [*XRAY, *CT, "ct_series", "ct_phantom", "ct_phantom_fine"])
 def test_a_smoke_run(name, table, tmp_path):
     """Three steps: every weight that trains is moved, and the model that is saved reads a file."""
     args = ["--config", str(recipe_path(f"{name}.yaml")), "--data.init_args.manifest", str(table), "--out", str(tmp_path / "run")]
     args += ["--data.init_args.batch_size", "4", "--trainer.max_steps", "3", "--trainer.max_epochs", "-1", "--trainer.accelerator", "cpu"]
     args += ["--trainer.enable_progress_bar", "false", "--trainer.log_every_n_steps", "1", "--trainer.limit_val_batches", "1"]
-    args += ["--model.start", "{}"] if name == "ct_phantom" else []
+    args += ["--model.start", "{}"] if name.startswith("ct_phantom") else []
     if name in XRAY:
         args += ["--data.init_args.reader.init_args.size", "64"]
         args += ["--model.image.init_args.backbone.init_args.image_size", "64"] if name == "projector" else []
