@@ -75,7 +75,10 @@ class Question:
 
 @dataclass(frozen=True)
 class MatchedSentence:
-    """A sentence of a hit, and how well it fits the question: the largest cosine with its vectors, or of words the share it has of them."""
+    """A sentence of a hit, and how well it fits the question: the largest cosine with its vectors, or of words the share it has of them.
+
+    A hit names its best, and two more that fit at least half as well.
+    """
 
     text: int
     words: str | None = field(repr=False)  # None where the store keeps no text
@@ -196,6 +199,7 @@ class Archive:
         else:
             return ()
         best = sorted(scored, key=lambda text: -scored[text])[:most]
+        best = [text for text in best if text == best[0] or scored[text] >= scored[best[0]] / 2 > 0]
         return tuple(MatchedSentence(text, words.get(text), scored[text]) for text in best)
 
     def close(self) -> None:

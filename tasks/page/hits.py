@@ -11,6 +11,7 @@ import numpy as np
 from medvl.metrics import peak
 from medvl.model import DualEncoder
 from medvl.types import UnreadableImageError
+from reports.facts.ontology import load_ontology
 from tasks.archive.search import ArchiveHit
 from tasks.page.figures import write_figures
 from tasks.page.images import PageImage, jpeg_uri, map_of, page_image
@@ -75,10 +76,18 @@ def _hit(hit: ArchiveHit, model: DualEncoder, maps: Path, texts: Sequence[str], 
         "sentences": [
             {"words": words, "score": f"{matched[text]:.2f}" if text in matched else None} for text, words in hit.study.sentences if words
         ],
-        "present": [name.replace("_", " ") for name, value in hit.study.findings.items() if value == 1],
-        "uncertain": [name.replace("_", " ") for name, value in hit.study.findings.items() if value == -1],
+        "present": _most_special(hit, 1),
+        "uncertain": _most_special(hit, -1),
         "same": list(hit.same_report),
     }
+
+
+def _most_special(hit: ArchiveHit, state: int) -> list[str]:
+    """The findings of a state, in words, without those that another of them is a kind of."""
+    ontology = load_ontology()
+    named = [name for name, value in hit.study.findings.items() if value == state]
+    above = {more for name in named if name in ontology.parents for more in ontology.ancestors(name)}
+    return [name.replace("_", " ") for name in named if name not in above]
 
 
 def _image(model: DualEncoder, path: str, lost: list[tuple[str, str]]) -> PageImage | None:
