@@ -251,6 +251,13 @@ def load(
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
 
 
+def note_offset(model: DualEncoder, folder: Path) -> None:
+    """Write where the model's tokens look into the config.json of its folder."""
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    config["token_offset"] = model.offset_record()
+    write_atomically(folder / CONFIG, (json.dumps(config, indent=2, allow_nan=False) + "\n").encode())
+
+
 def load_weights(model: DualEncoder, folder: Path) -> None:
     """Set the weights of a model that was made otherwise to those of a run, strictly.
 

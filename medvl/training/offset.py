@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Callable, Iterable
@@ -11,8 +10,7 @@ from pathlib import Path
 import torch
 
 from medvl.data.studies import StudyBatch
-from medvl.files import write_atomically
-from medvl.model import CONFIG, DualEncoder, load
+from medvl.model import DualEncoder, load, note_offset
 from medvl.nn.offset import token_offsets
 from medvl.nn.projector import ProjectedEncoder
 
@@ -76,8 +74,6 @@ def write_offset(folder: Path, batches: Callable[[], Iterable[StudyBatch]], devi
         if any(isinstance(part, ProjectedEncoder) for part in model.image.modules()):
             return
         model.token_offset = measured_offset(model, batches())
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        config["token_offset"] = model.offset_record()
-        write_atomically(folder / CONFIG, (json.dumps(config, indent=2, allow_nan=False) + "\n").encode())
+        note_offset(model, folder)
     except Exception as error:  # a tower of someone's own may raise anything, and the run is done
         log.warning("where tokens look was not measured (%s): maps take them to look at their own cells", type(error).__name__)
