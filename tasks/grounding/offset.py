@@ -1,8 +1,8 @@
 """Where a tower's tokens look, by masks of validation images: the shift of maps at which their peaks lie in what they point at most often.
 
-What :mod:`medvl.training.offset` measures without masks, from gradients, is where a token's evidence lies on average. Where findings have
-masks this is the better measure: it asks of the peaks themselves. Offsets are in voxels of the tower's grid, in the plane; depth stays as it
-is.
+What :mod:`medvl.training.offset` measures without masks, from gradients, is where a token's evidence lies on average. Where findings
+have masks this is the better measure: it asks of the peaks themselves. Offsets are in voxels of the tower's grid, in the plane; depth stays
+as it is.
 """
 
 from __future__ import annotations

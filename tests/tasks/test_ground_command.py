@@ -234,6 +234,14 @@ def test_thresholds_need_no_masks_and_know_their_prompts(model: Path, cohort: Pa
     assert wrong.exit_code == 2 and "typo" in wrong.output
 
 
+def test_an_offset_by_masks_is_noted_with_the_model(model: Path, cohort: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(model, tmp_path / "model"))
+    done = command("calibrate-maps", cohort, "--model", copy, "--false-share", "0.2", "--offset")
+    assert done.exit_code == 0 and "voxels from their cells" in done.output, done.output
+    (offset,) = json.loads((copy / "config.json").read_text())["token_offset"].values()
+    assert len(offset) == 2 and medvl.load(copy, device="cpu").token_offset == {2: tuple(offset)}
+
+
 @pytest.mark.parametrize(
     ("args", "said"),
     [
