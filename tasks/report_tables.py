@@ -12,9 +12,7 @@ import difflib
 import gzip
 import io
 import json
-import os
 import re
-import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -23,6 +21,7 @@ from functools import cache
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast, get_args
 
+from medvl.files import replacing
 from reports.sections import SectionName, split_sections
 
 if TYPE_CHECKING:
@@ -150,22 +149,12 @@ def whole_file(path: Path) -> Iterator[IO[str]]:
     Whoever looks sees the old file or the whole new one; a process that is killed leaves a hidden file of another name.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as raw:
-            with ExitStack() as stack:
-                packed = stack.enter_context(gzip.GzipFile("", "wb", fileobj=raw, mtime=0)) if path.suffix == ".gz" else raw
-                text = io.TextIOWrapper(cast(IO[bytes], packed), encoding="utf-8", newline="")
-                yield text
-                text.flush()
-                text.detach()
-            raw.flush()
-            os.fsync(raw.fileno())
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with replacing(path) as raw, ExitStack() as stack:
+        packed = stack.enter_context(gzip.GzipFile("", "wb", fileobj=raw, mtime=0)) if path.suffix == ".gz" else raw
+        text = io.TextIOWrapper(cast(IO[bytes], packed), encoding="utf-8", newline="")
+        yield text
+        text.flush()
+        text.detach()
 
 
 @dataclass(frozen=True)

@@ -258,11 +258,12 @@ class VectorScores:
     """What each study scores by vectors: roughly at once, exactly for those asked for.
 
     Raises:
-        ArchiveError: vectors of another width than the archive's.
+        ArchiveError: no vectors, or of another width than the archive's.
     """
 
     def __init__(self, gallery: Gallery, question: Question) -> None:
-        assert question.vectors is not None
+        if question.vectors is None:
+            raise ArchiveError("nothing is asked by vectors")
         self.gallery, self.queries = gallery, moved_away(units(question.vectors), question.unlike, question.away)
         if self.queries.shape[1] != gallery.matrix.shape[1]:
             raise ArchiveError(f"a question of {self.queries.shape[1]} numbers, expected {gallery.matrix.shape[1]}, the width of the model")

@@ -129,7 +129,8 @@ class SqlStore(ArchiveStore):
 
     def _one(self, statement: str, values: Sequence[Any] = ()) -> Any:
         found = self._first(statement, values)
-        assert found is not None
+        if found is None:
+            raise ArchiveError(f"{self.name}: a row is missing that every store has; restore a copy, or build it anew")
         return found[0]
 
     def _inserted(self, statement: str, values: Sequence[Any]) -> int:

@@ -55,6 +55,19 @@ def archive_errors() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def opened(store: str) -> Iterator[ArchiveStore]:
+    """A store that is there, let go of at the end; its errors as usage errors."""
+    from tasks.archive.opening import open_store
+
+    with archive_errors():
+        kept = open_store(store)
+        try:
+            yield kept
+        finally:
+            kept.close()
+
+
 @click.group(short_help="Keep an archive of studies to be searched.")
 def index() -> None:
     """Keep an archive of studies: reports by section, sentences and what they state, metadata, paths, and vectors of one model or several.
@@ -298,13 +311,10 @@ def remove(ctx: click.Context, store: str, patients: tuple[str, ...], studies: t
     """
     if not patients and not studies:
         raise click.UsageError("nothing to take out: give --patient ID or --study ID")
-    from tasks.archive.opening import open_store
     from tasks.archive.upkeep import removed_for_good
 
-    with archive_errors():
-        kept = open_store(store)
+    with opened(store) as kept:
         gone, left = removed_for_good(kept, patients=patients, studies=studies)
-        kept.close()
     if as_json:
         click.echo(json_text({"removed": list(gone.studies), "traces_left": len(left), "ok": not left}))
     else:
@@ -327,13 +337,10 @@ def verify(ctx: click.Context, store: str, as_json: bool) -> None:
     Example:
       medvl index verify --store archive.db
     """
-    from tasks.archive.opening import open_store
     from tasks.archive.upkeep import problems_of
 
-    with archive_errors():
-        kept = open_store(store)
+    with opened(store) as kept:
         problems = problems_of(kept)
-        kept.close()
     if as_json:
         click.echo(json_text({"ok": not problems, "problems": problems}))
     else:
@@ -354,13 +361,10 @@ def stats(store: str, as_json: bool) -> None:
     Example:
       medvl index stats --store archive.db
     """
-    from tasks.archive.opening import open_store
     from tasks.archive.upkeep import facts_of
 
-    with archive_errors():
-        kept = open_store(store)
+    with opened(store) as kept:
         told = facts_of(kept)
-        kept.close()
     if as_json:
         click.echo(json_text(told))
         return

@@ -12,6 +12,7 @@ import shutil
 import signal
 import sqlite3
 import stat
+import tempfile
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -253,12 +254,34 @@ def test_a_file_that_may_not_grow_is_said_and_the_store_is_whole(tmp_path: Path)
     assert problems_of(store) == []
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_store_on_a_disk_that_cannot_be_written_to_answers_and_refuses(tmp_path: Path) -> None:
-    store, model = filled(tmp_path / "a.db")
-    Archive(tmp_path / "a.db").close()
-    store.close()
-    check_read_only(tmp_path, model)
+def _as_nobody(folder: Path, model: int, pipe: Connection) -> None:
+    """Root may write anywhere: look as a user who may not."""
+    os.setgid(65534)
+    os.setuid(65534)
+    try:
+        check_read_only(folder, model)
+        pipe.send("fine")
+    except BaseException as error:
+        pipe.send(repr(error))
+
+
+def test_a_store_on_a_disk_that_cannot_be_written_to_answers_and_refuses() -> None:
+    with tempfile.TemporaryDirectory() as name:  # pytest's own folders are closed to other users
+        folder = Path(name)
+        store, model = filled(folder / "a.db")
+        Archive(folder / "a.db").close()
+        store.close()
+        if os.geteuid() != 0:
+            check_read_only(folder, model)
+            return
+        for path in (folder, *folder.rglob("*")):
+            os.chown(path, 65534, 65534)
+        fork = multiprocessing.get_context("fork")
+        here, there = fork.Pipe(duplex=False)
+        process = fork.Process(target=_as_nobody, args=(folder, model, there))
+        process.start()
+        assert here.recv() == "fine"
+        process.join()
 
 
 def test_a_store_that_cannot_be_written_to_answers_and_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
