@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from medvl.model import DualEncoder
 from medvl.nn.similarity import unit
 from reports.sentences import split_sentences
+from tasks.archive.corrections import Correction, units
 from tasks.archive.ingest import as_array
-from tasks.archive.search import Archive, Mask, Mode, Question, units
+from tasks.archive.search import Archive, Mask, Mode, Question
 from tasks.archive.store import ArchiveError, VectorKind
 
 
@@ -34,6 +35,7 @@ class Wanted:
         unlike: texts, files and studies that are examples of what is not wanted.
         over: which vectors answer; None: sentences for texts, reports for the rest, images where an archive has no reports.
         mode: None: hybrid for texts where the archive keeps words, else vector.
+        correction: against hubs, or the gap between images and texts; of questions of one kind.
         allowed: (N,) what a filter leaves.
     """
 
@@ -43,6 +45,7 @@ class Wanted:
     unlike: tuple[str | Path, ...] = field(default=(), repr=False)
     over: VectorKind | None = None
     mode: Mode | None = None
+    correction: Correction | None = None
     allowed: Mask | None = field(default=None, repr=False)
     top: int = 10
     group: bool = True
@@ -70,6 +73,8 @@ def question_of(wanted: Wanted, archive: Archive, model: DualEncoder, number: in
         words=None if mode == "vector" else " ".join(wanted.texts),
         over=over,
         unlike=None if mode == "text" or not wanted.unlike else _examples(wanted.unlike, archive, model, number, over),
+        correction=None if mode == "text" else wanted.correction,
+        asked=_asked(wanted, archive, number, over),
         allowed=_without(wanted, archive),
         top=wanted.top,
         group=wanted.group,
@@ -81,6 +86,16 @@ def _usual(wanted: Wanted, kinds: Sequence[VectorKind]) -> VectorKind:
         ("sentence", "report", "image") if wanted.texts and not wanted.files else ("report", "image", "sentence")
     )
     return next((kind for kind in order if kind in kinds), "report")
+
+
+def _asked(wanted: Wanted, archive: Archive, number: int, over: VectorKind) -> VectorKind | None:
+    """The kind of vectors that the question's are like; None: of several."""
+    kinds: set[VectorKind] = {kind_of_study(archive, study, number, over) for study in wanted.like}
+    if wanted.texts:
+        kinds.add("sentence")
+    if wanted.files:
+        kinds.add("image")
+    return kinds.pop() if len(kinds) == 1 else None
 
 
 def _vectors(wanted: Wanted, archive: Archive, model: DualEncoder, number: int, over: VectorKind) -> NDArray[np.float64]:
@@ -124,10 +139,18 @@ def of_image(model: DualEncoder, file: Path) -> NDArray[np.float64]:
 
 def of_study(archive: Archive, study_id: str, number: int, over: VectorKind) -> NDArray[np.float64]:
     """(m, D) of a study of the archive: of its report, or of its images where these are asked for or it has no report."""
+    rows = archive.vectors_of(study_id, number, kind_of_study(archive, study_id, number, over))
+    if rows is None:
+        raise ArchiveError(f"study {study_id}: the archive has no vectors of it by this model")
+    return units(rows)
+
+
+def kind_of_study(archive: Archive, study_id: str, number: int, over: VectorKind) -> VectorKind:
+    """Of which kind :func:`of_study` are."""
     kinds: tuple[VectorKind, ...] = ("image", "report") if over == "image" else ("sentence" if over == "sentence" else "report", "image")
     for kind in kinds:
-        if (rows := archive.vectors_of(study_id, number, kind)) is not None:
-            return units(rows)
+        if archive.vectors_of(study_id, number, kind) is not None:
+            return kind
     raise ArchiveError(f"study {study_id}: the archive has no vectors of it by this model")
 
 

@@ -364,6 +364,12 @@ def _stemmer() -> Any:
     return Stemmer.Stemmer("english")
 
 
+def still_current(derived: Derived) -> bool:
+    """Whether no other build has taken the place of this one."""
+    current = _read(derived.folder)
+    return current is not None and current["prefix"] == derived.current["prefix"]
+
+
 def _in_chunks(vectors: Iterator[tuple[int, bytes]]) -> Iterator[Sequence[tuple[int, bytes]]]:
     batch: list[tuple[int, bytes]] = []
     for one in vectors:

@@ -9,7 +9,7 @@ those of its sentences, v_i those of its images:
     over images      mean_j max_i q_j . v_i
 Words are ranked by BM25 (:data:`tasks.archive.derived.BM25`) of their stems. The two lists are joined by reciprocal rank fusion with k = 60
 (Cormack et al., SIGIR 2009), over the first DEPTH of each. Equal scores stand in the order of study ids. The filter decides before anything
-is ranked. Reports of the same words are one hit, which names the others.
+is ranked. Reports of the same words are one hit, which names the others. Products may be corrected, see :mod:`tasks.archive.corrections`.
 
 Scores are found in float32; what could be among the first is scored again in float64, so that neither the order nor a tie hangs on how a
 matrix product was cut into blocks.
@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tasks.archive import approximate
+from tasks.archive.corrections import Corrected, Correction, corrected, moved_away, units
 from tasks.archive.derived import Advance, Derived, Gallery, open_derived, words_of
 from tasks.archive.records import ModelKey
 from tasks.archive.sqlite import SqliteStore
@@ -58,6 +59,8 @@ class Question:
         unlike: (n, D) vectors of what is not wanted: their mean is taken from each vector of the question, ``away`` times, both of unit
             length (Rocchio, 1971, the part of irrelevant examples).
         away: see there.
+        correction: of the products, against hubs or the gap between images and texts.
+        asked: the kind of vectors that the question's are like, which a correction is fitted on; None: of several.
         allowed: (N,) the studies that may answer; None: all.
         top: hits.
         group: reports of the same words are one hit.
@@ -68,6 +71,8 @@ class Question:
     over: VectorKind = "report"
     unlike: NDArray[np.floating] | None = field(default=None, repr=False)
     away: float = 0.5
+    correction: Correction | None = None
+    asked: VectorKind | None = None
     allowed: Mask | None = field(default=None, repr=False)
     top: int = 10
     group: bool = True
@@ -230,7 +235,8 @@ def ranking(derived: Derived, question: Question, model: int | None = None) -> R
     if question.vectors is not None:
         if model is None:
             raise ArchiveError("a question by vectors needs the model that they are of")
-        by_vector = VectorScores(derived.gallery(model, question.over), question)
+        correct = question.correction and corrected(derived, model, question.over, question.asked, question.correction)
+        by_vector = VectorScores(derived.gallery(model, question.over), question, correct)
     if question.words is not None:
         by_text = TextScores(derived, question)
     groups = derived.groups if question.group else None
@@ -261,12 +267,14 @@ class VectorScores:
         ArchiveError: no vectors, or of another width than the archive's.
     """
 
-    def __init__(self, gallery: Gallery, question: Question) -> None:
+    def __init__(self, gallery: Gallery, question: Question, correct: Corrected | None = None) -> None:
         if question.vectors is None:
             raise ArchiveError("nothing is asked by vectors")
         self.gallery, self.queries = gallery, moved_away(units(question.vectors), question.unlike, question.away)
         if self.queries.shape[1] != gallery.matrix.shape[1]:
             raise ArchiveError(f"a question of {self.queries.shape[1]} numbers, expected {gallery.matrix.shape[1]}, the width of the model")
+        if correct is not None:
+            self.gallery, self.queries = correct.gallery, correct.moved(self.queries)
         has = np.diff(gallery.starts) > 0
         self.allowed = has if question.allowed is None else has & question.allowed
 
@@ -411,23 +419,3 @@ def _products(matrix: NDArray[np.float32], rows: NDArray[np.int64] | None, queri
         return np.asarray(matrix @ queries.T)
     parts = [matrix[rows[start : start + BLOCK]] @ queries.T for start in range(0, len(rows), BLOCK)]
     return np.concatenate(parts) if parts else np.zeros((0, len(queries)), np.float32)
-
-
-def units(vectors: NDArray[np.floating]) -> NDArray[np.float64]:
-    """(m, D) float64 vectors of unit length, of (m, D) or (D,).
-
-    Raises:
-        ArchiveError: a vector that is 0 or not finite.
-    """
-    given = np.atleast_2d(np.asarray(vectors, np.float64))
-    length = np.linalg.norm(given, axis=1, keepdims=True)
-    if not np.isfinite(length).all() or (length == 0).any():
-        raise ArchiveError("a question whose vector is 0 or not finite has no neighbours; is the image empty, or the model damaged?")
-    return np.asarray(given / length)
-
-
-def moved_away(queries: NDArray[np.float64], unlike: NDArray[np.floating] | None, away: float) -> NDArray[np.float64]:
-    """Unit queries less ``away`` times the unit mean of what is not wanted, made of unit length again."""
-    if unlike is None or not len(unlike):
-        return queries
-    return units(queries - away * units(units(unlike).mean(0)))

@@ -47,6 +47,11 @@ if TYPE_CHECKING:
     help="By vectors, by words, or both; both for texts unless told, else vectors.",
 )
 @click.option("--over", type=click.Choice(["sentence", "report", "image"]), help="Which vectors answer.")
+@click.option(
+    "--correct",
+    type=click.Choice(["centre", "csls"]),
+    help="Take out the gap between images and texts (centre), or what is near to every question (csls).",
+)
 @click.option("--all-duplicates", is_flag=True, help="Show every report of the same words as a hit of its own.")
 @text_policy_option
 @click.option("--html", type=click.Path(path_type=Path), metavar="OUT", help="Write a page with pictures and the sentences that matched.")
@@ -65,6 +70,7 @@ def search(
     match: str | None,
     mode: str | None,
     over: str | None,
+    correct: str | None,
     all_duplicates: bool,
     text_policy: str,
     html: Path | None,
@@ -110,6 +116,7 @@ def search(
             tuple(Path(one) if is_file(one) else one for one in unlike),
             over,  # type: ignore[arg-type]
             mode,  # type: ignore[arg-type]
+            correct,  # type: ignore[arg-type]
             _allowed(archive, where, match),
             top,
             not all_duplicates,
@@ -138,6 +145,7 @@ def search(
             "unlike": list(unlike),
             "mode": used,
             "over": question.over,
+            "correction": question.correction,
             "filter": where,
             "match": match,
             "ok": True,

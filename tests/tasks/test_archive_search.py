@@ -233,6 +233,90 @@ def test_examples_of_what_is_not_wanted_push_away(world: World) -> None:
     )
 
 
+def kind_rows(world: World, kind: str) -> list[NDArray[np.float64]]:
+    """Every vector of a kind that the archive has, each sentence once."""
+    if kind == "sentence":
+        return [unit(vector) for vector in world.sentence.values()]
+    if kind == "image":
+        return [unit(vector) for kept in world.images.values() for vector in kept if vector is not None]
+    return [unit(rows.mean(0)) if np.linalg.norm(rows.mean(0)) > 1e-6 else np.zeros(D) for rows in report_rows(world).values()]
+
+
+def report_rows(world: World) -> dict[str, NDArray[np.float32]]:
+    return {s.study_id: np.stack([world.sentence[one.text] for one in s.sentences]) for s in world.studies if s.sentences}
+
+
+def corrected_score(world: World, rows: list[NDArray[np.float64]], query: NDArray[np.float64], over: str, asked: str, how: str) -> float:
+    """The best of a study's vectors by the rule of the correction, one product at a time."""
+    like = kind_rows(world, asked)
+    if how == "centre":
+        away, own = np.mean(like, axis=0), np.mean(kind_rows(world, over), axis=0)
+        return max(float(unit(unit(query) - away) @ unit(row - own)) for row in rows)
+    found = []
+    for row in rows:
+        cosines = sorted((float(row @ one) for one in like if one.any()), reverse=True)
+        if over == asked:
+            cosines.remove(min(cosines, key=lambda value: abs(value - 1)))  # itself
+        found.append(2 * float(unit(query) @ row) - sum(cosines[:10]) / 10)
+    return max(found)
+
+
+@pytest.mark.parametrize("how", ["centre", "csls"])
+@pytest.mark.parametrize(("over", "asked"), [("report", "image"), ("sentence", "sentence"), ("image", "sentence"), ("image", "image")])
+def test_corrections_are_their_formulas(world: World, how: str, over: str, asked: str) -> None:
+    reports = report_rows(world)
+    query = np.random.default_rng(8).standard_normal(D)
+    scores = {}
+    for study in world.studies:
+        if over == "image":
+            rows = [unit(one) for one in world.images[study.study_id] if one is not None]
+        elif study.study_id not in reports:
+            rows = []
+        elif over == "sentence":
+            rows = [unit(one) for one in reports[study.study_id]]
+        else:
+            mean = reports[study.study_id].mean(0)
+            rows = [unit(mean)] if np.linalg.norm(mean) > 1e-6 else []
+        if rows:
+            scores[study.study_id] = corrected_score(world, rows, query, over, asked, how)
+    question = Question(vectors=query, over=over, asked=asked, correction=how, top=300, group=False)  # type: ignore[arg-type]
+    got = dict(zip(*names(world, question, world.model), strict=True))
+    assert len(scores) > 100 and set(scores) <= set(got)
+    assert [got[name] for name in scores] == pytest.approx(list(scores.values()), abs=2e-6)
+
+
+def test_a_correction_needs_vectors_like_the_questions(world: World, tmp_path: Path) -> None:
+    with pytest.raises(ArchiveError, match="for questions of one kind"):
+        world.archive.search(Question(vectors=np.ones(D), correction="csls"), world.model)
+    store = SqliteStore(tmp_path / "a.db", create=True)
+    number = store.model(ModelKey("w" * 64, "p" * 64, D))
+    vector = np.eye(D, dtype=np.float32)[0]
+    study = ArchivedStudy("s", "p", "xray", sentences=(ArchivedText("Clear."),), sections={"findings": "Clear."})
+    store.write([(study, StudyVectors(vector, vector[None]))], number)
+    archive = Archive(tmp_path / "a.db")
+    with pytest.raises(ArchiveError, match="fitted on image vectors like the question's, and the archive has none"):
+        archive.search(Question(vectors=vector, correction="centre", asked="image"), number)
+
+
+def test_a_correction_goes_when_the_archive_changes(tmp_path: Path) -> None:
+    """No row of a study that was taken out stays in a file of a correction."""
+    store = SqliteStore(tmp_path / "a.db", create=True)
+    number = store.model(ModelKey("w" * 64, "p" * 64, D))
+    rng = np.random.default_rng(0)
+    for name in "abcdefghijklmno":
+        rows = rng.standard_normal((1, D)).astype(np.float32)
+        study = ArchivedStudy(name, name, "xray", sentences=(ArchivedText(name),), sections={"findings": name})
+        store.write([(study, StudyVectors(rows[0], rows))], number)
+    archive = Archive(tmp_path / "a.db")
+    question = Question(vectors=np.ones(D), correction="csls", asked="report", top=20)
+    before = archive.search(question, number)
+    made = {path.name for path in archive.store.derived.glob("*csls*")}
+    assert len(before) == 15 and len(made) == 1
+    store.remove(study_ids=["a"])
+    after = archive.search(question, number)
+    assert len(after) == 14 and not made & {path.name for path in archive.store.derived.iterdir()}
+
+
 def test_a_hit_names_its_sentences_and_the_reports_of_the_same_words(world: World) -> None:
     query = world.sentence[world.studies[1].sentences[0].text] if world.studies[1].sentences else np.ones(D, np.float32)
     hits = world.archive.search(Question(vectors=query, over="sentence", top=30), world.model)
