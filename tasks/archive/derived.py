@@ -141,6 +141,13 @@ class Derived:
             self._galleries[key] = Gallery(matrix, starts, members, owners, index)
         return self._galleries[key]
 
+    def approximate(self, model: int, kind: VectorKind) -> dict[str, Any] | None:
+        """Of the approximate index of a kind of vectors: lists, those looked through, and the recall of the first 10 that was measured when
+        it was made; None where there is none.
+        """
+        told: dict[str, Any] | None = self.current["galleries"].get(f"{model}-{kind}")
+        return told
+
     def kinds(self, model: int) -> tuple[VectorKind, ...]:
         """Of what the archive has vectors of a model."""
         return tuple(kind for kind in KINDS if f"{model}-{kind}" in self.current["galleries"])

@@ -188,6 +188,15 @@ class Archive:
             )
         return hits
 
+    def recall(self, question: Question, model: int | None = None) -> float | None:
+        """Of the first 10 by vectors, what an approximate index was measured to find when it was made; None where all are scored."""
+        if question.vectors is None or model is None or question.correction is not None:
+            return None
+        how = self.derived.approximate(model, question.over)
+        if how is None or not VectorScores(self.derived.gallery(model, question.over), question).approximate:
+            return None
+        return float(how["recall"])
+
     def _matched(
         self, derived: Derived, place: int, study: FoundStudy, question: Question, model: int | None, most: int = 3
     ) -> tuple[MatchedSentence, ...]:
@@ -283,11 +292,16 @@ class VectorScores:
         """Studies that may answer."""
         return int(self.allowed.sum())
 
+    @property
+    def approximate(self) -> bool:
+        """Whether an approximate index says what is scored: of a large gallery, for one vector, where a filter leaves many."""
+        gallery = self.gallery
+        return gallery.approximate is not None and len(self.queries) == 1 and gallery.study_of is not None and self.usable > EXACT
+
     def candidates(self, count: int) -> NDArray[np.int64]:
         """The studies that may be among the ``count`` best: all of them, but for those that an approximate index misses."""
-        gallery = self.gallery
-        studies = gallery.study_of if gallery.approximate is not None and len(self.queries) == 1 else None
-        if gallery.approximate is None or studies is None or self.usable <= EXACT:
+        gallery, studies = self.gallery, self.gallery.study_of
+        if gallery.approximate is None or studies is None or not self.approximate:
             return largest(self.rough(), count)
         rows = None if self.usable == len(self.allowed) else self.allowed[studies]
         index, wanted = gallery.approximate, approximate.rows_for(count)

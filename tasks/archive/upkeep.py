@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from tasks.archive.derived import CURRENT, Derived, open_derived
+from tasks.archive.derived import Derived, open_derived
 from tasks.archive.store import ArchiveError, ArchiveStore, Removed
 
 SAID = {1: "present", 0: "absent", -1: "uncertain"}
@@ -78,6 +78,7 @@ def facts_of(store: ArchiveStore) -> dict[str, Any]:
     for _, name, fact, _ in store.findings():
         if fact is not None:
             said.setdefault(name, Counter())[SAID[fact]] += 1
+    derived = open_derived(store)
     order = sorted(said, key=lambda name: (-said[name]["present"], name))
     folder = store.derived
     return {
@@ -93,13 +94,13 @@ def facts_of(store: ArchiveStore) -> dict[str, Any]:
                 "preprocessing_sha256": key.preprocessing_sha256,
                 "width": key.width,
                 "vectors": dict(counts.vectors[number]),
+                "approximate": {kind: how for kind in derived.kinds(number) if (how := derived.approximate(number, kind))},
             }
             for number, key in store.models().items()
         ],
         "findings": {name: {state: said[name][state] for state in SAID.values()} for name in order},
         "bytes": sum(path.stat().st_size for path in store.files()),
         "derived_bytes": sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else 0,
-        "derived_current": (folder / CURRENT).is_file(),
     }
 
 

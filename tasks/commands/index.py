@@ -374,6 +374,8 @@ def stats(store: str, as_json: bool) -> None:
     for model in told["models"]:
         for kind, count in model["vectors"].items():
             table.add_row(f"{kind} vectors of model {model['weights_sha256'][:12]} ({model['width']} numbers)", f"{count:,}")
+            if how := model["approximate"].get(kind):
+                table.add_row(f"recall@10 of its approximate index, on {how['trials']} of its own", f"{how['recall']:.3f}")
     table.add_row("bytes of the file", f"{told['bytes']:,}")
     table.add_row("bytes of what is derived", f"{told['derived_bytes']:,}")
     console().print(table)

@@ -128,7 +128,7 @@ def search(
                 click.echo(json_text({"query": list(queries), "ok": False, "error": str(error), "hits": [], "notice": RESEARCH_USE}))
             click.echo(f"1 file rejected:\n  {error}", err=True)
             ctx.exit(REJECTED)
-        hits = archive.search(question, number)
+        hits, recall = archive.search(question, number), archive.recall(question, number)
         pool = int(wanted.allowed.sum()) if wanted.allowed is not None else len(archive.derived.numbers)
     used = "hybrid" if question.vectors is not None and question.words is not None else "text" if question.vectors is None else "vector"
     if html is not None:
@@ -150,6 +150,7 @@ def search(
             "match": match,
             "ok": True,
             "error": None,
+            "recall_at_10_of_index": recall,
             "hits": [as_dict(hit) for hit in hits],
             "pool": pool,
             "notice": RESEARCH_USE,
@@ -159,7 +160,8 @@ def search(
     from rich.markup import escape
 
     headings = ("rank", "study", "score", "sentences that fit best")
-    title = f"{len(hits)} of {pool} studies for: {_told(queries, like)} ({used})"
+    how = used if recall is None else f"{used}, by an approximate index of recall@10 {recall:.3f}"
+    title = f"{len(hits)} of {pool} studies for: {_told(queries, like)} ({how})"
     shown = new_table(title, *headings, numbers=("rank", "score"), whole=("study", "sentences that fit best"))
     for hit in hits:
         said = [one.words if one.words is not None else f"sentence {one.text}" for one in hit.sentences]

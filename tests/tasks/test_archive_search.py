@@ -381,3 +381,42 @@ def test_what_another_process_adds_is_seen_at_the_next_question(tmp_path: Path) 
     assert [hit.study.study_id for hit in archive.search(Question(vectors=vector[1]), number)] == ["second", "first"]
     store.remove(study_ids=["second"])
     assert [hit.study.study_id for hit in archive.search(Question(vectors=vector[1]), number)] == ["first"]
+
+
+def test_a_large_archive_is_searched_by_an_index_of_stated_recall(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the limits lowered: the index is made, its recall is told, holds on new questions, and filters are inside it."""
+    faiss = pytest.importorskip("faiss", reason="needs the extra faiss")
+    monkeypatch.setattr("tasks.archive.approximate.ROWS", 1000)
+    monkeypatch.setattr("tasks.archive.search.EXACT", 100)
+    rng = np.random.default_rng(2)
+    centres = rng.standard_normal((30, 16))
+    vectors = (centres[rng.integers(30, size=3000)] + 0.8 * rng.standard_normal((3000, 16))).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    store = SqliteStore(tmp_path / "a.db", create=True)
+    number = store.model(ModelKey("w" * 64, "p" * 64, 16))
+    studies = [
+        ArchivedStudy(
+            f"s{i:04d}", f"p{i}", "ct" if i % 3 else "xray", sentences=(ArchivedText(f"No {i}."),), sections={"findings": f"No {i}."}
+        )
+        for i in range(3000)
+    ]
+    store.write([(one, StudyVectors(vector, vector[None])) for one, vector in zip(studies, vectors, strict=True)], number)
+    archive = Archive(store)
+    assert isinstance(archive.derived.gallery(number, "report").approximate.index, faiss.IndexIVF)  # type: ignore[union-attr]
+    told = archive.derived.approximate(number, "report")
+    assert told is not None and told["probes"] < told["lists"] and told["trials"] == 200
+    films = np.array([study.modality == "xray" for study in studies])
+    found: dict[bool, list[float]] = {False: [], True: []}
+    for query in vectors[rng.choice(3000, 50)] + 0.2 * rng.standard_normal((50, 16)).astype(np.float32):
+        for filtered in found:
+            question = Question(vectors=query, allowed=films if filtered else None, group=False)
+            assert archive.recall(question, number) == told["recall"] >= 0.9
+            true = np.argsort(-np.where(films | (not filtered), vectors @ query, -np.inf), kind="stable")[:10]
+            got = [int(hit.study.study_id[1:]) for hit in archive.search(question, number)]
+            assert len(got) == 10 and (not filtered or films[got].all())
+            found[filtered].append(len(set(got) & set(true.tolist())) / 10)
+    assert np.mean(found[False]) >= 0.9 and np.mean(found[True]) >= 0.9
+    assert archive.recall(Question(vectors=vectors[0], correction="csls", asked="report"), number) is None
+    few = np.arange(3000) < 100
+    assert archive.recall(Question(vectors=vectors[0], allowed=few), number) is None
+    assert archive.search(Question(vectors=vectors[0], allowed=few), number)[0].study.study_id == "s0000"
