@@ -94,6 +94,33 @@ def test_an_image_finds_reports_and_images(tiny: Any, store: Path, rows: dict[st
         assert hit["score"] == pytest.approx(float(report @ unit(image + text)), abs=1e-5)
 
 
+@pytest.mark.parametrize("how", ["centre", "csls"])
+def test_a_correction_is_of_the_archive_by_its_formula(tiny: Any, store: Path, rows: dict[str, dict[str, str]], how: str) -> None:
+    """Image to reports: means and neighbours are those of the images and reports of the archive."""
+    model = package.load(tiny.model, device="cpu")
+    rows = {name: row for name, row in rows.items() if row["modality"] == "xray"}
+    names = [name for name, row in rows.items() if report_sentences(None, row["findings"], row["impression"])]
+    images = unit(np.stack([unit(model.encode_image(tiny.manifest.parent / rows[name]["path"]).pooled.numpy())[0] for name in rows]))
+    reports = np.stack(
+        [
+            unit(unit(model.encode_text(report_sentences(None, rows[name]["findings"], rows[name]["impression"])).pooled.numpy()).mean(0))
+            for name in names
+        ]
+    )
+    query = unit(model.encode_image(tiny.png).pooled.numpy())[0]
+    if how == "centre":
+        expected = unit(reports - reports.mean(0)) @ unit(query - images.mean(0))
+    else:
+        expected = 2 * reports @ query - np.sort(reports @ images.T, axis=1)[:, -10:].mean(1)
+    search = ("search", "--model", tiny.model, "--store", store, "--query", tiny.png, "--correct", how)
+    found = told(medvl(*search, "--top", 40, "--all-duplicates", "--json"))
+    assert found["correction"] == how and found["recall_at_10_of_index"] is None
+    scores = {hit["study_id"]: hit["score"] for hit in found["hits"]}
+    assert scores == pytest.approx(dict(zip(names, expected.tolist(), strict=True)), abs=1e-5)
+    mixed = medvl(*search, "--query", "cardiomegaly")
+    assert mixed.exit_code == 2 and "for questions of one kind" in mixed.output
+
+
 def test_words_and_filters_decide(tiny: Any, store: Path, rows: dict[str, dict[str, str]]) -> None:
     ask = ("search", "--model", tiny.model, "--store", store, "--top", 40, "--all-duplicates", "--json")
     done = told(medvl(*ask, "--query", "number 3", "--mode", "text"))
