@@ -7,6 +7,7 @@ by themselves in each; nothing is exchanged but at the start and at the end of a
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -96,7 +97,9 @@ class Ranks:
             What ``do`` gave, of all processes, in each of them: those of the first, then those of the second, and so on.
         """
         work: _Work[Part, Result] = _Work(self._model, parts, do)
-        self._trainer.predict(work, return_predictions=False)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")  # of torch, to Lightning
+            self._trainer.predict(work, return_predictions=False)
         return work.results
 
 
