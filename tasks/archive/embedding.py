@@ -217,6 +217,7 @@ class Embedding:
 
     def _look(self, part: Part, advance: Callable[[int], None]) -> Told:
         """Whether a shard is whole and of what the source has now."""
+        advance(1)
         try:
             shard = read_shard(shard_path(self.folder, part.number))
             wrong = misfit(shard, self.plan, part.number)
@@ -226,7 +227,6 @@ class Embedding:
             return Told(part.number, 0, wrong=str(error))
         if wrong is None and shard.made_of != made_of([self._reader.archived(study) for study in part.studies]):
             wrong = "made of other studies, reports or images than the source has now"
-        advance(1)
         return Told(part.number, len(shard.studies), shard.rejected, wrong=wrong)
 
     def _make(self, part: Part, advance: Callable[[int], None]) -> Told:

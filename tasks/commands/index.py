@@ -177,6 +177,7 @@ def _fill(
     rejected_path: Path | None,
     as_json: bool,
 ) -> None:
+    check_source(source)
     encoder = load_model(model, device)
     from reports.facts import LexiconFacts
     from reports.facts.ontology import load_ontology
@@ -250,6 +251,12 @@ def counting(what: str) -> Iterator[Callable[[int], None]]:
         yield lambda count: bar.advance(task, count)
 
 
+def check_source(source: Path) -> None:
+    """See that a source is there, before a model is loaded for it."""
+    if not source.exists():
+        raise click.UsageError(f"{source}: no such file or folder")
+
+
 def source_of(
     source: Path,
     model: DualEncoder,
@@ -263,14 +270,12 @@ def source_of(
     """What gives the studies of a source, by what it is.
 
     Raises:
-        click.UsageError: no such source, or options that do not go with it.
+        click.UsageError: options that do not go with it.
         ReportTableError: a table that cannot be read, or has no such column.
     """
     from tasks.archive.sources import OPENI, of_folder, of_manifest, of_openi, of_table
     from tasks.report_tables import open_reports
 
-    if not source.exists():
-        raise click.UsageError(f"{source}: no such file or folder")
     read = _read_by(model)
     kind = modality or (read[0] if len(read) == 1 else "xray")
     is_folder = source.is_dir()

@@ -23,7 +23,17 @@ from tasks.commands.common import (
     usage_errors,
     weights_sha256,
 )
-from tasks.commands.index import archive_errors, check_store_folder, counting, finished, reading_options, source_of, store_option, tell
+from tasks.commands.index import (
+    archive_errors,
+    check_source,
+    check_store_folder,
+    counting,
+    finished,
+    reading_options,
+    source_of,
+    store_option,
+    tell,
+)
 
 
 @contextmanager
@@ -85,6 +95,7 @@ def embed(
       srun medvl index embed large/manifest.csv --model demo/model --out shards --devices 8 --num-nodes 4
       medvl index merge shards --store archive.db
     """
+    check_source(source)
     check_out_folder(out, mode=0o700)
     encoder = load_model(model, "cpu")  # each process takes it to its own device
     from medvl.training.ranks import Ranks

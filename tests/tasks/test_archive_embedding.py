@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner, Result
+from safetensors.torch import load_file, save_file
 
 import medvl as package
 from reports.sentences import report_sentences
@@ -307,6 +309,27 @@ def test_what_cannot_be_used_is_carried_through(tiny: Any, tmp_path: Path) -> No
     first, *others = (path.read_text() for path in lists)
     assert first.count("\n") == 3 and "s09.png" in first and all(other == first for other in others)
     assert_same(tmp_path / "m.db", tmp_path / "b.db")
+
+
+def test_what_no_store_would_take_is_rejected_and_the_rest_goes_on(tiny: Any, tmp_path: Path) -> None:
+    films, out = tmp_path / "films", tmp_path / "shards"
+    films.mkdir()
+    shutil.copy(tiny.png, films / "a.png")
+    shutil.copy(tiny.png, os.fsencode(films) + b"/caf\xe9.png")
+    done = embed(films, tiny.model, out)
+    assert told(done, 1)["studies"] == 1 and "no Unicode text" in done.stderr
+    assert told(merge(tmp_path / "a.db", out), 1)["studies"] == 1
+    sick, more = tmp_path / "model", tmp_path / "more"
+    shutil.copytree(tiny.model, sick)
+    weights = load_file(sick / "model.safetensors")
+    next(value for name, value in weights.items() if name.startswith("image.") and value.ndim == 4).fill_(float("nan"))
+    save_file(weights, sick / "model.safetensors")
+    config = json.loads((sick / "config.json").read_text())
+    config["weights_sha256"] = hashlib.sha256((sick / "model.safetensors").read_bytes()).hexdigest()
+    (sick / "config.json").write_text(json.dumps(config))
+    done = embed(tiny.manifest, sick, more, "--split", "train")
+    assert told(done, 1)["rejected"] == 2 and done.stderr.count("a vector with NaN or infinity") == 2
+    assert told(merge(tmp_path / "b.db", more), 1)["studies"] == 0
 
 
 def test_an_empty_source_and_what_is_no_folder_of_shards(tiny: Any, tmp_path: Path) -> None:
