@@ -92,7 +92,7 @@ def embed(
     Examples:
       medvl index embed large/manifest.csv --model demo/model --out shards --devices 8
       medvl index embed reports.csv --text-column report --no-images --model demo/model --out shards --accelerator cpu --devices 4
-      srun medvl index embed large/manifest.csv --model demo/model --out shards --devices 8 --num-nodes 4
+      srun --nodes 4 --ntasks-per-node 8 medvl index embed large/manifest.csv --model demo/model --out shards --num-nodes 4 --devices 8
       medvl index merge shards --store archive.db
     """
     check_source(source)
