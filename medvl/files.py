@@ -11,8 +11,8 @@ from typing import BinaryIO
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to, of a temporary name beside ``path``; at the end it is flushed to disk and renamed.
+def replacing(path: Path, mode: int = 0o644) -> Iterator[BinaryIO]:
+    """A file to write to, of a temporary name beside ``path``; at the end it is flushed to disk and renamed, with the rights ``mode``.
 
     Readers see the old file or the new, never half of one. After an error the old one stays.
     """
@@ -22,14 +22,14 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)
+        Path(temporary).chmod(mode)
         Path(temporary).replace(path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
 
 
-def write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes, mode: int = 0o644) -> None:
     """Write a file whole or not at all, as :func:`replacing` does."""
-    with replacing(path) as file:
+    with replacing(path, mode) as file:
         file.write(content)

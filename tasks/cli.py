@@ -27,6 +27,7 @@ from tasks.commands.evaluate import evaluate
 from tasks.commands.evaluate_maps import evaluate_maps
 from tasks.commands.ground import ground
 from tasks.commands.index import index
+from tasks.commands.index_shards import embed, merge
 from tasks.commands.inspect import inspect
 from tasks.commands.match import match
 from tasks.commands.phantom import phantom
@@ -132,6 +133,8 @@ for _command in (
     *(diagnose, calibrate, ground, calibrate_maps, view, index, search, evaluate, evaluate_maps, tabulate, probe, compare, card),
 ):
     cli.add_command(_command)
+for _command in (embed, merge):
+    index.add_command(_command)
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ from medvl.nn.similarity import unit
 from medvl.types import ImageSample, TextSource, UnreadableImageError
 from tasks.archive.records import ArchivedStudy, ModelKey, StudyVectors
 from tasks.archive.sources import Candidate, ReportReader
-from tasks.archive.store import ArchiveStore
+from tasks.archive.store import ArchiveError, ArchiveStore
 from tasks.protocols import sha256_of
 
 BATCH = 32
@@ -42,13 +42,25 @@ class Ingested:
     added: int = 0
     changed: int = 0
     unchanged: int = 0
-    without_anything: int = 0  # neither a sentence nor an image that could be read
     rejected: list[tuple[str, str]] = field(default_factory=list)  # (path or row, why)
 
 
 def model_key(model: DualEncoder, weights_sha256: str, texts: TextSource) -> ModelKey:
     """What vectors of a model are told by."""
     return ModelKey(weights_sha256, sha256_of({"reader": model.reader.spec(), "texts": texts.spec()}), model.image.embed_dim)
+
+
+def check_key(store: ArchiveStore, key: ModelKey) -> None:
+    """Refuse what the store would take for another model, though only the split of texts differs.
+
+    Raises:
+        ArchiveError: the store has vectors of these weights with another preprocessing.
+    """
+    for known in store.models().values():
+        if known.weights_sha256 == key.weights_sha256 and known != key:
+            raise ArchiveError(
+                f"{store.name}: has vectors of these weights with another preprocessing or --text-policy; take the same, or another --store"
+            )
 
 
 def ingest(
@@ -75,27 +87,55 @@ def ingest(
     """
     for part in _parts(studies, BATCH):
         records = {record.study_id: record for record in map(reader.archived, part)}
-        kept = store.kept(list(records))
-        wanted = [
-            record
-            for name, record in records.items()
-            if not (name in kept and kept[name].digest == record.digest() and model in kept[name].models)
-        ]
-        done.unchanged += len(records) - len(wanted)
-        batch: list[tuple[ArchivedStudy, StudyVectors]] = []
-        new = 0
-        for record, vectors in zip(wanted, encoder.vectors(wanted, done.rejected), strict=True):
-            if vectors.report is None and vectors.images is None:
-                done.without_anything += 1
-                done.rejected.append((record.study_id, f"study {record.study_id}: has neither a sentence nor an image that could be read"))
-                continue
-            new += record.study_id not in kept
-            batch.append((record, vectors))
-        if batch:
-            store.write(batch, model)
-            done.added += new
-            done.changed += len(batch) - new
+        write_new(store, list(records.values()), lambda wanted: embedded(encoder, wanted, done.rejected), model, done)
         advance(len(part))
+
+
+def write_new(
+    store: ArchiveStore,
+    studies: Sequence[ArchivedStudy],
+    vectors: Callable[[list[ArchivedStudy]], list[StudyVectors | None]],
+    model: int,
+    done: Ingested,
+) -> None:
+    """Write those of some studies that are new, changed, or without vectors of this model.
+
+    Args:
+        store: where to.
+        studies: each once.
+        vectors: of those that are to be written; None for one that has neither a sentence nor an image, and is not written.
+        model: its number in the store.
+        done: is added to.
+    Raises:
+        ArchiveError: a store that cannot be written to; nothing of these studies is there then.
+    """
+    kept = store.kept([study.study_id for study in studies])
+
+    def is_there(study: ArchivedStudy) -> bool:
+        there = kept.get(study.study_id)
+        return there is not None and there.digest == study.digest() and model in there.models
+
+    wanted = [study for study in studies if not is_there(study)]
+    done.unchanged += len(studies) - len(wanted)
+    found = zip(wanted, vectors(wanted), strict=True)
+    batch = [(study, one) for study, one in found if one is not None]
+    if batch:
+        store.write(batch, model)
+        new = sum(study.study_id not in kept for study, _ in batch)
+        done.added += new
+        done.changed += len(batch) - new
+
+
+def embedded(encoder: Encoder, studies: Sequence[ArchivedStudy], rejected: list[tuple[str, str]]) -> list[StudyVectors | None]:
+    """Vectors of each study; of one that has neither a sentence nor an image that could be read None, and it is added to ``rejected``."""
+    found: list[StudyVectors | None] = []
+    for study, vectors in zip(studies, encoder.vectors(studies, rejected), strict=True):
+        if vectors.report is None and vectors.images is None:
+            rejected.append((study.study_id, f"study {study.study_id}: has neither a sentence nor an image that could be read"))
+            found.append(None)
+        else:
+            found.append(vectors)
+    return found
 
 
 class Encoder:

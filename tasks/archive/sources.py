@@ -22,6 +22,8 @@ from tasks.archive.records import SECTIONS, ArchivedImage, ArchivedStudy, Archiv
 
 Reject = Callable[[str, str], None]
 """Called with a path or row, and what is wrong with it."""
+Source = Callable[[Reject], "Iterator[Candidate]"]
+"""Gives the studies of a source from its start, the same each time."""
 OPENI = (".xml", ".tgz", ".tar", ".tar.gz", ".tar.bz2", ".tar.xz")
 MOST_TEXT = 2**20
 """Characters of a text file; a longer one is no report."""

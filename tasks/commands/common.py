@@ -33,7 +33,11 @@ SHOWN = 10  # rejected inputs spelled out on standard error; the rest are counte
 
 def model_options(command: F) -> F:
     """``--model`` and ``--device``."""
-    command = click.option("--device", metavar="DEVICE", help="cpu, cuda or cuda:1; CUDA if there is one unless told.")(command)
+    return model_option(click.option("--device", metavar="DEVICE", help="cpu, cuda or cuda:1; CUDA if there is one unless told.")(command))
+
+
+def model_option(command: F) -> F:
+    """``--model`` alone."""
     return click.option(
         "--model", required=True, type=click.Path(path_type=Path), metavar="DIR", help="Folder with config.json and model.safetensors."
     )(command)
@@ -251,14 +255,14 @@ def write_csv(path: Path, header: Sequence[str], lines: Iterable[Sequence[Any]])
     write_atomically(path, text.getvalue().encode("utf-8", "surrogateescape"))
 
 
-def check_out_folder(folder: Path, option: str = "--out") -> None:
-    """Make the output folder, and see that it can be written to.
+def check_out_folder(folder: Path, option: str = "--out", mode: int = 0o777) -> None:
+    """Make the output folder, with the rights ``mode`` if it is new, and see that it can be written to.
 
     Raises:
         click.UsageError: the path is a file, or cannot be made or written to.
     """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode, parents=True, exist_ok=True)
     except OSError as error:
         raise click.UsageError(f"{option} {folder}: cannot be made a folder: {error.strerror}") from None
     try:

