@@ -70,20 +70,12 @@ from medvl.metrics.maps import (
     tied_peaks,
 )
 from medvl.metrics.paired import Comparison, compare_models
+from medvl.metrics.pools import PooledRecall, pooled_recall
 from medvl.metrics.ranking import auprc_statistic, auroc, auroc_intervals, auroc_statistic, concordance_statistic
-from medvl.metrics.retrieval import (
-    Gain,
-    PooledRecall,
-    RankingResult,
-    Retrieval,
-    both_directions,
-    chance_of_a_hit,
-    pooled_recall,
-    ranking_metrics,
-    recall_at_k,
-)
+from medvl.metrics.retrieval import RankingResult, Retrieval, both_directions, ranking_metrics, recall_at_k
 from medvl.metrics.subgroups import Difference, Gap, Subgroup, SubgroupTable, subgroup_table
 from medvl.metrics.thresholds import Threshold, choose_threshold
+from medvl.metrics.ties import Gain, chance_of_a_hit
 
 __all__ = [
     "ABSTAIN",
