@@ -1,4 +1,4 @@
-"""Metrics and their intervals: ranking, probabilities, decisions, maps, retrieval, facts, hubness; thresholds, calibration, conformal."""
+"""Metrics and their intervals: ranking, probabilities, decisions, maps, retrieval, facts, hubness, thresholds, calibration, conformal."""
 
 from medvl.metrics.bootstrap import (
     MACRO,
@@ -40,10 +40,12 @@ from medvl.metrics.delong import DeLongInterval, DeLongTest, delong_covariance, 
 from medvl.metrics.facts import (
     FactAgreement,
     FactOverlap,
+    expected_agreement,
     fact_agreement,
     fact_relevance,
     same_present_facts,
 )
+from medvl.metrics.galleries import GalleryResult, first_is_right, gallery_metrics, pairwise_accuracy
 from medvl.metrics.hubness import (
     Hubness,
     centre,
@@ -91,6 +93,7 @@ __all__ = [
     "FactAgreement",
     "FactOverlap",
     "Gain",
+    "GalleryResult",
     "Gap",
     "Hubness",
     "Interval",
@@ -144,9 +147,12 @@ __all__ = [
     "delong_interval",
     "delong_test",
     "distance_to_centre",
+    "expected_agreement",
     "f1_statistic",
     "fact_agreement",
     "fact_relevance",
+    "first_is_right",
+    "gallery_metrics",
     "hubness_of",
     "k_occurrences",
     "label_counts",
@@ -160,6 +166,7 @@ __all__ = [
     "modality_gap",
     "neighbour_similarity",
     "overlap",
+    "pairwise_accuracy",
     "peak",
     "pointing_game",
     "pooled_recall",
