@@ -32,7 +32,7 @@ def show_retrieval(out: Console, found: dict[str, Any]) -> None:
     heads = tuple(head for hit in HITS for head in (hit, *ENDS))
     for direction, one in ways:
         n = one["recall_at_1_interval"]["n"]
-        title = f"{direction.replace('_', ' ')}, full pool of {one['pool']}, {n} queries"
+        title = f"{direction.replace('_', ' ')}, full pool {one['pool']}, {n} queries"
         note = RULE + f"; nDCG graded by {one['ndcg_grades']}"
         table = new_table(title, "", *heads, numbers=heads, caption=note)
         for key, name in RANKINGS.items():
@@ -65,6 +65,9 @@ def show_retrieval(out: Console, found: dict[str, Any]) -> None:
         both = [found["hard_galleries"][direction][kind] for direction in DIRECTIONS]
         counts = ", ".join(f"{of['galleries']} {way}" for of, way in zip(both, ("to report", "to image"), strict=True))
         title = f"own report among those with the same finding {name}; galleries: {counts}"
+        if not any(of["galleries"] for of in both):
+            out.print(title)
+            continue
         table = new_table(title, "", *heads, numbers=heads, caption=note)
         for key, said in GALLERIES.items():
             table.add_row(said, *(cell for of in both for cell in _cells(of, key)))

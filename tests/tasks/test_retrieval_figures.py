@@ -272,7 +272,7 @@ def test_evaluate_prints_rule_and_pool_and_its_csv_gives_the_figures_again(tiny:
     """Mean rank, reciprocal rank and the agreement of the first report, from retrieval.csv and the words of the table alone."""
     done = medvl("evaluate", tiny.manifest, "--model", tiny.model, "--out", tmp_path, "--repeats", 5, "--pool", 8, "--pool-repeats", 3)
     assert done.exit_code == 0, done.output
-    for words in ("image to report, full pool of 24, 24 queries", "3 pools of 8 dealt 3 times", "MRR", "MAP", "nDCG@10", "mean rank"):
+    for words in ("image to report, full pool 24, 24 queries", "3 pools of 8 dealt 3 times", "MRR", "MAP", "nDCG@10", "mean rank"):
         assert words in done.output, words
     assert "a hit is the own report, or any with the same sentences" in " ".join(done.output.split())
     found = json.loads((tmp_path / "results.json").read_text())
