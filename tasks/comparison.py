@@ -40,7 +40,8 @@ from medvl.model import ConfigError, build, commit, load
 from medvl.types import RESEARCH_USE, ImageReader, TextSource
 from reports.prompts import load_prompts
 from reports.text_source import ReportSentences, ReportText
-from tasks.evaluation import FOCAL_FRACTION, Predictions, directions, predict
+from tasks.evaluation import FOCAL_FRACTION, Predictions, predict
+from tasks.retrieval_figures import directions
 
 TABLE, RUNS, REJECTED, PAGE = "comparison.csv", "runs.csv", "rejected.csv", "comparison.html"
 SCORES, NOTE, LOG, MODEL = "scores.npz", "run.json", "log.txt", "model"

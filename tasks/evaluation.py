@@ -3,13 +3,9 @@
 Shapes: N images, F findings, R reports, G items of a pool. What counts once is the unit: a study (several views, series or
 reconstructions make one score), a patient, or each image by itself. Each image has the score, the label and the similarities of its unit,
 and figures made of these count a unit once; where a map points is a matter of each image still, and a report belongs to a study.
-What is predicted is kept apart from what is measured: ``predictions.csv`` and
-``retrieval.csv`` hold everything that ``results.json`` is computed from, besides patients and masks of the data.
-
-A row of ``retrieval.csv`` is a query: an image (direction image_to_report) or the report of a study (report_to_image). Twice, for the
-strict rule and with duplicates as hits, it has what Recall@K with ties and chance follow from: ``above`` items of the pool scored above
-the query's best relevant one, ``tied`` items that share its score, ``hits`` of these that are relevant, ``relevant`` items in the whole
-pool, and ``rank``, expected over a random order of the tied.
+What is predicted is kept apart from what is measured: of ``predictions.csv`` and ``retrieval.csv`` follows ``results.json``, with patients
+and masks of the data; but for what hangs on the whole order of a pool (average precision, nDCG, small pools, harder galleries).
+Retrieval is :mod:`tasks.retrieval_figures`, which says what a row of ``retrieval.csv`` holds.
 """
 
 from __future__ import annotations
@@ -18,7 +14,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -33,31 +29,31 @@ from medvl.files import write_atomically
 from medvl.metrics import (
     MACRO,
     Interval,
-    Retrieval,
     auroc_intervals,
     classification_table,
     contrast_to_noise,
     mean_intervals,
     peak,
     pointing_game,
-    recall_at_k,
     subgroup_table,
 )
 from medvl.model import DualEncoder, packed
 from medvl.types import RESEARCH_USE, ImageFeatures, ImageSample, TextSource, UnreadableImageError
 from reports.prompts import PromptSet
 from tasks.decisions import Decisions
+from tasks.figures import estimate, interval_of, number
 from tasks.grounding import batch_extent, native_maps
 from tasks.masks import MaskError, finding_mask, masked_slices
 from tasks.protocols import sha256_of
+from tasks.report_facts import ReportFacts, lexicon_facts
 from tasks.retrieval import build_index, image_to_reports, studies_of
+from tasks.retrieval_figures import COLUMNS, Pools, RetrievalScores, retrieval_figures, retrieval_lines
 from tasks.scoring import Scorer
 from tasks.subgroups import subgroups
 from tasks.zero_shot import PromptBank, encode, encode_prompts, pair_logits, slice_scores, slices_of_images
 
 FOCAL_FRACTION = 0.25
 """A finding is focal if its mask covers less than this share of the image in the median positive study; only these are pointed at."""
-RECALL_AT = (1, 5, 10)
 RETRIEVAL, REJECTED = "retrieval.csv", "rejected.csv"
 Unit = Literal["image", "study", "patient"]
 
@@ -107,17 +103,6 @@ def by_unit(rows: Sequence[StudyImage], unit: Unit) -> list[list[int]]:
 
 def _of_reports(unit: Unit) -> Unit:
     return "image" if unit == "image" else "study"
-
-
-@dataclass(frozen=True)
-class RetrievalScores:
-    """Similarity of N images with R reports, and which of them belong together."""
-
-    study_ids: tuple[str, ...]  # R
-    sentences: tuple[tuple[str, ...], ...]  # R
-    similarity: NDArray[np.float64]  # (N, R), rounded: what is equal up to the order of a sum is equal
-    own: NDArray[np.bool_]  # (N, R): the report of the image's own study
-    same: NDArray[np.bool_]  # (N, R): a report that says the same, sentence for sentence
 
 
 @torch.inference_mode()
@@ -314,11 +299,23 @@ def _pairs(
     return RetrievalScores(tuple(ids), tuple(index[j][1] for j in kept), np.round(similarity[:, kept], 6), own, same)
 
 
-def results(predictions: Predictions, *, repeats: int = 1000, seed: int = 0, decisions: Decisions | None = None) -> dict[str, Any]:
+def results(
+    predictions: Predictions,
+    *,
+    repeats: int = 1000,
+    seed: int = 0,
+    decisions: Decisions | None = None,
+    facts: ReportFacts | None = None,
+    pools: Pools | None = None,
+) -> dict[str, Any]:
     """Every metric of a prediction, JSON-ready (NaN as null).
 
     Args:
         decisions: fitted on other patients to scores of the same protocol; then probabilities and calls are measured too.
+        facts: of the reports' sentences; by default those of the lexicon that comes with the package.
+        pools: small pools to measure retrieval within, besides the full one.
+    Raises:
+        ValueError: pools that do not fit.
     """
     patients = [row.patient_id for row in predictions.rows]
     names, counted = predictions.findings, predictions.counted()
@@ -340,7 +337,7 @@ def results(predictions: Predictions, *, repeats: int = 1000, seed: int = 0, dec
         areas = auroc_intervals(labels, scores, names, [patients[i] for i in counted], repeats=repeats, seed=seed)
         found["zero_shot"] = {
             **_macro("macro_auroc", areas),
-            "per_finding": {name: {"auroc": _number(areas[name].value), **_interval(areas[name])} for name in names},
+            "per_finding": {name: {"auroc": number(areas[name].value), **interval_of(areas[name])} for name in names},
         }
         found["classification"] = _classification(labels, scores, names, [patients[i] for i in counted], repeats, seed, decisions)
         found["subgroups"] = _subgroups(predictions, patients, repeats, seed, decisions)
@@ -350,7 +347,15 @@ def results(predictions: Predictions, *, repeats: int = 1000, seed: int = 0, dec
     if predictions.texts is not None:
         found["texts"] = predictions.texts
     if predictions.retrieval is not None:
-        found["retrieval"] = _retrieval(predictions, patients, repeats, seed)
+        found["retrieval"] = retrieval_figures(
+            predictions.retrieval,
+            predictions.queries(),
+            patients,
+            facts if facts is not None else lexicon_facts(),
+            pools=pools,
+            repeats=repeats,
+            seed=seed,
+        )
     return found
 
 
@@ -426,8 +431,8 @@ def _grounding(predictions: Predictions, patients: list[str], repeats: int, seed
         every = mean_intervals(predictions.hits[:, masked], [names[j] for j in masked], patients, repeats=repeats, seed=seed)
         found["per_finding"] = {
             name: {
-                "pointing_game": _number(every[name].value),
-                **_interval(every[name]),
+                "pointing_game": number(every[name].value),
+                **interval_of(every[name]),
                 "focal": name in focal,
                 "median_mask_fraction": median[name],
             }
@@ -450,73 +455,15 @@ def _slices(predictions: Predictions, patients: list[str], repeats: int, seed: i
         every = mean_intervals(hits[:, masked], names, patients, repeats=repeats, seed=seed)
         chance = {name: float(np.nanmean(share[:, j])) for name, j in zip(names, masked, strict=True)}
         found["per_finding"] = {
-            name: {"slice_hit": _number(every[name].value), **_interval(every[name]), "chance": chance[name]} for name in names
+            name: {"slice_hit": number(every[name].value), **interval_of(every[name]), "chance": chance[name]} for name in names
         }
         found |= {**_macro("slice_hit_macro", every), "chance_macro": float(np.mean(list(chance.values())))}
     return found
 
 
-def _retrieval(predictions: Predictions, patients: list[str], repeats: int, seed: int) -> dict[str, Any]:
-    assert predictions.retrieval is not None
-    found: dict[str, Any] = {}
-    for queries in directions(predictions.retrieval, predictions.queries()):
-        ids = np.array(patients, dtype=object)[queries.images]
-        exact = recall_at_k(queries.similarity, queries.own, RECALL_AT, ids, repeats=repeats, seed=seed)
-        duplicates = recall_at_k(queries.similarity, queries.same, RECALL_AT, ids, repeats=repeats, seed=seed)
-        found[queries.direction] = {
-            "rule": "strict: the report of the image's own study",
-            **_recall(exact),
-            "duplicates_as_hits": {"rule": "any report with the same sentences", **_recall(duplicates)},
-        }
-    return found
-
-
-@dataclass(frozen=True)
-class Queries:
-    """One direction of retrieval: Q queries against a pool of G."""
-
-    direction: str
-    similarity: NDArray[np.float64]  # (Q, G)
-    own: NDArray[np.bool_]  # (Q, G)
-    same: NDArray[np.bool_]  # (Q, G)
-    images: NDArray[np.intp]  # (Q,) the image that each query is, or one of its study
-
-
-def directions(scores: RetrievalScores, counted: NDArray[np.intp]) -> tuple[Queries, Queries]:
-    """Images that count against reports and back; images whose study has no report are neither queries nor pool."""
-    kept = counted[scores.own[counted].any(1)]
-    similarity, own, same = scores.similarity[kept], scores.own[kept], scores.same[kept]
-    return (
-        Queries("image_to_report", similarity, own, same, kept),
-        Queries("report_to_image", similarity.T, own.T, same.T, kept[own.argmax(0)]),
-    )
-
-
-def _recall(measured: Retrieval) -> dict[str, Any]:
-    flat: dict[str, Any] = {
-        "pool": measured.pool,
-        "chance": _number(measured.chance[RECALL_AT[-1]]),
-        "median_rank": float(np.median(measured.ranks)),
-    }
-    for k, interval in measured.recall.items():
-        flat[f"recall_at_{k}"] = _number(interval.value)
-        flat[f"recall_at_{k}_interval"] = {**_interval(interval), "chance": _number(measured.chance[k])}
-    return flat
-
-
 def _macro(name: str, intervals: dict[str, Interval]) -> dict[str, Any]:
     """The mean over findings as a bare number under ``name``, its interval beside it."""
-    mean = intervals.get(MACRO) or next(iter(intervals.values()))
-    return {name: _number(mean.value), f"{name}_interval": _interval(mean)}
-
-
-def _interval(interval: Interval) -> dict[str, Any]:
-    found: dict[str, Any] = {"ci_low": _number(interval.ci_low), "ci_high": _number(interval.ci_high), "n": interval.n}
-    return found if interval.n_positive is None else {**found, "n_positive": interval.n_positive}
-
-
-def _number(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
+    return estimate(name, intervals.get(MACRO) or next(iter(intervals.values())))
 
 
 def write(
@@ -568,34 +515,11 @@ def write(
         ),
     )
     if predictions.retrieval is not None:
-        rules = [f"{name}_{rule}" for rule in ("strict", "duplicates") for name in ("rank", "above", "tied", "hits", "relevant")]
-        _write_csv(folder / RETRIEVAL, ["direction", "study_id", "path", "pool", *rules], _retrieval_lines(predictions))
+        lines_of = retrieval_lines(predictions.retrieval, predictions.queries(), predictions.rows)
+        _write_csv(folder / RETRIEVAL, list(COLUMNS), lines_of)
     lines = [*others, *((row.row, row.study_id, why, "image") for row, why in predictions.rejected)]
     _write_csv(folder / REJECTED, ["row", "study_id", "reason", "what"], (list(line) for line in lines))
     write_atomically(folder / name, (json.dumps(measured, indent=2, allow_nan=False) + "\n").encode())
-
-
-def _retrieval_lines(predictions: Predictions) -> Iterator[list[Any]]:
-    assert predictions.retrieval is not None
-    for queries in directions(predictions.retrieval, predictions.queries()):
-        for similarity, own, same, image in zip(queries.similarity, queries.own, queries.same, queries.images, strict=True):
-            row = predictions.rows[image]
-            path = row.path.name if queries.direction == "image_to_report" else ""
-            places = (value for relevant in (own, same) for value in (expected_rank(similarity, relevant), *_place(similarity, relevant)))
-            yield [queries.direction, row.study_id, path, len(similarity), *places]
-
-
-def _place(similarity: NDArray[np.float64], relevant: NDArray[np.bool_]) -> tuple[int, int, int, int]:
-    """Of (G,) items: how many score above the best relevant one, how many tie with it, how many of these and of all are relevant."""
-    best = similarity[relevant].max()
-    tied = similarity == best
-    return int((similarity > best).sum()), int(tied.sum()), int((tied & relevant).sum()), int(relevant.sum())
-
-
-def expected_rank(similarity: NDArray[np.float64], relevant: NDArray[np.bool_]) -> float:
-    """Expected rank of the best relevant of (G,) items, 1 the best; ties in random order."""
-    above, tied, hits, _ = _place(similarity, relevant)
-    return float(above + (tied + 1) / (hits + 1))
 
 
 def _label(value: float) -> str:

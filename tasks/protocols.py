@@ -76,10 +76,13 @@ class EvaluationProtocol:
     seed: int
     name: str | None = None  # of the named protocol, if there was one
     metrics: str = METRICS
+    pools: Mapping[str, int] | None = None  # small pools of retrieval: "size" and "repeats"
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON, with the hash of all, and that of all but the weights, which results to be tabled together share."""
         told = asdict(self)
+        if self.pools is None:
+            del told["pools"]  # or results without would have another hash than before there were any
         method = {**told, "score": {**told["score"], "weights_sha256": None}, "decisions_sha256": None}
         return {**told, "sha256": sha256_of(told), "method_sha256": sha256_of(method)}
 

@@ -1,4 +1,4 @@
-"""Metrics and their intervals: ranking, probabilities, decisions, maps, retrieval, facts, hubness; thresholds, calibration, conformal."""
+"""Metrics and their intervals: ranking, probabilities, decisions, maps, retrieval, facts, hubness, thresholds, calibration, conformal."""
 
 from medvl.metrics.bootstrap import (
     MACRO,
@@ -40,10 +40,12 @@ from medvl.metrics.delong import DeLongInterval, DeLongTest, delong_covariance, 
 from medvl.metrics.facts import (
     FactAgreement,
     FactOverlap,
+    expected_agreement,
     fact_agreement,
     fact_relevance,
     same_present_facts,
 )
+from medvl.metrics.galleries import GalleryResult, first_is_right, gallery_metrics, pairwise_accuracy
 from medvl.metrics.hubness import (
     Hubness,
     centre,
@@ -70,20 +72,12 @@ from medvl.metrics.maps import (
     tied_peaks,
 )
 from medvl.metrics.paired import Comparison, compare_models
+from medvl.metrics.pools import PooledRecall, pooled_recall
 from medvl.metrics.ranking import auprc_statistic, auroc, auroc_intervals, auroc_statistic, concordance_statistic
-from medvl.metrics.retrieval import (
-    Gain,
-    PooledRecall,
-    RankingResult,
-    Retrieval,
-    both_directions,
-    chance_of_a_hit,
-    pooled_recall,
-    ranking_metrics,
-    recall_at_k,
-)
+from medvl.metrics.retrieval import RankingResult, Retrieval, both_directions, ranking_metrics, recall_at_k
 from medvl.metrics.subgroups import Difference, Gap, Subgroup, SubgroupTable, subgroup_table
 from medvl.metrics.thresholds import Threshold, choose_threshold
+from medvl.metrics.ties import Gain, chance_of_a_hit
 
 __all__ = [
     "ABSTAIN",
@@ -99,6 +93,7 @@ __all__ = [
     "FactAgreement",
     "FactOverlap",
     "Gain",
+    "GalleryResult",
     "Gap",
     "Hubness",
     "Interval",
@@ -152,9 +147,12 @@ __all__ = [
     "delong_interval",
     "delong_test",
     "distance_to_centre",
+    "expected_agreement",
     "f1_statistic",
     "fact_agreement",
     "fact_relevance",
+    "first_is_right",
+    "gallery_metrics",
     "hubness_of",
     "k_occurrences",
     "label_counts",
@@ -168,6 +166,7 @@ __all__ = [
     "modality_gap",
     "neighbour_similarity",
     "overlap",
+    "pairwise_accuracy",
     "peak",
     "pointing_game",
     "pooled_recall",

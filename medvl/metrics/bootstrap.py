@@ -62,9 +62,11 @@ class Statistic:
 def mean_statistic(values: ArrayLike) -> Statistic:
     """The mean of (N,) values as a function of row weights; rows that are NaN do not count."""
     used, numbers = _numbers(values)
+    every = bool(used.all())
 
     def of_weights(weights: NDArray[np.float64]) -> NDArray[np.float64]:
-        return ratio(weights[:, used] @ numbers, weights[:, used].sum(axis=1))
+        counted = weights if every else weights[:, used]  # a copy of all weights costs more than the product
+        return ratio(counted @ numbers, counted.sum(axis=1))
 
     return Statistic(of_weights, used)
 

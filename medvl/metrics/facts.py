@@ -129,18 +129,72 @@ def fact_agreement(
     Source: Smit et al. 2020, arXiv:2004.09167, where a finding is scored as positive, as negative and as mentioned.
     """
     _check(query, retrieved)
-    if query.shape != retrieved.shape or len(names) != query.shape[1] or len(set(names)) != len(names):
-        raise ValueError(
-            f"facts of queries {query.shape} and of retrieved studies {retrieved.shape} must be of one shape, each column with a name of "
-            f"its own, got {len(names)} names"
-        )
+    if query.shape != retrieved.shape:
+        raise ValueError(f"facts of queries {query.shape} and of retrieved studies {retrieved.shape} must be of one shape")
+    states = {value: (retrieved == value).astype(np.float64) for value in _STATES.values()}
+    counts = (retrieved != UNCERTAIN).astype(np.float64)
+    return _agreement(query, states, counts, names, patient_ids, gallery=gallery, repeats=repeats, seed=seed, level=level)
+
+
+def expected_agreement(
+    query: NDArray[np.integer[Any]],
+    gallery: NDArray[np.integer[Any]],
+    share: NDArray[np.floating[Any]],
+    names: Sequence[str],
+    patient_ids: PatientIds,
+    *,
+    repeats: int = 1000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> FactAgreement:
+    """:func:`fact_agreement` where what is retrieved for a query is not one study but any of some, with the chance of each.
+
+    Every n(r) and n(q & r) is its mean over the gallery by ``share``: of studies that tie for the first place or, with 1 / G everywhere,
+    of a study drawn at random, which gives the chance level an interval. With all of a row's share on one study it is ``fact_agreement``.
+    Counts of pairs and of facts are rounded means.
+
+    Args:
+        query: (Q, F), row i the facts of query i.
+        gallery: (G, F).
+        share: (Q, G), 0 or more, rows that add to 1.
+        names: (F,) of the findings.
+        patient_ids: (Q,), the patient of each query.
+        repeats: as in :func:`bootstrap_intervals`, like ``seed`` and ``level``.
+        seed: see there.
+        level: see there.
+    Raises:
+        ValueError: shapes or values that are not facts or shares, or names that do not fit or repeat.
+    """
+    _check(query, gallery)
+    if share.shape != (len(query), len(gallery)) or (share < 0).any() or not np.allclose(share.sum(axis=1), 1):
+        raise ValueError(f"shares {share.shape} must be ({len(query)}, {len(gallery)}), 0 or more, and add to 1 in every row")
+    states = {value: share @ (gallery == value).astype(np.float64) for value in _STATES.values()}
+    counts = share @ (gallery != UNCERTAIN).astype(np.float64)
+    return _agreement(query, states, counts, names, patient_ids, gallery=gallery, repeats=repeats, seed=seed, level=level)
+
+
+def _agreement(
+    query: NDArray[np.integer[Any]],
+    states: Mapping[int, NDArray[np.float64]],
+    counts: NDArray[np.float64],
+    names: Sequence[str],
+    patient_ids: PatientIds,
+    *,
+    gallery: NDArray[np.integer[Any]] | None,
+    repeats: int,
+    seed: int,
+    level: float,
+) -> FactAgreement:
+    """Of (Q, F) chances that what is retrieved has a finding in each state, and that it does not have it as uncertain."""
+    if len(names) != query.shape[1] or len(set(names)) != len(names):
+        raise ValueError(f"facts of {query.shape[1]} findings need as many names, each of its own, got {len(names)} names")
     statistics: dict[tuple[str | None, str], Statistic] = {}
     chance: dict[str, float] = {}
     for state, value in _STATES.items():
-        counts = _counts(query, (retrieved == value).astype(np.float64), (retrieved != UNCERTAIN).astype(np.float64), value)
+        parts = _counts(query, states[value], counts, value)
         for j, finding in enumerate(names):
-            statistics |= {(finding, name): s for name, s in _quotients(state, *(count[:, j] for count in counts)).items()}
-        statistics |= {(None, name): s for name, s in _quotients(state, *(count.sum(axis=1) for count in counts)).items()}
+            statistics |= {(finding, name): s for name, s in _quotients(state, *(part[:, j] for part in parts)).items()}
+        statistics |= {(None, name): s for name, s in _quotients(state, *(part.sum(axis=1) for part in parts)).items()}
         chance |= _chance(query, gallery, state, value)
     numbers = {key: str(i) for i, key in enumerate(statistics)}
     drawn = bootstrap_resamples(
@@ -148,7 +202,7 @@ def fact_agreement(
     )
     kinds = [f"{state}_{name}" for state in _STATES for name in _QUOTIENTS]
     per_finding = {finding: {kind: drawn.interval(numbers[finding, kind]) for kind in kinds} for finding in names}
-    counted = (query != UNCERTAIN) & (retrieved != UNCERTAIN)
+    counted = (query != UNCERTAIN) * counts
     return FactAgreement(
         micro={kind: drawn.interval(numbers[None, kind]) for kind in kinds},
         macro={
@@ -157,8 +211,8 @@ def fact_agreement(
         },
         per_finding=per_finding,
         chance=chance,
-        uncertain=int((~counted).sum()),
-        stated={state: int((counted & (query == value)).sum()) for state, value in _STATES.items()},
+        uncertain=round(query.size - float(counted.sum())),
+        stated={state: round(float(counted[query == value].sum())) for state, value in _STATES.items()},
     )
 
 

@@ -1,6 +1,6 @@
-"""Retrieval over a pool: Recall@K, ranks, reciprocal rank, average precision and nDCG, over the full pool or over pools of N.
+"""Retrieval over a pool: Recall@K, ranks, reciprocal rank, average precision and nDCG; over small pools see :mod:`medvl.metrics.pools`.
 
-Shapes: Q queries, G gallery items, N pairs of a query and its item, K a depth of the ranking.
+Shapes: Q queries, G gallery items, K a depth of the ranking.
 
 Items of equal score have no order. Every metric here is the exact mean over all orders of such items, so that a model that scores
 everything alike is at chance, not at 0 or 1, and no result hangs on the order of the files. A matrix product may give equal items that
@@ -11,26 +11,27 @@ same).
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from medvl.metrics.bootstrap import (
-    Interval,
-    PatientIds,
-    bootstrap_intervals,
-    bootstrap_resamples,
-    mean_statistic,
-    median_statistic,
-    ratio_statistic,
+from medvl.metrics.bootstrap import Interval, PatientIds, bootstrap_intervals, bootstrap_resamples, mean_statistic, median_statistic
+from medvl.metrics.ties import (
+    FirstHits,
+    Gain,
+    Ideal,
+    Ties,
+    check_grades,
+    check_pool,
+    first_hits_of,
+    gained,
+    median_of_random_order,
+    row_chunks,
+    tie_values,
 )
-
-Gain = Literal["exponential", "linear"]
-_CELLS = 4_000_000  # of a (queries, pool) matrix worked on at once, about 32 MB an array
 
 
 @dataclass(frozen=True)
@@ -68,39 +69,6 @@ class RankingResult:
         }
 
 
-@dataclass(frozen=True)
-class PooledRecall:
-    """Recall@K within random pools of N, with the rule. See :func:`pooled_recall`."""
-
-    rule: str  # what counts as relevant, in words
-    pool: int  # items of every pool
-    partitions: int  # times that the pairs were dealt into pools
-    pools: int  # pools of one partition
-    left_out: int  # pairs that a partition leaves over, others each time
-    recall: dict[int, Interval]  # K -> mean over partitions; the interval is over patients
-    chance: dict[int, float]
-    of_partitions: dict[int, NDArray[np.float64]] = field(repr=False)  # K -> (partitions,) recall of each
-
-    def spread(self, k: int, level: float = 0.95) -> tuple[float, float]:
-        """Quantiles of Recall@k over partitions: the noise of dealing pools alone, which other work prints as its interval."""
-        low, high = np.quantile(self.of_partitions[k], [(1 - level) / 2, (1 + level) / 2])
-        return float(low), float(high)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Strict JSON, rule and pool first."""
-        return {
-            "rule": self.rule,
-            "pool": self.pool,
-            "partitions": self.partitions,
-            "pools": self.pools,
-            "left_out": self.left_out,
-            "metrics": {
-                f"recall@{k}": {**interval.to_dict(), "chance": self.chance[k], "partitions_spread": list(self.spread(k))}
-                for k, interval in self.recall.items()
-            },
-        }
-
-
 def recall_at_k(
     similarity: NDArray[np.floating[Any]],
     relevant: NDArray[np.bool_],
@@ -127,14 +95,14 @@ def recall_at_k(
     Raises:
         ValueError: shapes that differ, NaN similarity, a query without a relevant item, or a K below 1.
     """
-    _check(similarity, relevant, ks)
-    first = _first_hits(similarity, relevant)
+    check_pool(similarity, relevant, ks)
+    first = first_hits_of(similarity, relevant)
     hits = {k: first.within(k) for k in ks}
     intervals = bootstrap_intervals(
         {str(k): mean_statistic(values) for k, values in hits.items()}, patient_ids, repeats=repeats, seed=seed, level=level
     )
     pool = similarity.shape[1]
-    at_random = _FirstHits.of_random_order(np.full(len(relevant), pool), relevant.sum(axis=1))
+    at_random = FirstHits.of_random_order(np.full(len(relevant), pool), relevant.sum(axis=1))
     return Retrieval(
         recall={k: intervals[str(k)] for k in ks},
         chance={k: float(at_random.within(k).mean()) for k in ks},
@@ -200,27 +168,27 @@ def ranking_metrics(
     Source: McSherry & Najork 2008, doi:10.1007/978-3-540-78646-7_38, on ties; Jarvelin & Kekalainen 2002, doi:10.1145/582415.582418, on
         DCG; eval/retrieval_ct_rate.py of SPECTRE and scripts/volume_to_volume_new.py of CT-CLIP.
     """
-    _check(similarity, relevant, ks, candidates)
+    check_pool(similarity, relevant, ks, candidates)
     if not rule.strip():
         raise ValueError('say in words what counts as relevant, such as rule="strict" or rule="duplicates as hits"')
     if gain not in get_args(Gain):
         raise ValueError(f"gain must be one of {', '.join(get_args(Gain))}, got {gain!r}")
-    _check_grades(grades, relevant, candidates)
+    check_grades(grades, relevant, candidates)
     found: list[dict[str, NDArray[np.float64]]] = []
     at_random: list[dict[str, NDArray[np.float64]]] = []
     pools: list[NDArray[np.int64]] = []
     hits: list[NDArray[np.int64]] = []
-    for rows in _row_chunks(*similarity.shape):
+    for rows in row_chunks(*similarity.shape):
         scores, marked, graded = similarity[rows], relevant[rows], None if grades is None else grades[rows]
         if candidates is not None:
             scores, marked = np.where(candidates[rows], scores, np.nan), marked & candidates[rows]
             graded = None if graded is None else np.where(candidates[rows], graded, 0)
-        gains = marked.astype(np.float64) if graded is None else _gained(graded, gain)
-        ideal = _Ideal.of(gains)
+        gains = marked.astype(np.float64) if graded is None else gained(graded, gain)
+        ideal = Ideal.of(gains)
         pools.append((~np.isnan(scores)).sum(axis=1))
         hits.append(marked.sum(axis=1))
-        found.append(_values(_Ties.of(scores, marked, gains, graded), ideal, hits[-1], ks))
-        at_random.append(_values(_Ties.of_random_order(pools[-1], marked, gains, graded), ideal, hits[-1], ks))
+        found.append(tie_values(Ties.of(scores, marked, gains, graded), ideal, hits[-1], ks))
+        at_random.append(tie_values(Ties.of_random_order(pools[-1], marked, gains, graded), ideal, hits[-1], ks))
     per_query = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
     by_chance = {name: float(np.concatenate([part[name] for part in at_random]).mean()) for name in found[0]}
     ranks, chance_of_rank = per_query["rank"], by_chance.pop("rank")
@@ -238,7 +206,7 @@ def ranking_metrics(
         ks=tuple(ks),
         gain=gain,
         metrics={name: drawn.interval(name) for name in statistics},
-        chance={"median_rank": _median_of_random_order(sizes, np.concatenate(hits)), "mean_rank": chance_of_rank, **by_chance},
+        chance={"median_rank": median_of_random_order(sizes, np.concatenate(hits)), "mean_rank": chance_of_rank, **by_chance},
         per_query=per_query,
     )
 
@@ -292,329 +260,5 @@ def both_directions(
     return {names[0]: forth, names[1]: back}
 
 
-def pooled_recall(
-    similarity: NDArray[np.floating[Any]],
-    ks: Sequence[int],
-    pool: int,
-    patient_ids: PatientIds,
-    *,
-    rule: str,
-    relevant: NDArray[np.bool_] | None = None,
-    partitions: int = 100,
-    repeats: int = 1000,
-    seed: int = 0,
-    level: float = 0.95,
-) -> PooledRecall:
-    """Recall@K within random pools that do not overlap, mean over ``partitions`` deals: Merlin and SPECTRE print it for pools of 32 to 128.
-
-    A partition shuffles the N pairs, cuts them into floor(N / pool) pools and ranks each query against the items of its own pool; N mod
-    pool pairs are left over, others each time. (SPECTRE measures these too, in a smaller pool, which is easier.) With h_i the hits of query
-    i over all partitions and c_i the times that it was dealt, recall is sum_i h_i / sum_i c_i, the mean over partitions; its interval draws
-    patients, the pools as they are. The same seed deals the same pools, so ``similarity.T`` gives the way back over the same ones. A small
-    pool is an easy one: a value says nothing without its pool.
-
-    Args:
-        similarity: (N, N), higher is nearer; row i and column i are a pair.
-        ks: each at least 1.
-        pool: pairs of a pool, 1 to N.
-        patient_ids: (N,), the patient of each pair.
-        rule: what counts as relevant, such as "strict" or "duplicates as hits".
-        relevant: (N, N) bool with a True diagonal, of which the part within a pool counts; the pair alone by default.
-        partitions: 1 or more.
-        repeats: resamples of patients, as in :func:`bootstrap_intervals`, like ``level``.
-        seed: of the partitions and of the resamples.
-        level: see there.
-    Raises:
-        ValueError: shapes that do not fit, NaN similarity, a pair that is not relevant to itself, a K or partitions below 1, a pool that is
-            not within 1 to N, or an empty rule.
-    Source: Blankemeier et al. 2024, arXiv:2406.06512 (Merlin), zero-shot retrieval; eval/retrieval_merlin.py of SPECTRE.
-    """
-    n = len(similarity)
-    own = np.eye(n, dtype=bool) if relevant is None else relevant
-    _check(similarity, own, ks)
-    if similarity.shape != (n, n) or not own.diagonal().all():
-        raise ValueError(
-            f"similarity {similarity.shape} must be (N, N) with pair i in row and column i, and relevant True for all {n} pairs, "
-            f"got {int(own.diagonal().sum())}"
-        )
-    if not rule.strip():
-        raise ValueError('say in words what counts as relevant, such as rule="strict" or rule="duplicates as hits"')
-    if not 1 <= pool <= n or partitions < 1:
-        raise ValueError(f"pools of {pool} in {partitions} partitions; a pool holds 1 to {n} pairs, and there is at least one partition")
-    generator = np.random.default_rng(seed)
-    pools = n // pool
-    dealt = np.zeros(n)
-    totals, at_random = {k: np.zeros(n) for k in ks}, dict.fromkeys(ks, 0.0)
-    of_partitions = {k: np.zeros(partitions) for k in ks}
-    for p in range(partitions):
-        members = generator.permutation(n)[: pools * pool].reshape(pools, pool)
-        for part in _row_chunks(pools, pool * pool):
-            some = members[part]
-            cells = some[:, :, None], some[:, None, :]
-            within = own[cells].reshape(-1, pool)
-            first = _first_hits(similarity[cells].reshape(-1, pool), within)
-            by_chance = _FirstHits.of_random_order(np.full(len(within), pool), within.sum(axis=1))
-            dealt[some.ravel()] += 1
-            for k in totals:
-                hits = first.within(k)
-                totals[k][some.ravel()] += hits
-                of_partitions[k][p] += hits.sum() / members.size
-                at_random[k] += float(by_chance.within(k).sum()) / members.size / partitions
-    drawn = bootstrap_resamples(
-        {str(k): ratio_statistic(total, dealt) for k, total in totals.items()}, patient_ids, repeats=repeats, seed=seed, level=level
-    )
-    return PooledRecall(
-        rule=rule,
-        pool=pool,
-        partitions=partitions,
-        pools=pools,
-        left_out=n - pools * pool,
-        recall={k: drawn.interval(str(k)) for k in totals},
-        chance=at_random,
-        of_partitions=of_partitions,
-    )
-
-
-def chance_of_a_hit(items: NDArray[np.int64], hits: NDArray[np.int64], draws: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Chance that ``draws`` of ``items`` in random order bring at least one of ``hits``: 1 - C(items - hits, draws) / C(items, draws)."""
-    miss = np.ones(len(items))
-    for i in range(max(int(np.minimum(draws, items).max(initial=0)), 0)):
-        left = np.maximum(items - i, 1)
-        miss *= np.where(i < draws, np.maximum(items - hits - i, 0) / left, 1.0)
-    return np.where(hits == 1, np.clip(draws, 0, items) / items, 1 - miss)  # the quotient is exact where there is one
-
-
-@dataclass(frozen=True)
-class _FirstHits:
-    """Of each of Q queries: items above those tied with its best relevant one, the tied, and the relevant among them."""
-
-    above: NDArray[np.int64]
-    tied: NDArray[np.int64]
-    hits: NDArray[np.int64]
-
-    @classmethod
-    def of_random_order(cls, items: NDArray[np.int64], hits: NDArray[np.int64]) -> _FirstHits:
-        return cls(np.zeros_like(items), items, hits)
-
-    @property
-    def rank(self) -> NDArray[np.float64]:
-        return self.above + (self.tied + 1) / (self.hits + 1)
-
-    def within(self, k: int) -> NDArray[np.float64]:
-        return chance_of_a_hit(self.tied, self.hits, k - self.above)
-
-    def reciprocal_rank(self) -> NDArray[np.float64]:
-        """Sum over places j among the tied of P(the first relevant is there) / (above + j), the P one from the other."""
-        cases, which = np.unique(np.stack([self.above, self.tied, self.hits], axis=1), axis=0, return_inverse=True)
-        above, tied, hits = cases.T
-        chance, total = hits / tied, np.zeros(len(cases))
-        for j in range(1, int((tied - hits).max(initial=0)) + 2):
-            total += chance / (above + j)
-            chance = chance * np.maximum(tied - hits - j + 1, 0) / np.maximum(tied - j, 1)
-        return total[which.reshape(-1)]
-
-
-def _first_hits(scores: NDArray[np.floating[Any]], relevant: NDArray[np.bool_]) -> _FirstHits:
-    parts = []
-    for rows in _row_chunks(*scores.shape):
-        some, marked = scores[rows], relevant[rows]
-        best = np.where(marked, some, -np.inf).max(axis=1, keepdims=True)
-        tied = some == best
-        parts.append(np.stack([(some > best).sum(axis=1), tied.sum(axis=1), (tied & marked).sum(axis=1)]))
-    return _FirstHits(*np.concatenate(parts, axis=1))
-
-
-@dataclass(frozen=True)
-class _Ties:
-    """The T groups of tied items of q queries, best first, one query after another; (T,) each."""
-
-    query: NDArray[np.int64]
-    above: NDArray[np.int64]  # items above the group
-    size: NDArray[np.int64]
-    hits: NDArray[np.int64]  # relevant ones of the group
-    hits_above: NDArray[np.int64]
-    gain: NDArray[np.float64]  # summed over the group
-    grade: NDArray[np.float64] | None  # summed over the group
-    queries: int
-    places: int  # of the longest pool
-
-    @classmethod
-    def of(
-        cls,
-        scores: NDArray[np.floating[Any]],
-        relevant: NDArray[np.bool_],
-        gains: NDArray[np.float64],
-        grades: NDArray[np.number[Any]] | None,
-    ) -> _Ties:
-        """Of (q, G) scores; NaN is no candidate, comes last and is neither relevant nor of a gain."""
-        falling = -scores
-        order = np.argsort(falling, axis=1)
-        falling = np.take_along_axis(falling, order, axis=1)
-        begins = np.ones(scores.shape, dtype=bool)
-        begins[:, 1:] = falling[:, 1:] != falling[:, :-1]
-        starts = np.flatnonzero(begins)
-
-        def summed(values: NDArray[Any], kind: type) -> NDArray[Any]:
-            return np.add.reduceat(np.take_along_axis(values, order, axis=1).ravel(), starts, dtype=kind)
-
-        query, above = np.divmod(starts, scores.shape[1])
-        hits = summed(relevant, np.int64)
-        before = hits.cumsum() - hits
-        return cls(
-            query=query,
-            above=above,
-            size=np.diff(starts, append=scores.size),
-            hits=hits,
-            hits_above=before - before[above == 0][query],
-            gain=summed(gains, np.float64),
-            grade=None if grades is None else summed(grades, np.float64),
-            queries=len(scores),
-            places=scores.shape[1],
-        )
-
-    @classmethod
-    def of_random_order(
-        cls,
-        items: NDArray[np.int64],
-        relevant: NDArray[np.bool_],
-        gains: NDArray[np.float64],
-        grades: NDArray[np.number[Any]] | None,
-    ) -> _Ties:
-        none = np.zeros(len(items), dtype=np.int64)
-        return cls(
-            query=np.arange(len(items)),
-            above=none,
-            size=items,
-            hits=relevant.sum(axis=1),
-            hits_above=none,
-            gain=gains.sum(axis=1),
-            grade=None if grades is None else grades.sum(axis=1, dtype=np.float64),
-            queries=len(items),
-            places=relevant.shape[1],
-        )
-
-    def first_hits(self) -> _FirstHits:
-        first = (self.hits > 0) & (self.hits_above == 0)
-        return _FirstHits(self.above[first], self.size[first], self.hits[first])
-
-    def average_precision_sum(self, k: int) -> NDArray[np.float64]:
-        """(q,) sum over the first k places of y_p P_p; see :func:`ranking_metrics`, with sum_j 1 / (s + j) from harmonic numbers."""
-        harmonic = np.concatenate(([0.0], np.cumsum(1 / np.arange(1, self.places + 1))))
-        reached = self._reached(k)
-        slope = (self.hits - 1) / np.maximum(self.size - 1, 1)
-        terms = (self.hits_above + 1 - slope * (self.above + 1)) * (harmonic[self.above + reached] - harmonic[self.above])
-        return self._by_query(self.hits / self.size * (terms + slope * reached))
-
-    def discounted_gain(self, k: int) -> NDArray[np.float64]:
-        """(q,) DCG of the first k places."""
-        discount = np.concatenate(([0.0], np.cumsum(_discounts(self.places))))
-        return self._by_query(self.gain / self.size * (discount[self.above + self._reached(k)] - discount[self.above]))
-
-    def first_sum(self, values: NDArray[Any], k: int) -> NDArray[np.float64]:
-        """(q,) sum over the first k places of what the groups hold ``values`` of."""
-        return self._by_query(values / self.size * self._reached(k))
-
-    def _reached(self, k: int) -> NDArray[np.int64]:
-        return np.clip(k - self.above, 0, self.size)
-
-    def _by_query(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
-        return np.bincount(self.query, weights=values, minlength=self.queries).astype(np.float64, copy=False)
-
-
-@dataclass(frozen=True)
-class _Ideal:
-    """DCG of the best order of q queries, to each place."""
-
-    running: NDArray[np.float64]  # (q, G)
-
-    @classmethod
-    def of(cls, gains: NDArray[np.float64]) -> _Ideal:
-        return cls(np.cumsum(np.sort(gains, axis=1)[:, ::-1] * _discounts(gains.shape[1]), axis=1))
-
-    def to(self, k: int) -> NDArray[np.float64]:
-        return self.running[:, min(k, self.running.shape[1]) - 1]
-
-
-def _values(ties: _Ties, ideal: _Ideal, relevant: NDArray[np.int64], ks: Sequence[int]) -> dict[str, NDArray[np.float64]]:
-    """Of each metric the (q,) mean over all orders of ties; ``relevant`` (q,) counts the relevant candidates."""
-    first, end = ties.first_hits(), ties.places
-    values = {
-        "rank": first.rank,
-        "mrr": first.reciprocal_rank(),
-        "map": ties.average_precision_sum(end) / relevant,
-        "ndcg": ties.discounted_gain(end) / ideal.to(end),
-    }
-    for k in ks:
-        values[f"recall@{k}"] = first.within(k)
-        values[f"precision@{k}"] = ties.first_sum(ties.hits, k) / k
-        values[f"map@{k}"] = ties.average_precision_sum(k) / np.minimum(relevant, k)
-        values[f"ndcg@{k}"] = ties.discounted_gain(k) / ideal.to(k)
-        if ties.grade is not None:
-            values[f"grade@{k}"] = ties.first_sum(ties.grade, k) / k
-    return values
-
-
-def _discounts(places: int) -> NDArray[np.float64]:
-    return 1 / np.log2(np.arange(2, places + 2))
-
-
-def _gained(grades: NDArray[np.number[Any]], gain: Gain) -> NDArray[np.float64]:
-    given = grades.astype(np.float64)
-    return np.exp2(given) - 1 if gain == "exponential" else given
-
-
-def _median_of_random_order(items: NDArray[np.int64], hits: NDArray[np.int64]) -> float:
-    """Median of the best relevant item's place over queries and random orders: between the first places with F >= 1/2 and F > 1/2."""
-    cases, counts = np.unique(np.stack([items, hits], axis=1), axis=0, return_counts=True)
-    share, miss, lower = counts / counts.sum(), np.ones(len(cases)), math.nan
-    for place in range(1, int(items.max()) + 1):
-        miss = miss * np.maximum(cases[:, 0] - cases[:, 1] - place + 1, 0) / np.maximum(cases[:, 0] - place + 1, 1)
-        reached = 1 - float(share @ miss)
-        if math.isnan(lower) and reached >= 0.5 - 1e-12:
-            lower = place
-        if reached > 0.5 + 1e-12:
-            return (lower + place) / 2
-    raise AssertionError("every query has a relevant item in its pool")
-
-
 def _turned(matrix: NDArray[Any], turn: bool) -> NDArray[Any]:
     return matrix.T if turn else matrix
-
-
-def _row_chunks(rows: int, cells_each: int) -> Iterator[slice]:
-    step = max(1, _CELLS // max(cells_each, 1))
-    return (slice(start, start + step) for start in range(0, rows, step))
-
-
-def _check(
-    similarity: NDArray[np.floating[Any]], relevant: NDArray[np.bool_], ks: Sequence[int], candidates: NDArray[np.bool_] | None = None
-) -> None:
-    if similarity.ndim != 2 or similarity.shape != relevant.shape or relevant.dtype != np.bool_:
-        raise ValueError(
-            f"similarity {similarity.shape} and relevant {relevant.shape} ({relevant.dtype}) must be (queries, pool), the second bool"
-        )
-    if candidates is not None and (candidates.shape != relevant.shape or candidates.dtype != np.bool_):
-        raise ValueError(f"candidates {candidates.shape} ({candidates.dtype}) must be bool of shape {relevant.shape}")
-    if not similarity.size:
-        raise ValueError(f"similarity {similarity.shape} has no queries or no pool")
-    if any(k < 1 for k in ks):
-        raise ValueError(f"every K must be 1 or more, got {list(ks)}")
-    unknown, marked = np.isnan(similarity), relevant
-    if candidates is not None:
-        unknown, marked = unknown & candidates, marked & candidates
-    if unknown.any():
-        raise ValueError(f"similarity is NaN in query row {int(np.flatnonzero(unknown.any(axis=1))[0])}")
-    if len(lonely := np.flatnonzero(~marked.any(axis=1))):
-        raise ValueError(f"{len(lonely)} queries, the first in row {lonely[0]}, have no relevant item in the pool; leave them out")
-
-
-def _check_grades(grades: NDArray[np.number[Any]] | None, relevant: NDArray[np.bool_], candidates: NDArray[np.bool_] | None) -> None:
-    if grades is None:
-        return
-    if grades.shape != relevant.shape:
-        raise ValueError(f"grades have shape {grades.shape}, expected that of relevant, {relevant.shape}")
-    if not ((grades >= 0) & (grades <= 64)).all():  # 2^64: beyond it one item's gain drowns all others
-        raise ValueError("grades must be 0 to 64; where they are counts of more, divide them")
-    graded = grades > 0 if candidates is None else (grades > 0) & candidates
-    if len(lonely := np.flatnonzero(~graded.any(axis=1))):
-        raise ValueError(f"{len(lonely)} queries, the first in row {lonely[0]}, have no item of a grade above 0; leave them out")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -94,21 +94,3 @@ class StudyVectors:
     sentences: NDArray[np.float32] | None = field(default=None, repr=False)  # (sentences, D)
     images: tuple[NDArray[np.float32] | None, ...] | None = field(default=None, repr=False)
     """(D,) of each image; None for one that could not be read."""
-
-
-def said_of(facts: Iterable[Fact], ancestors: Mapping[str, tuple[str, ...]]) -> dict[str, int]:
-    """Finding -> 1, -1 or 0: one fact that is present outweighs any that are uncertain, and these any that are absent.
-
-    What is present or uncertain counts for all that it is a kind of; what is absent for itself alone.
-
-    Args:
-        facts: of the whole report.
-        ancestors: finding -> what it is a kind of.
-    """
-    rank = {"absent": 0, "uncertain": 1, "present": 2}
-    found: dict[str, int] = {}
-    for fact in facts:
-        names = (fact.finding, *(() if fact.state == "absent" else ancestors.get(fact.finding, ())))
-        for name in names:
-            found[name] = max(found.get(name, 0), rank[fact.state])
-    return {name: {0: 0, 1: -1, 2: 1}[value] for name, value in found.items()}

@@ -9,16 +9,16 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 
 from medvl.data.manifest import StudyImage
-from medvl.types import Fact, ImageReader, TextSource
+from medvl.types import ImageReader, TextSource
 from reports.facts import FactSource
 from reports.facts.ontology import Ontology
 from reports.openi import read_openi
 from reports.sections import Sections, split_sections
-from tasks.archive.records import SECTIONS, ArchivedImage, ArchivedStudy, ArchivedText, said_of
+from tasks.archive.records import SECTIONS, ArchivedImage, ArchivedStudy, ArchivedText
+from tasks.report_facts import ReportFacts
 
 Reject = Callable[[str, str], None]
 """Called with a path or row, and what is wrong with it."""
@@ -63,18 +63,14 @@ class ReportReader:
 
     def __init__(self, texts: TextSource, facts: FactSource, ontology: Ontology) -> None:
         self.texts = texts
-        self._facts, self._ancestors = facts, {name: ontology.ancestors(name) for name in ontology.findings}
-        self.stated = lru_cache(2**16)(self._stated)
-
-    def _stated(self, sentence: str) -> tuple[Fact, ...]:
-        return tuple(statement.fact for statement in self._facts.facts(sentence))
+        self._facts = ReportFacts(facts, ontology)
 
     def archived(self, study: Candidate) -> ArchivedStudy:
         """The study as it is kept."""
         sections = study.sections or sections_of(study)
         kept = {name: text for name in SECTIONS if (text := getattr(sections, name).strip())}
         given = (study.report, study.findings, study.impression) if study.sections is None else (sections.body, None, None)
-        sentences = tuple(ArchivedText(text, self.stated(text)) for text in self.texts.texts(*given))
+        sentences = tuple(ArchivedText(text, self._facts.stated(text)) for text in self.texts.texts(*given))
         return ArchivedStudy(
             study.study_id,
             study.patient_id or study.study_id,
@@ -87,7 +83,7 @@ class ReportReader:
             age=age_of(study.groups.get("age")),
             sections=kept,
             sentences=sentences,
-            findings=said_of((fact for sentence in sentences for fact in sentence.facts), self._ancestors),
+            findings=self._facts.said(fact for sentence in sentences for fact in sentence.facts),
             labels=dict(study.labels),
             images=tuple(ArchivedImage(str(path), view, stamp_of(path)) for path, view in study.images),
         )

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tasks.card.markdown import Table, as_code, as_estimate, as_fact, as_figure, as_table, as_text, as_value
+from tasks.retrieval_figures import DIRECTIONS
 
 ATTRIBUTES = ("sex", "age", "view", "scanner", "site")
 """What a reader expects subgroups of; a card says which were not measured."""
@@ -19,6 +20,7 @@ METRICS = {
     "specificity": "specificity",
 }
 OF_SUBGROUPS = {"auroc": "AUROC", "sensitivity": "sensitivity", "specificity": "specificity"}
+RANKED = {"mean_rank": "mean rank", "mrr": "MRR", "map": "MAP", "ndcg_at_10": "nDCG@10"}
 OVERALL = ("mean", "none")
 """Names of probes that are of no single finding."""
 
@@ -246,14 +248,19 @@ def _slices(found: Mapping[str, Any]) -> list[str]:
 
 
 def _retrieval(found: Mapping[str, Any]) -> list[str]:
-    if not found:
+    ways = [(as_text(direction.replace("_", " ")), found[direction]) for direction in DIRECTIONS if direction in found]
+    if not ways:
         return []
     rows: Table = []
-    for direction, one in found.items():
+    ranked: Table = []
+    for direction, one in ways:
         for rule, measured in (("its own report", one), ("or one that says the same", one["duplicates_as_hits"])):
             recalls = (as_estimate(measured[f"recall_at_{k}"], measured[f"recall_at_{k}_interval"]) for k in (1, 5, 10))
             ends = (as_figure(measured["chance"]), f"{measured['median_rank']:g}", str(measured["pool"]))
-            rows.append((as_text(direction.replace("_", " ")), rule, *recalls, *ends))
+            rows.append((direction, rule, *recalls, *ends))
+            if "mrr" in measured:
+                figures = (_estimated(measured, name) for name in RANKED)
+                ranked.append((direction, rule, *figures, str(measured["mrr_interval"]["n"]), str(measured["pool"])))
     heads = (
         "direction",
         "a hit is",
@@ -264,4 +271,70 @@ def _retrieval(found: Mapping[str, Any]) -> list[str]:
         "median rank",
         "pool",
     )
-    return ["### Retrieval", as_table(heads, rows)]
+    parts = ["### Retrieval", as_table(heads, rows)]
+    if ranked:
+        ranks = ("direction", "a hit is", *(f"{name} (interval; chance)" for name in RANKED.values()), "n", "pool")
+        note = "Grades of nDCG: F1 of the present findings of two reports, by facts of their sentences."
+        parts += ["### Ranking", as_table(ranks, ranked), note]
+    return [*parts, *_pools(found.get("pools") or {}), *_agreement(found.get("clinical_agreement") or {}), *_galleries(found)]
+
+
+def _estimated(of: Mapping[str, Any], name: str) -> str:
+    """A figure with its interval and chance, of those that stand under a name and its interval beside it."""
+    interval = of[f"{name}_interval"]
+    return "–" if of[name] is None else f"{as_estimate(of[name], interval)}; {as_figure(interval['chance'])}"
+
+
+def _pools(found: Mapping[str, Any]) -> list[str]:
+    rows: Table = []
+    for direction in DIRECTIONS:
+        for rule, one in (
+            ("its own report", found.get(direction)),
+            ("or one that says the same", found.get(direction, {}).get("duplicates_as_hits")),
+        ):
+            if one is not None:
+                recalls = (_estimated(one, f"recall_at_{k}") if f"recall_at_{k}" in one else "–" for k in (1, 5, 10))
+                rows.append(
+                    (as_text(direction.replace("_", " ")), rule, *recalls, str(one["pool"]), f"{one['pools']} x {found['repeats']}")
+                )
+    heads = ("direction", "a hit is", *(f"Recall@{k} (interval; chance)" for k in (1, 5, 10)), "pool", "pools x deals")
+    return ["### Retrieval within small pools", as_table(heads, rows)] if rows else []
+
+
+def _agreement(found: Mapping[str, Any]) -> list[str]:
+    if not found.get("per_finding"):
+        return []
+    rows: Table = []
+    for name, one in found["per_finding"].items():
+        if one["present_f1"] is not None or one["absent_f1"] is not None:
+            counts = (str(one[f"{state}_f1_interval"]["n"]) for state in ("present", "absent"))
+            rows.append((as_text(name.replace("_", " ")), *(_estimated(one, f"{state}_f1") for state in ("present", "absent")), *counts))
+    for title in ("micro", "macro"):
+        rows.append((f"**{title}**", *(_estimated(found[title], f"{state}_f1") for state in ("present", "absent")), "", ""))
+    heads = ("finding", "F1 of present (interval; a random report)", "F1 of absent (interval; a random report)", "n present", "n absent")
+    note = (
+        f"What the first report of {found['pool']} says against the study's own, by facts of their sentences; n: studies of which either "
+        "report says so. A finding that either leaves open does not count."
+    )
+    return ["### Clinical agreement of the first report", as_table(heads, rows), note]
+
+
+def _galleries(found: Mapping[str, Any]) -> list[str]:
+    rows: Table = []
+    for direction, kinds_of in (found.get("hard_galleries") or {}).items():
+        for kind, one in kinds_of.items():
+            figures = (_estimated(one, name) for name in ("pairwise_accuracy", "recall_at_1", "others_pairwise_accuracy"))
+            rows.append(
+                (
+                    as_text(direction.replace("_", " ")),
+                    as_text(kind.replace("_", " ")),
+                    *figures,
+                    str(one["galleries"]),
+                    str(one["queries"]),
+                )
+            )
+    heads = (
+        *("direction", "the same finding with", "own above a wrong one (interval; chance)", "own first of all (interval; chance)"),
+        *("others of the same above a wrong one (interval; chance)", "galleries", "queries"),
+    )
+    return ["### Harder galleries", as_table(heads, rows)] if rows else []

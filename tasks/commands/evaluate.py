@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,7 @@ from tasks.commands.common import (
     text_source,
     usage_errors,
 )
+from tasks.commands.figures import figure, interval, show_retrieval
 from tasks.commands.leaks import leak_options, leaks_checked
 from tasks.commands.scores import OURS, decisions_of, decisions_option, labels_option, preset_option, prompts_of, score_protocol, scoring_of
 
@@ -66,6 +67,20 @@ if TYPE_CHECKING:
 )
 @interval_options
 @click.option(
+    "--pool",
+    "pool",
+    type=click.IntRange(min=2),
+    metavar="N",
+    help="Measure retrieval within random pools of N besides, as other work prints it; the full pool always.",
+)
+@click.option(
+    "--pool-repeats",
+    type=click.IntRange(min=1),
+    default=100,
+    show_default=True,
+    help="How often the studies are dealt into pools of N.",
+)
+@click.option(
     "--baseline/--no-baseline",
     default=None,
     help="Train the thumbnail baseline on the table's training labels and show it beside; done unless told, where there are such labels.",
@@ -95,6 +110,8 @@ def evaluate(
     unit: str,
     repeats: int,
     seed: int,
+    pool: int | None,
+    pool_repeats: int,
     baseline: bool | None,
     batch_size: int,
     text_policy: str,
@@ -113,6 +130,8 @@ def evaluate(
     its column map calls groups), each subgroup is measured, against all others, with the widest gap.
     Beside the AUROC stands that of logistic regression on a thumbnail, trained on the labels of the table's training images. Where
     `medvl calibrate` has been run for these scores, calibration and the calls at the thresholds of validation are measured too.
+    Retrieval is measured both ways over the full pool, strictly and with reports of the same sentences as hits; the facts of the first
+    report are held against those of the study's own, and own reports against those with the finding on the other side, or otherwise severe.
     results.json holds the protocol with its hash: the same protocol on the same studies gives the same bytes.
 
     \b
@@ -139,6 +158,10 @@ def evaluate(
         labels, preset = fixed.labels or labels, fixed.preset or preset
         split, modality, text_policy = fixed.split or split, fixed.modality or modality, fixed.text_policy or text_policy
         unit = fixed.unit or unit
+    if pool is None and ctx.get_parameter_source("pool_repeats") is ParameterSource.COMMANDLINE:
+        raise click.UsageError("--pool-repeats: say how large the pools are, with --pool N")
+    if pool is not None and unit == "image":
+        raise click.UsageError("--pool: pools are dealt of studies with their reports, not of images; leave out --unit image")
     if decisions_path is not None and unit != "study":
         raise click.UsageError(f"--decisions: `medvl calibrate` fits scores of studies, not of each {unit}; leave out --unit {unit}")
     prompt_set = prompts_of(prompts, labels)
@@ -147,6 +170,12 @@ def evaluate(
     rows = table.select(split=None if split == "all" else split, modality=modality).rows
     if not rows:
         raise click.UsageError(f"--manifest {manifest}: no {modality} row in split {split} among {len(table)} good rows")
+    source = text_source(text_policy)
+    if pool is not None:
+        from tasks.retrieval import studies_of
+
+        if pool > (told := len(studies_of(rows, source))):
+            raise click.UsageError(f"--pool {pool}: {told} studies of split {split} have a report; take a pool of at most as many")
     encoder = load_model(model, device, cache)
     check_out_folder(out)
     facts = model_facts(model)
@@ -155,9 +184,9 @@ def evaluate(
     from tasks.evaluation import REJECTED as REJECTED_CSV
     from tasks.evaluation import predict, results, write
     from tasks.protocols import EvaluationProtocol, sha256_of
+    from tasks.retrieval_figures import Pools
     from tasks.zero_shot import PromptBank
 
-    source = text_source(text_policy)
     labelled = {name for row in rows for name in row.labels}
     asked = list(prompt_set.label_set(labels).values()) if labels is not None else [one for one in prompt_set.findings if one in labelled]
     scoring = scoring_of(encoder, preset, prompt_set, asked if labels is not None or asked else None, labels)
@@ -182,7 +211,9 @@ def evaluate(
             )
     scores = score_protocol(model, encoder, preset, prompt_set, scoring, labels)
     decisions = decisions_of(decisions_path, model, scores, predictions.findings) if unit == "study" else None
-    measured = results(predictions, repeats=repeats, seed=seed, decisions=decisions)
+    pools = None if pool is None else Pools(pool, pool_repeats)
+    with usage_errors(ValueError):
+        measured = results(predictions, repeats=repeats, seed=seed, decisions=decisions, pools=pools)
     measured["protocol"] = EvaluationProtocol(
         score=scores,
         findings=predictions.findings,
@@ -196,6 +227,7 @@ def evaluate(
         repeats=repeats,
         seed=seed,
         name=protocol_name,
+        pools=None if pools is None else asdict(pools),
     ).as_dict()
     if simple is not None:
         measured["baseline"] = simple.measured
@@ -271,13 +303,7 @@ def show_results(measured: dict[str, Any]) -> None:
         mean = (figure(macro["slice_hit_macro"]), interval(macro["slice_hit_macro_interval"]), figure(macro["chance_macro"]))
         table.add_row("mean", *mean, "", style="bold")
         out.print(table)
-    for direction, one in measured.get("retrieval", {}).items():
-        numbers = ("recall@1", "recall@5", "recall@10", "chance@10", "median rank")
-        table = new_table(f"{direction.replace('_', ' ')}, pool {one['pool']}", "a hit is", *numbers, numbers=numbers)
-        for name, found in (("its own report", one), ("or one that says the same", one["duplicates_as_hits"])):
-            recalls = (figure(found[f"recall_at_{k}"]) for k in (1, 5, 10))
-            table.add_row(name, *recalls, figure(found["chance"]), f"{found['median_rank']:g}")
-        out.print(table)
+    show_retrieval(out, measured.get("retrieval", {}))
 
 
 def show_subgroups(out: Console, attributes: dict[str, Any]) -> None:
@@ -304,16 +330,6 @@ def show_subgroups(out: Console, attributes: dict[str, Any]) -> None:
 def signed(value: float | None) -> str:
     """A difference to three digits."""
     return "–" if value is None else f"{value:+.3f}"
-
-
-def figure(value: float | None) -> str:
-    """A share to three digits; a dash for one that is not defined."""
-    return "–" if value is None else f"{value:.3f}"
-
-
-def interval(of: dict[str, Any]) -> str:
-    """An interval's ends, of shares; of differences, which have signs, :func:`signed_interval`."""
-    return "–".join("?" if of[end] is None else f"{of[end]:.2f}" for end in ("ci_low", "ci_high"))
 
 
 def signed_interval(of: dict[str, Any]) -> str:

@@ -18,12 +18,13 @@ from medvl.data.studies import as_listed
 from medvl.model import DualEncoder
 from medvl.types import ImageSample, TextSource
 from reports.prompts import PromptSet
-from tasks.evaluation import Predictions, RetrievalScores, expected_rank, finding_maps
+from tasks.evaluation import Predictions, finding_maps
 from tasks.grounding import native_maps
 from tasks.masks import finding_mask, masked_slices
 from tasks.page.content import Example, Gallery, Picture, Profile, Query, Report
 from tasks.page.measures import title_of
 from tasks.render import thumbnail
+from tasks.retrieval_figures import RetrievalScores, expected_rank
 from tasks.viewing import Shown, in_plane, shown, shown_slice
 from tasks.zero_shot import PromptBank, encode_prompts, slice_scores
 

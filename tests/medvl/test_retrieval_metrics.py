@@ -226,7 +226,7 @@ def test_chunks_do_not_move_a_result(large: Any, monkeypatch: pytest.MonkeyPatch
     args: Any = (np.round(scores), relevant, [3], range(50))
     whole = ranking_metrics(*args, rule=RULE, grades=grades, repeats=20), recall_at_k(*args, repeats=20).recall
     pools = pooled_recall(scores[:, :50], [1], 8, range(50), rule="strict", partitions=3, repeats=20)
-    monkeypatch.setattr("medvl.metrics.retrieval._CELLS", 200 * 7)
+    monkeypatch.setattr("medvl.metrics.ties.CELLS", 200 * 7)
     parts = ranking_metrics(*args, rule=RULE, grades=grades, repeats=20), recall_at_k(*args, repeats=20).recall
     assert parts[0].metrics == whole[0].metrics and parts[0].chance == pytest.approx(whole[0].chance) and parts[1] == whole[1]
     assert pooled_recall(scores[:, :50], [1], 8, range(50), rule="strict", partitions=3, repeats=20).recall == pools.recall

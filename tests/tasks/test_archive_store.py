@@ -22,11 +22,12 @@ import pytest
 
 from medvl.types import Fact
 from tasks.archive.derived import open_derived
-from tasks.archive.records import ArchivedImage, ArchivedStudy, ArchivedText, ModelKey, StudyVectors, said_of
+from tasks.archive.records import ArchivedImage, ArchivedStudy, ArchivedText, ModelKey, StudyVectors
 from tasks.archive.search import Archive, Question
 from tasks.archive.sqlite import SqliteStore
 from tasks.archive.store import ArchiveError
 from tasks.archive.upkeep import facts_of, files_with, problems_of, removed_for_good
+from tasks.report_facts import said_of
 
 D = 16
 KEY = ModelKey("w" * 64, "p" * 64, D)

@@ -169,6 +169,14 @@ def test_figures_are_those_of_results_json_with_n_and_interval(run: Path, tiny: 
     row = next(row for row in found["Retrieval"] if row[:2] == ["report to image", "its own report"])
     assert row[2].startswith(f"{direction['recall_at_1']:.3f}") and row[-1] == str(direction["pool"])
     assert f"{direction['chance']:.3f}" == row[5]
+    row = next(row for row in found["Ranking"] if row[:2] == ["report to image", "its own report"])
+    for cell, name in zip(row[2:6], ("mean_rank", "mrr", "map", "ndcg_at_10"), strict=True):
+        interval = direction[f"{name}_interval"]
+        ends = f"{interval['ci_low']:.3f} to {interval['ci_high']:.3f}"
+        assert cell == f"{direction[name]:.3f} ({ends}); {interval['chance']:.3f}"
+    agreement = {row[0]: row for row in found["Clinical agreement of the first report"]}
+    assert agreement["**micro**"][1].startswith(f"{measured['retrieval']['clinical_agreement']['micro']['present_f1']:.3f} (")
+    assert [row[-2:] for row in found["Harder galleries"]] == [["0", "0"]] * 4, "these reports name no side and no severity"
     facts = dict(found["Results"])
     assert code(facts["table, SHA-256"]) == measured["data"]["manifest_sha256"] and measured["prompts"]["sha256"] in card.text
     assert facts["images, studies, patients"] == f"{measured['images']}, {measured['studies']}, {measured['patients']}"

@@ -19,8 +19,9 @@ import medvl
 from medvl.data.manifest import read_manifest
 from reports.prompts import load_prompts
 from reports.text_source import ReportSentences
-from tasks.evaluation import expected_rank, finding_maps, predict, results, write
+from tasks.evaluation import finding_maps, predict, results, write
 from tasks.grounding import token_maps
+from tasks.retrieval_figures import expected_rank
 from tasks.zero_shot import encode_prompts
 
 FINDINGS = ("cardiomegaly", "pleural_effusion", "lung_nodule")
