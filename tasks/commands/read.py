@@ -42,8 +42,8 @@ if TYPE_CHECKING:
     from tasks.archive.reading import Reading, ReadingSettings, ReadingStatement
 
 F = TypeVar("F", bound=Callable[..., Any])
-FIGURES = ("evidence", "agreement", "present", "absent", "uncertain", "silent")
-VOTE = ("finding", "call", "reason", *FIGURES, "speaking", "effective")
+VOTE = ("finding", "call", "reason", "evidence", "agreement", "present", "absent", "uncertain", "silent", "speaking", "effective")
+SHARES = "% +   -   ?  no"  # of the weight: present, absent, uncertain, nothing
 SOURCES = 3  # studies named below a statement on a terminal; the rest are counted
 
 
@@ -320,8 +320,8 @@ def _refuse_own(search: NeighbourSearch, studies: Sequence[GivenStudy]) -> None:
     asking = [Query(name, None, tuple(patients)) for name, _, patients in search.with_known_patients(studies)]
     if shared := [one.study_id for one in asking if (search.own(one) & search.allowed).any()]:
         raise click.UsageError(
-            f"{len(shared)} of {len(asking)} validation studies, {shared[0]} among them, are of patients whose studies may vote; leave these "
-            "out of the archive, or of the vote, as with --filter 'split = train'"
+            f"{len(shared)} of {len(asking)} validation studies, {shared[0]} among them, are of patients whose studies may vote; leave "
+            "these out of the archive, or of the vote, as with --filter 'split = train'"
         )
 
 
@@ -354,22 +354,20 @@ def _show(found: Reading, fitted: bool) -> None:
     """One study for a person."""
     from rich.markup import escape
 
-    kind = "limits as fitted on validation" if fitted else "limits that were fitted to nothing: see `medvl calibrate-reading`"
+    kind = "+ present, - absent, ? uncertain, no mention; "
+    kind += "limits as fitted on validation" if fitted else "limits that were fitted to nothing: see `medvl calibrate-reading`"
     spoken = [vote for vote in found.votes if vote.speaking]
     silent = len(found.votes) - len(spoken)
     best = "" if math.isnan(found.best_score) else f", the best score {found.best_score:.3f}"
     notes = [f"{found.neighbours} studies of {found.patients} patients vote, worth {found.effective:.1f} equal ones{best}", kind]
     notes += [f"{silent} findings that none of them mentions are left out"] if silent else []
-    shown = new_table(
-        None,
-        *("finding", "call", "why not", *FIGURES, "patients"),
-        numbers=(*FIGURES, "patients"),
-        whole=("finding", "call"),
-        caption="; ".join(notes),
-    )
+    numbers = ("evidence", "agreement", SHARES, "patients")
+    shown = new_table(None, "finding", "call", *numbers, numbers=numbers, whole=("finding", "call"), caption="; ".join(notes))
     for vote in spoken:
-        numbers = ("" if math.isnan(value) else f"{value:.2f}" for value in (getattr(vote, name) for name in FIGURES))
-        shown.add_row(escape(vote.finding), vote.call if vote.call != "abstain" else "-", vote.reason or "", *numbers, str(vote.speaking))
+        call = vote.call if vote.reason is None else f"- {vote.reason}"
+        figures = ("" if math.isnan(value) else f"{value:.2f}" for value in (vote.evidence, vote.agreement))
+        shares = " ".join(f"{100 * share:.0f}".rjust(3) for share in (vote.present, vote.absent, vote.uncertain, vote.silent))
+        shown.add_row(escape(vote.finding), call, *figures, shares, str(vote.speaking))
     console().print(shown)
     if not found.statements:
         return
@@ -394,13 +392,13 @@ def _show_fit(settings: ReadingSettings) -> None:
         f"{settings.floor:.3f}; chosen on {of['patients_chosen_on']} patients at macro AUROC {of['macro_auroc_chosen_on']:.3f}, shown on "
         f"{of['patients_proven_on']} others; the figures are of these studies, not of new ones"
     )
-    sides = ("present", "absent")
-    heads = [f"{side} {what}" for side in sides for what in ("from", "called", "wrong")]
-    table = new_table(None, "finding", *heads, numbers=heads, whole=("finding",), caption=notes)
+    heads = ("finding", "called present", "called absent")
+    table = new_table(None, *heads, whole=heads, caption=notes)
     for name, one in of["limits"].items():
-        cells = []
-        for side in sides:
-            level = one[side]["level"]
-            cells += ["never", "", ""] if level is None else [f"{level:.2f}", str(one[side]["called"]), str(one[side]["wrong"])]
-        table.add_row(escape(name), *cells)
+        table.add_row(escape(name), *(_limit(one[side]) for side in ("present", "absent")))
     console().print(table)
+
+
+def _limit(side: dict[str, Any]) -> str:
+    """The level of one side of a finding, and what was called by it."""
+    return "never" if side["level"] is None else f"from {side['level']:.2f}: {side['wrong']} of {side['called']} wrong"
