@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,12 +40,23 @@ REMEMBERED = 2**14
 
 @dataclass(frozen=True)
 class Scope:
-    """What neighbours hang on beside the archive: recorded with settings, since what holds for the one need not hold for another."""
+    """What neighbours hang on beside the archive: recorded with settings, since what holds for the one need not hold for another.
+
+    Raises:
+        ValueError: a value that there is not.
+    """
 
     model: ModelKey
     over: Over = "report"  # an image's nearest reports, or its nearest images
     filter: str | None = None  # in the language of tasks.archive.filters
     voting: Voting = "report"  # what votes: what reports say, or the labels of the manifest
+
+    def __post_init__(self) -> None:
+        if self.over not in get_args(Over) or self.voting not in get_args(Voting) or not isinstance(self.filter, str | None):
+            raise ValueError(
+                f"neighbours over {self.over!r}, voting {self.voting!r}, filter {self.filter!r}; expected {' or '.join(get_args(Over))}, "
+                f"{' or '.join(get_args(Voting))}, and a filter in words or None"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Strict JSON."""

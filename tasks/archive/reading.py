@@ -173,7 +173,8 @@ class ReadingSettings:
                 raise ReadingError(f"settings of a reading in format {record['format']}, expected {FORMAT}")
             given = {name: value for name, value in record.items() if name not in ("format", "notice")}
             limits = {name: Limits(**one) for name, one in given["limits"].items()}
-            return cls(**{**given, "limits": limits, "default": Limits(**given["default"]), "seen": tuple(given["seen"])})
+            made = {"default": Limits(**given["default"]), "seen": tuple(given["seen"]), "fitted_on": dict(given["fitted_on"])}
+            return cls(**{**given, "limits": limits, **made})
         except ReadingError:
             raise
         except (KeyError, TypeError, AttributeError, ValueError) as error:

@@ -110,7 +110,6 @@ def read(
     if settings_path is not None:
         with usage_errors(ReadingError):
             settings = load_reading(settings_path)
-    fitted = settings.fitted_on.get("scope", {}) if settings_path is not None else {}
     if settings_path is not None and (unknown := [name for name in findings if name not in settings.limits]):
         raise click.UsageError(
             f"--finding {', '.join(unknown)}: {settings_path} was not fitted for it, but for {', '.join(settings.limits)}"
@@ -119,7 +118,7 @@ def read(
     from medvl.types import RESEARCH_USE
     from tasks.archive.reading import read as read_neighbours
 
-    scope = _scope(encoder, model, text_policy, over or fitted.get("over"), where or fitted.get("filter"), voting or fitted.get("voting"))
+    scope = _scope(encoder, model, text_policy, over, where, voting, settings.fitted_on.get("scope"))
     if settings_path is not None:
         with usage_errors(ReadingError):
             scope.check(settings)
@@ -261,11 +260,18 @@ def calibrate_reading(
         ctx.exit(REJECTED)
 
 
-def _scope(encoder: DualEncoder, model: Path, text_policy: str, over: Any, where: str | None, voting: Any) -> Scope:
+def _scope(
+    encoder: DualEncoder, model: Path, text_policy: str, over: str | None, where: str | None, voting: str | None, fitted: Any = None
+) -> Scope:
+    """What is asked for; what is not told, as settings were fitted, where there are."""
     from tasks.archive.ingest import model_key
     from tasks.archive.neighbours import Scope
 
-    return Scope(model_key(encoder, weights_sha256(model), text_source(text_policy)), over or "report", where, voting or "report")
+    known = fitted if isinstance(fitted, dict) else {}
+    given = {name: value for name, value in (("over", over), ("filter", where), ("voting", voting)) if value is not None}
+    asked = {name: known[name] for name in ("over", "filter", "voting") if name in known} | given
+    with usage_errors(ValueError):
+        return Scope(model_key(encoder, weights_sha256(model), text_source(text_policy)), **asked)
 
 
 @contextmanager

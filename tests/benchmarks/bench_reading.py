@@ -4,9 +4,9 @@
     python tests/benchmarks/bench_reading.py --store archive.db --model MODEL --val val/manifest.csv --held held/manifest.csv
 
 Studies have one film each. Settings of reading, and calibration and limits of zero-shot, are fitted on ``--val`` alone, in halves and with
-the same guarantee: calls of present and calls of absent each wrong at most ``--error`` of the time. Neighbours are
-asked twice, over reports and over images. AUROC is of all held-out studies, those that are abstained on too; a study of which no neighbour
-says anything counts half. Intervals and differences are paired, by patient.
+the same guarantee: calls of present and calls of absent each wrong at most ``--error`` of the time. Neighbours are asked twice, over
+reports and over images. AUROC is of all held-out studies, those that are abstained on too; a study of which no neighbour says anything
+counts half. Intervals and differences are paired, by patient.
 """
 
 from __future__ import annotations

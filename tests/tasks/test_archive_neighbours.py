@@ -241,6 +241,9 @@ def test_settings_go_with_their_scope_and_come_back_from_disk(tmp_path: Path) ->
             other.check(again)
     with pytest.raises(ReadingError, match="do not say"):
         scope.check(ReadingSettings())
+    for odd in ({"over": "sentence"}, {"voting": "all"}, {"filter": 3}):
+        with pytest.raises(ValueError, match="expected report or image"):
+            Scope(KEY, **odd)
     record = settings.to_dict()
     for damaged in (
         "",
@@ -248,6 +251,7 @@ def test_settings_go_with_their_scope_and_come_back_from_disk(tmp_path: Path) ->
         "{}",
         json.dumps({**record, "format": 9}),
         json.dumps({**record, "k": "7"}),
+        json.dumps({**record, "fitted_on": 3}),
         json.dumps({**record, "floor": math.nan}),
     ):
         (tmp_path / "damaged.json").write_text(damaged)

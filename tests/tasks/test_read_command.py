@@ -57,10 +57,10 @@ def store(tiny: Any, other_model: Path, cohort: Path, tmp_path_factory: pytest.T
 
 @pytest.fixture(scope="module")
 def settings(tiny: Any, cohort: Path, store: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
-    """Fitted so that a model which knows nothing may call: wrong two times of three."""
+    """Fitted so that a model which knows nothing may call: wrong nearly always."""
     out = tmp_path_factory.mktemp("settings") / "reading.json"
     fit = ("calibrate-reading", cohort, "--store", store, "--model", tiny.model, "--over", "image", "--filter", "split = train")
-    done = medvl(*fit, "--error", 0.66, "--out", out, "--allow-leak", "similar-images", "--allow-leak", "images")
+    done = medvl(*fit, "--error", 0.95, "--out", out, "--allow-leak", "similar-images", "--allow-leak", "images")
     assert done.exit_code == 0, done.output
     return out, done
 
@@ -155,7 +155,7 @@ def test_fitted_settings_read_as_the_library_does(
     near = [search.neighbours(Query(row["study_id"], encode(cohort.parent / row["path"])), 10) for row in validation]
     labels = np.array([[float(row[name] or "nan") for name in sorted(FINDINGS)] for row in validation])
     ids, patients = [row["study_id"] for row in validation], [row["patient_id"] for row in validation]
-    expected = fit_reading(near, labels, sorted(FINDINGS), ids, patients, ks=(5, 10), error=0.66)
+    expected = fit_reading(near, labels, sorted(FINDINGS), ids, patients, ks=(5, 10), error=0.95)
     found = load_reading(place)
     for name in ("k", "temperature", "silent", "fewest", "limits", "default", "seen"):
         assert getattr(found, name) == getattr(expected, name), name
