@@ -360,14 +360,14 @@ def _show(found: Reading, fitted: bool) -> None:
     """One study for a person."""
     from rich.markup import escape
 
-    kind = "+ present, - absent, ? uncertain, no mention; "
+    kind = "+ present, - absent, ? uncertain, no: not mentioned; "
     kind += "limits as fitted on validation" if fitted else "limits that were fitted to nothing: see `medvl calibrate-reading`"
     spoken = [vote for vote in found.votes if vote.speaking]
     silent = len(found.votes) - len(spoken)
     best = "" if math.isnan(found.best_score) else f", the best score {found.best_score:.3f}"
     notes = [f"{found.neighbours} studies of {found.patients} patients vote, worth {found.effective:.1f} equal ones{best}", kind]
     notes += [f"{silent} findings that none of them mentions are left out"] if silent else []
-    numbers = ("evidence", "agreement", SHARES, "patients")
+    numbers = ("evidence", "agree", SHARES, "patients")
     shown = new_table(None, "finding", "call", *numbers, numbers=numbers, whole=("finding", "call"), caption="; ".join(notes))
     for vote in spoken:
         call = vote.call if vote.reason is None else f"- {vote.reason}"

@@ -116,18 +116,20 @@ def zero_shot_calls(val: Cohort, held: Cohort, findings: Sequence[str], error: f
     return calls
 
 
-def answers(calls: NDArray[np.int64], held: Cohort, findings: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """Finding -> share answered and error among the answers, with intervals; the macro error is of the findings with an answer."""
+def answers(calls: NDArray[np.int64], held: Cohort, findings: Sequence[str]) -> dict[str, list[str]]:
+    """Finding -> share answered, of the studies with it and of those without, and error among the answers.
+
+    The mean error is of the findings with an answer; the last line is of all answers together.
+    """
     known = np.isin(held.labels, (0.0, 1.0))
     answered = known & (calls != ABSTAIN)
-    shares = mean_intervals(np.where(known, answered, math.nan), findings, held.patients)
-    errors = mean_intervals(np.where(answered, calls != held.labels, math.nan), findings, held.patients)
-    pooled = int((answered & (calls != held.labels)).sum()) / max(int(answered.sum()), 1)
-    told = {
-        name: (f"{shares[name].value:.3f}", "-" if math.isnan(errors[name].value) else f"{errors[name].value:.3f}") for name in findings
-    }
-    told[MACRO] = tuple(f"{one.value:.3f} [{one.ci_low:.3f}, {one.ci_high:.3f}]" for one in (shares[MACRO], errors[MACRO]))  # type: ignore[assignment]
-    told["all answers"] = (f"{answered.sum()} of {known.sum()}", f"{pooled:.3f}")
+    wrong = answered & (calls != held.labels)
+    tables = [np.where(of, answered, math.nan) for of in (held.labels == 1, held.labels == 0)] + [np.where(answered, wrong, math.nan)]
+    means = [mean_intervals(table, findings, held.patients) for table in tables]
+    told = {name: ["-" if math.isnan(mean[name].value) else f"{mean[name].value:.3f}" for mean in means] for name in findings}
+    told[MACRO] = [f"{mean[MACRO].value:.3f} [{mean[MACRO].ci_low:.3f}, {mean[MACRO].ci_high:.3f}]" for mean in means]
+    sides = [held.labels == side for side in (1, 0)]
+    told["together"] = [f"{(answered & of).sum()} of {of.sum()}" for of in sides] + [f"{wrong.sum()} of {answered.sum()}"]
     return told
 
 
@@ -148,12 +150,12 @@ def main(store: Path, folder: Path, val: tuple[Path, ...], held: tuple[Path, ...
     model = load(folder, device="cpu")
     archive = Archive(store)
     key = model_key(model, weights_sha256(folder), ReportSentences())
-    searches = {over: NeighbourSearch(archive, Scope(key, over), load_ontology()) for over in ("report", "image")}  # type: ignore[arg-type]
-    spoken = set(searches["report"].findings)
-    bank = encode_prompts(model, load_prompts(None))
-    findings = tuple(name for name in bank.findings if name in spoken)
-    bank = encode_prompts(model, load_prompts(None), findings)
-    searches = {over: NeighbourSearch(archive, Scope(key, over), load_ontology(), findings) for over in searches}  # type: ignore[arg-type]
+    prompts = load_prompts(None)
+    spoken = NeighbourSearch(archive, Scope(key), load_ontology()).findings
+    findings = tuple(name for name in prompts.labels if name in spoken)
+    bank = encode_prompts(model, prompts, findings)
+    overs: tuple[Over, ...] = ("report", "image")
+    searches = {over: NeighbourSearch(archive, Scope(key, over), load_ontology(), findings) for over in overs}
     start = time.process_time()
     fit_on, measured = cohort(val, "val", model, bank), cohort(held, "test", model, bank)
     click.echo(f"encoded in {time.process_time() - start:.0f} CPU s", err=True)
@@ -166,9 +168,8 @@ def main(store: Path, folder: Path, val: tuple[Path, ...], held: tuple[Path, ...
         settings = fitted(search, fit_on, findings, error)
         near = measured.neighbours(search, settings.k)
         evidence = evidence_matrix(near, findings, settings)
-        compared[over] = compare_models(
-            {name: with_silence(measured.labels[:, f], evidence[:, f]) for f, name in enumerate(findings)}, zero, measured.patients
-        )  # type: ignore[index]
+        ours = {name: with_silence(measured.labels[:, f], evidence[:, f]) for f, name in enumerate(findings)}
+        compared[over] = compare_models(ours, zero, measured.patients)
         votes = [vote(one, findings, settings) for one in near]
         reasons = {reason: sum(one.reason == reason for of in votes for one in of) for reason in ("far", "few", "disagree", "unproven")}
         told[over] = answers(call_matrix(votes, findings), measured, findings)
@@ -183,19 +184,18 @@ def main(store: Path, folder: Path, val: tuple[Path, ...], held: tuple[Path, ...
         "| AUROC | positives | zero-shot | over reports | less zero-shot | over images | less zero-shot |\n|---|---|---|---|---|---|---|"
     )
     for name in (*findings, MACRO):
-        pair = [compared[over][name] for over in ("report", "image")]
+        pair = [compared[over][name] for over in overs]
         positives = "" if name == MACRO else str(zero[name].n_positive)
         cells = [
             f"{one.first.value:.3f} | {one.difference.value:+.3f} [{one.difference.ci_low:+.3f}, {one.difference.ci_high:+.3f}]"
             for one in pair
         ]
         click.echo(f"| {name} | {positives} | {pair[0].second.value:.3f} | {cells[0]} | {cells[1]} |")
-    click.echo(
-        "\n| answered, error | " + " | ".join(f"{name}: answered | error" for name in ("zero-shot", "over reports", "over images")) + " |"
-    )
-    click.echo("|---|---|---|---|---|---|---|")
-    for name in (*findings, MACRO, "all answers"):
-        click.echo(f"| {name} | " + " | ".join(" | ".join(told[of][name]) for of in ("zero-shot", "report", "image")) + " |")
+    ways = {"zero-shot": "zero-shot", "report": "over reports", "image": "over images"}
+    heads = [f"{way}: of present | of absent | error" for way in ways.values()]
+    click.echo("\n| answered, error | " + " | ".join(heads) + " |\n|" + "---|" * (1 + 3 * len(ways)))
+    for name in (*findings, MACRO, "together"):
+        click.echo(f"| {name} | " + " | ".join(" | ".join(told[way][name]) for way in ways) + " |")
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ STATES: dict[int, State] = {1: "present", 0: "absent", -1: "uncertain"}
 COUNT = 90
 
 
-def unit(values: Any) -> np.ndarray:
+def unit(values: Any) -> Any:
     return values / np.linalg.norm(values, axis=-1, keepdims=True)
 
 

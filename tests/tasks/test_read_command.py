@@ -165,8 +165,7 @@ def test_fitted_settings_read_as_the_library_does(
     lines = medvl("read", *films, "--store", store, "--model", tiny.model, "--settings", place, "--json").stdout.splitlines()
     calls = set()
     for film, line in zip(films, map(told, lines), strict=True):
-        near = search.neighbours(Query("x", encode(film)), found.k)
-        same(line, read_neighbours(near, search.findings, found))
+        same(line, read_neighbours(search.neighbours(Query("x", encode(film)), found.k), search.findings, found))
         assert line["how"]["fitted"] and line["how"]["over"] == "image" and [vote["finding"] for vote in line["votes"]] == sorted(FINDINGS)
         calls |= {vote["call"] for vote in line["votes"]}
     assert calls > {"abstain"}, "something is called"
