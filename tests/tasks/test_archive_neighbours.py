@@ -56,7 +56,7 @@ def study(i: int, rng: np.random.Generator) -> tuple[ArchivedStudy, StudyVectors
         images=tuple(ArchivedImage(f"/films/{i}-{k}.png") for k in range(films)),
     )
     rows = unit(rng.standard_normal((max(len(texts), 1), D))).astype(np.float32)
-    report = np.arange(1, D + 1, dtype=np.float32) / 10 if i % 5 == 0 else rows.mean(0)
+    report: Any = np.arange(1, D + 1, dtype=np.float32) / 10 if i % 5 == 0 else rows.mean(0)
     images = tuple(unit(rng.standard_normal((films, D))).astype(np.float32))
     return record, StudyVectors(report if texts else None, rows if texts else None, images or None)
 
