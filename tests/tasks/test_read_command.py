@@ -138,7 +138,8 @@ def test_a_manifest_names_patients_and_a_table_is_written(tiny: Any, cohort: Pat
             word = "There is" if line["call"] == "present" else "No sign of"
             assert line["text"].startswith(word) and line["finding"].replace("_", " ") in line["text"]
     shown = medvl("read", moved / "images" / "s01.png", "--store", store, "--model", tiny.model)
-    assert shown.exit_code == 0 and "cardiomegaly" in shown.output and NOTICE in shown.output and "fitted to nothing" in shown.output
+    assert shown.exit_code == 0 and "cardiomegaly" in shown.output and NOTICE in shown.output
+    assert "limits that were fitted to nothing" in " ".join(shown.output.split())
 
 
 def test_fitted_settings_read_as_the_library_does(
