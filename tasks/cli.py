@@ -32,6 +32,7 @@ from tasks.commands.inspect import inspect
 from tasks.commands.match import match
 from tasks.commands.phantom import phantom
 from tasks.commands.probe import probe
+from tasks.commands.read import calibrate_reading, read
 from tasks.commands.reports import reports
 from tasks.commands.search import search
 from tasks.commands.shards import shards
@@ -119,6 +120,7 @@ def cli(debug: bool) -> None:
       medvl view film.dcm --model demo/model          a page on this machine: the image, and maps of what is typed
       medvl index build demo/data/manifest.csv --model demo/model --store archive.db
       medvl search --store archive.db --model demo/model --query "large pneumothorax" --top 5
+      medvl read film.dcm --store archive.db --model demo/model       what the reports of similar studies say, or nothing
       medvl evaluate --model demo/model --manifest demo/data/manifest.csv --out results
       medvl tabulate results other/results.json            results of one protocol side by side, with paired differences
       medvl compare clip siglip radzero --out compared      recipes under the same budget, in one table
@@ -130,7 +132,8 @@ def cli(debug: bool) -> None:
 
 for _command in (
     *(demo, phantom, inspect, reports, shards, match, fit, validate, test, average),
-    *(diagnose, calibrate, ground, calibrate_maps, view, index, search, evaluate, evaluate_maps, tabulate, probe, compare, card),
+    *(diagnose, calibrate, ground, calibrate_maps, view, index, search, read, calibrate_reading),
+    *(evaluate, evaluate_maps, tabulate, probe, compare, card),
 ):
     cli.add_command(_command)
 for _command in (embed, merge):

@@ -14,16 +14,19 @@ or reports; X-MoRe (arXiv:2308.15273) weighs image and retrieved text by how rel
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import binom
 
+from medvl.files import write_atomically
 from medvl.metrics import ABSTAIN, Interval, auroc, mean_intervals
 from medvl.metrics.familiarity import choose_limit
 from medvl.metrics.labels import known_rows, label_counts
@@ -153,6 +156,11 @@ class ReadingSettings:
         """Strict JSON; back with :meth:`from_dict`."""
         return {"format": FORMAT, "notice": RESEARCH_USE, **asdict(self), "seen": list(self.seen)}
 
+    def save(self, path: Path) -> None:
+        """Write them whole or not at all; back with :func:`load_reading`."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, (json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n").encode())
+
     @classmethod
     def from_dict(cls, record: Mapping[str, Any]) -> ReadingSettings:
         """The record that :meth:`to_dict` made.
@@ -165,11 +173,26 @@ class ReadingSettings:
                 raise ReadingError(f"settings of a reading in format {record['format']}, expected {FORMAT}")
             given = {name: value for name, value in record.items() if name not in ("format", "notice")}
             limits = {name: Limits(**one) for name, one in given["limits"].items()}
-            return cls(**{**given, "limits": limits, "default": Limits(**given["default"]), "seen": tuple(given["seen"])})
+            made = {"default": Limits(**given["default"]), "seen": tuple(given["seen"]), "fitted_on": dict(given["fitted_on"])}
+            return cls(**{**given, "limits": limits, **made})
         except ReadingError:
             raise
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise ReadingError(f"no settings of a reading ({type(error).__name__}: {error}); fit them again") from error
+
+
+def load_reading(path: Path) -> ReadingSettings:
+    """Settings of a file.
+
+    Raises:
+        ReadingError: it cannot be read, or is none that :meth:`ReadingSettings.save` wrote.
+    """
+    try:
+        return ReadingSettings.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except ReadingError as error:
+        raise ReadingError(f"{path}: {error}") from error
+    except (OSError, ValueError) as error:
+        raise ReadingError(f"{path}: no settings that `medvl calibrate-reading` wrote ({type(error).__name__})") from error
 
 
 @dataclass(frozen=True)

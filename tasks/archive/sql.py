@@ -377,6 +377,16 @@ class SqlStore(ArchiveStore):
             found = self._first("SELECT id FROM studies WHERE study_id = ?", (study_id,))
         return None if found is None else int(found[0])
 
+    def patients_of(self, paths: Collection[str]) -> dict[str, frozenset[str]]:
+        """The patients of the studies that have an image at a path."""
+        found: dict[str, set[str]] = {}
+        with self._explained():
+            for part in parts(paths):
+                asked = f"SELECT path, patient_id FROM images JOIN studies ON studies.id = study WHERE path IN ({marks(part)})"
+                for path, patient in self._rows(asked, part):
+                    found.setdefault(path, set()).add(patient)
+        return {path: frozenset(patients) for path, patients in found.items()}
+
     def facts(self, texts: Collection[int]) -> dict[int, tuple[Fact, ...]]:
         """What sentences state."""
         found: dict[int, list[Fact]] = {text: [] for text in texts}

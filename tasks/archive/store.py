@@ -157,6 +157,10 @@ class ArchiveStore(abc.ABC):
         """The number of a study; None if it is not there."""
 
     @abc.abstractmethod
+    def patients_of(self, paths: Collection[str]) -> dict[str, frozenset[str]]:
+        """The patients of the studies that have an image at a path; a path that no study has has no key."""
+
+    @abc.abstractmethod
     def matching(self, expression: str) -> list[int]:
         """Studies whose report fits an expression in the language of the store's full-text search."""
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
@@ -44,6 +44,7 @@ from tasks.commands.scores import (
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from medvl.data.manifest import StudyImage
     from medvl.model import DualEncoder
     from medvl.types import ImageReader
     from tasks.decisions import Decisions
@@ -144,7 +145,7 @@ def diagnose(
     decisions = decisions_of(decisions_path, model, protocol, scoring.findings)
     familiar = familiar_of(decisions_path, model, encoder, protocol)
     fingerprint = sha256_of([protocol.sha256, scoring.findings, None if decisions is None else decisions.to_dict(), *familiar.hashes])
-    found = _studies(encoder.reader, files)
+    found = find_studies(encoder.reader, files)
     shown = None if as_json or out is not None else console()
     kept: list[Diagnosis] = []
     rejected = list(found.rejected)
@@ -153,13 +154,13 @@ def diagnose(
         table = None if out is None else stack.enter_context(_table(out, list(names.values()), fingerprint, decisions is not None, anew))
         if table is not None and isinstance(scoring, Scorer) and scoring.rule.depends_on_run and table.done:
             raise click.UsageError(f"--preset {preset}: its scores depend on all studies of a run, which cannot go on; give --anew")
-        todo = [(name, paths) for name, paths in found.studies if table is None or name not in table.done]
+        todo = [one for one in found.studies if table is None or one.study_id not in table.done]
         step = stack.enter_context(progress("studies", len(found.studies))) if out is not None else None
         if step is not None and table is not None:
             step(len(found.studies) - len(todo))
             rejected += table.rejected
-        results = score_files(encoder, (), scoring, batch_size, [paths for _, paths in todo])
-        for (name, _), result in zip(todo, results, strict=True):
+        results = score_files(encoder, (), scoring, batch_size, [one.paths for one in todo])
+        for (name, _, _), result in zip(todo, results, strict=True):
             one = named_if_empty_folder(result, encoder.reader)
             one = replace(one, unfamiliar=familiar.reasons(one))
             unknown_kinds |= {of.modality for of in one.encoded} - set(familiar.known)
@@ -213,31 +214,40 @@ def diagnose(
         ctx.exit(REJECTED)
 
 
-@dataclass(frozen=True)
-class _Found:
-    """What is to be scored: the id and the files of each study, and what of a manifest cannot be used."""
+class GivenStudy(NamedTuple):
+    """A study that a command was given."""
 
-    studies: list[tuple[str, list[Path]]]
+    study_id: str  # of a manifest; else the path of its first file
+    paths: list[Path]
+    patients: tuple[str, ...] = ()  # that the rows of a manifest name
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a command was given: studies, and what of a manifest cannot be used."""
+
+    studies: list[GivenStudy]
     rejected: list[tuple[str, str]]
 
 
-def _studies(reader: ImageReader, files: Sequence[Path]) -> _Found:
-    """Of files by their headers, of a manifest as it says; the id of the former is the path of their first file."""
+def find_studies(reader: ImageReader, files: Sequence[Path]) -> Found:
+    """The studies of files and folders by their headers, of a manifest as it says."""
     from tasks.zero_shot import group_by_study
 
     tables = [path for path in files if path.is_file() and path.suffix.lower() in TABLES]
-    studies = [
-        (str(paths[0]), paths) for paths in group_by_study(reader, find_images(reader, [path for path in files if path not in tables]))
-    ]
+    images = find_images(reader, [path for path in files if path not in tables])
+    studies = [GivenStudy(str(paths[0]), paths) for paths in group_by_study(reader, images)]
     rejected: list[tuple[str, str]] = []
     for path in tables:
         manifest = load_manifest(path, None, allow_outside=True)
         rejected += [(str(bad.path), str(bad)) for bad in manifest.rejected]
-        of: dict[str, list[Path]] = {}
+        of: dict[str, list[StudyImage]] = {}
         for row in manifest.rows:
-            of.setdefault(row.study_id, []).append(row.path)
-        studies += of.items()
-    return _Found(studies, rejected)
+            of.setdefault(row.study_id, []).append(row)
+        studies += [
+            GivenStudy(name, [row.path for row in rows], tuple(sorted({row.patient_id for row in rows}))) for name, rows in of.items()
+        ]
+    return Found(studies, rejected)
 
 
 def _table(out: Path, labels: list[str], protocol: str, calibrated: bool, anew: bool) -> DiagnosisTable:
@@ -326,11 +336,15 @@ def find_images(reader: ImageReader, files: Sequence[Path]) -> list[Path]:
 
 def named_if_empty_folder(result: Diagnosis, reader: ImageReader) -> Diagnosis:
     """A folder in which the reader finds no image says so; one that is itself an image, as of a series, keeps its error."""
-    path = Path(result.path)
-    if result.ok or not path.is_dir() or reader.find_images(path):
-        return result
-    error = f"{result.path}: no image in this folder; expected DICOM files or {', '.join(sorted(reader.suffixes - {'.dcm', '.dicom'}))}"
-    return replace(result, error=error, unreadable={result.path: error})
+    error = None if result.ok else why_empty(Path(result.path), reader)
+    return result if error is None else replace(result, error=error, unreadable={result.path: error})
+
+
+def why_empty(path: Path, reader: ImageReader) -> str | None:
+    """What to say of a folder in which the reader finds no image; None of any other path."""
+    if not path.is_dir() or reader.find_images(path):
+        return None
+    return f"{path}: no image in this folder; expected DICOM files or {', '.join(sorted(reader.suffixes - {'.dcm', '.dicom'}))}"
 
 
 def as_object(result: Diagnosis, names: dict[str, str] | None = None, decisions: Decisions | None = None) -> dict[str, Any]:

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from medvl.types import Fact
+from reports.facts.ontology import Ontology
 from tasks.archive.filters import parse_filter
+from tasks.archive.neighbours import NeighbourSearch, Query, Scope
 from tasks.archive.postgres import PostgresStore
 from tasks.archive.records import ArchivedImage, ArchivedStudy, ArchivedText, ModelKey, StudyVectors
 from tasks.archive.search import Archive, Question
@@ -110,6 +112,25 @@ def test_the_server_finds_the_same_ranks(stores: tuple[PostgresStore, SqliteStor
         assert [got[k][0] for k in apart] == [want[k].study.study_id for k in apart]
         may = np.diff(archive.derived.gallery(1, over).starts) > 0
         assert len(want) == min(12, int((may if allowed is None else may & allowed).sum())) > 0
+
+
+def test_the_server_gives_the_same_neighbours(stores: tuple[PostgresStore, SqliteStore]) -> None:
+    """Ids, patients, facts and sentences of the neighbours of images, own patients left out."""
+    search = [NeighbourSearch(Archive(one), Scope(KEY, "report", "age >= 10"), Ontology({"edema": ()})) for one in stores]
+    rng = np.random.default_rng(5)
+    asked = [(f"new {i}", [Path(f"/films/{i}-0.png"), Path(f"/films/{i}-9.png")], ()) for i in range(12)]
+    known = [[patients for _, _, patients in one.with_known_patients(asked)] for one in search]
+    films = {image.path for study, _ in studies() for image in study.images}
+    assert known[0] == known[1] == [[f"p {i // 3}"] if f"/films/{i}-0.png" in films else [] for i in range(12)]
+    for patients in known[0]:
+        query = Query("new", rng.standard_normal((2, D)), tuple(patients))
+        there, here = (one.neighbours(query, 7) for one in search)
+        assert len({one.patient_id for one in here}) >= 7 and not {one.patient_id for one in here} & set(patients)
+        assert {one.study_id: (one.facts, one.sentences, one.patient_id) for one in there} == {
+            one.study_id: (one.facts, one.sentences, one.patient_id) for one in here
+        }
+        assert any(one.sentences for one in here)
+        assert [one.score for one in there] == pytest.approx([one.score for one in here], abs=1e-6)
 
 
 def test_every_mode_works_over_the_server_too(stores: tuple[PostgresStore, SqliteStore]) -> None:

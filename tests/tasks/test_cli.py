@@ -41,6 +41,8 @@ COMMANDS = [
     "view",
     "index",
     "search",
+    "read",
+    "calibrate-reading",
     "evaluate",
     "evaluate-maps",
     "tabulate",
