@@ -26,9 +26,10 @@ from reports.facts.ontology import Ontology
 from tasks.archive.filters import NOT_MENTIONED, parse_filter
 from tasks.archive.ingest import BATCH, Encoder
 from tasks.archive.reading import STATES, Neighbour, NeighbourSentence, ReadingError, ReadingSettings
-from tasks.archive.records import ArchivedImage, ArchivedStudy, ModelKey, said_of
+from tasks.archive.records import ArchivedImage, ArchivedStudy, ModelKey
 from tasks.archive.search import DECIMALS, Archive, Mask, Question, VectorScores, first
 from tasks.archive.store import ArchiveError
+from tasks.report_facts import said_of
 
 Over = Literal["report", "image"]
 Voting = Literal["report", "label"]

@@ -44,8 +44,8 @@ EXACT = 20_000
 """So many studies are scored each, though there be an approximate index."""
 GATHER = 0.3
 """A filter that leaves a smaller share has its rows copied out, instead of all being scored."""
-BLOCK = 65536
-"""Rows scored at once, where several vectors ask."""
+BLOCK = 256
+"""Rows copied out and scored at once: what a core keeps near itself."""
 
 
 @dataclass(frozen=True)
