@@ -17,7 +17,7 @@ import re
 import shutil
 import tempfile
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
@@ -64,6 +64,11 @@ class Gallery:
         """Whether row n is of study n, for every study."""
         n = len(self.starts) - 1
         return len(self.matrix) == n and len(self.members) == n and bool((self.members == np.arange(n)).all())
+
+    @cached_property
+    def has(self) -> NDArray[np.bool_]:
+        """(N,) whether a study has any."""
+        return np.asarray(np.diff(self.starts) > 0)
 
     @cached_property
     def study_of(self) -> NDArray[np.int64] | None:
@@ -143,7 +148,7 @@ class Derived:
 
     def approximate(self, model: int, kind: VectorKind) -> dict[str, Any] | None:
         """Of the approximate index of a kind of vectors: lists, those looked through, and the recall of the first 10 that was measured when
-        it was made; None where there is none.
+        it was made, by what kind of vectors asked it least well; None where there is none.
         """
         told: dict[str, Any] | None = self.current["galleries"].get(f"{model}-{kind}")
         return told
@@ -232,9 +237,11 @@ def _build(store: ArchiveStore, folder: Path, advance: Advance) -> dict[str, Any
         findings = _findings(store, made, place)
         galleries: dict[str, dict[str, Any] | None] = {}
         for number, key in store.models().items():
-            for kind in KINDS:
-                if (matrix := _gallery(store, made, place, number, kind, key.width, advance)) is not None:
-                    galleries[f"{number}-{kind}"] = _approximate(matrix, made, f"{number}-{kind}", advance)
+            matrices = {kind: _gallery(store, made, place, number, kind, key.width, advance) for kind in KINDS}
+            there = {kind: matrix for kind, matrix in matrices.items() if matrix is not None}
+            for kind, matrix in there.items():
+                asking: dict[str, NDArray[np.float32]] = {other: one for other, one in there.items() if other != kind}
+                galleries[f"{number}-{kind}"] = _approximate(matrix, asking, made, f"{number}-{kind}", advance)
         documents = _documents(store, made, place, advance)
         current = {
             "version": VERSION,
@@ -294,11 +301,13 @@ def _findings(store: ArchiveStore, made: _Files, place: dict[int, int]) -> list[
     return names
 
 
-def _approximate(matrix: NDArray[np.float32], made: _Files, key: str, advance: Advance) -> dict[str, Any] | None:
+def _approximate(
+    matrix: NDArray[np.float32], asking: Mapping[str, NDArray[np.float32]], made: _Files, key: str, advance: Advance
+) -> dict[str, Any] | None:
     """An index for approximate search beside a large matrix, where faiss is installed; how it is searched."""
     if len(matrix) < approximate.ROWS or not approximate.available():
         return None
-    return approximate.build(matrix, made.path(f"{key}-ivf.faiss"), lambda rows: advance("approximate index", rows))
+    return approximate.build(matrix, asking, made.path(f"{key}-ivf.faiss"), lambda rows: advance("approximate index", rows))
 
 
 def _gallery(

@@ -284,13 +284,12 @@ class VectorScores:
             raise ArchiveError(f"a question of {self.queries.shape[1]} numbers, expected {gallery.matrix.shape[1]}, the width of the model")
         if correct is not None:
             self.gallery, self.queries = correct.gallery, correct.moved(self.queries)
-        has = np.diff(gallery.starts) > 0
-        self.allowed = has if question.allowed is None else has & question.allowed
+        self.allowed = gallery.has if question.allowed is None else gallery.has & question.allowed
 
     @property
     def usable(self) -> int:
         """Studies that may answer."""
-        return int(self.allowed.sum())
+        return int(np.count_nonzero(self.allowed))
 
     @property
     def approximate(self) -> bool:
@@ -321,7 +320,7 @@ class VectorScores:
             starts, rows = _members(gallery, places)
             values = _products(gallery.matrix, rows, queries)
         else:
-            places = np.flatnonzero(np.diff(gallery.starts) > 0)
+            places = np.flatnonzero(gallery.has)
             starts, rows = _members(gallery, places)
             values = _products(gallery.matrix, None, queries)[rows]
         if len(places):

@@ -30,9 +30,9 @@ REPEATS = 40
 
 def hard(count: int, width: int, seed: int) -> NDArray[np.float32]:
     """(count, width) unit vectors of 300 clusters that overlap, with a spectrum that falls as 1/sqrt(k)."""
-    rng = np.random.default_rng(seed)
+    rng, clusters = np.random.default_rng(seed), np.random.default_rng(0)  # all that are made are of the same clusters
     spectrum = (1 / np.sqrt(1 + np.arange(width))).astype(np.float32)
-    centres = rng.standard_normal((300, width), dtype=np.float32) * spectrum
+    centres = clusters.standard_normal((300, width), dtype=np.float32) * spectrum
     found = np.empty((count, width), np.float32)
     for start in range(0, count, 50_000):
         part = slice(start, min(count, start + 50_000))
@@ -250,7 +250,7 @@ def million(work: Path, count: int) -> None:
         np.save(place, hard(count, WIDTH, 3))
     matrix = np.load(place, mmap_mode="r")
     start = time.process_time()
-    how = approximate.build(matrix, work / "hard.faiss")
+    how = approximate.build(matrix, {}, work / "hard.faiss")
     built = time.process_time() - start
     ends = np.arange(count + 1, dtype=np.int64)
     index = Approximate(approximate.load(work / "hard.faiss"), how["probes"])
