@@ -130,13 +130,11 @@ def search(index: Any, query: NDArray[np.float32], count: int, probes: int, allo
 
 def _first(matrix: NDArray[np.float32], queries: NDArray[np.float32], count: int) -> list[NDArray[np.int64]]:
     """The true first ``count`` rows of each query, nearest first."""
-    scores = np.full((len(queries), 0), -np.inf, np.float32)
-    rows = np.zeros((len(queries), 0), np.int64)
+    scores, rows = [], []
     for start in range(0, len(matrix), CHUNK):
         part = queries @ matrix[start : start + CHUNK].T
-        scores = np.concatenate([scores, part], axis=1)
-        rows = np.concatenate([rows, np.broadcast_to(np.arange(start, start + part.shape[1]), part.shape)], axis=1)
-        keep = np.argpartition(-scores, min(count, scores.shape[1]) - 1, axis=1)[:, :count]
-        scores, rows = np.take_along_axis(scores, keep, 1), np.take_along_axis(rows, keep, 1)
-    order = np.argsort(-scores, axis=1)
-    return list(np.take_along_axis(rows, order, 1))
+        kept = np.argpartition(part, max(part.shape[1] - count, 0), axis=1)[:, -count:]
+        scores.append(np.take_along_axis(part, kept, 1))
+        rows.append(kept + start)
+    order = np.argsort(-np.concatenate(scores, axis=1), axis=1)[:, :count]
+    return list(np.take_along_axis(np.concatenate(rows, axis=1), order, 1))
