@@ -22,7 +22,7 @@ WANTED_RECALL = 0.97
 """Of the first 10, by vectors of the archive; what lies far from all of them may be served less well."""
 PROBES = (8, 16, 24, 32, 48, 64, 96, 128, 256)
 TRIALS = 200
-TRAINED_ON = 64
+TRAINED_ON = 40
 """Rows a list that the lists' centres are fitted on."""
 CHUNK = 65536
 FIRST = 10
