@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from medvl.metrics import GalleryResult, gallery_metrics
+from medvl.metrics import Interval, gallery_metrics
 from medvl.types import Fact
 from tasks.figures import estimate
 
@@ -115,18 +115,15 @@ def measure_galleries(
         "galleries": len(found),
         "queries": len({one.query for one in found}),
         "median_wrong": float(np.median(mine.wrong)) if found else None,
-        **_figures(mine, others, kinds),
-        "per_finding": {finding: _figures(mine, others, kinds, finding) for finding in mine.per_kind},
+        **_figures(mine.metrics, others.metrics, mine.chance["recall@1"]),
+        "per_finding": {
+            finding: _figures(own, others.per_kind.get(finding), float(mine.by_chance[np.array(kinds) == finding].mean()))
+            for finding, own in mine.per_kind.items()
+        },
     }
 
 
-def _figures(mine: GalleryResult, others: GalleryResult, kinds: Sequence[str], finding: str | None = None) -> dict[str, Any]:
-    own, rest = (one.metrics if finding is None else one.per_kind.get(finding) for one in (mine, others))
-    assert own is not None
-    first = (
-        mine.chance["recall@1"]
-        if finding is None
-        else float(np.mean([c for c, k in zip(mine.by_chance, kinds, strict=True) if k == finding]))
-    )
+def _figures(own: Mapping[str, Interval], rest: Mapping[str, Interval] | None, first: float) -> dict[str, Any]:
+    """Of the own report and, where there are any, of the others; ``first`` is the chance of the own to stand first."""
     told = estimate("pairwise_accuracy", own["pairwise_accuracy"], chance=0.5) | estimate("recall_at_1", own["recall@1"], chance=first)
     return told if rest is None else told | estimate("others_pairwise_accuracy", rest["pairwise_accuracy"], chance=0.5)
