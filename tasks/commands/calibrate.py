@@ -13,6 +13,7 @@ from tasks.commands.common import (
     check_out_file,
     console,
     echo_notice,
+    labelled_findings,
     load_manifest,
     load_model,
     manifest_options,
@@ -100,7 +101,7 @@ def calibrate(
     prompt_set = prompts_of(prompts, labels)
     table = load_manifest(manifest, columns, allow_outside)
     rows = table.select(split=split, modality=modality).rows
-    known = {name for row in rows for name, value in row.labels.items() if value in (0, 1)}
+    known = labelled_findings(rows)
     given = list(dict.fromkeys(findings)) or (list(prompt_set.label_set(labels).values()) if labels else list(prompt_set.labels))
     wanted_findings = [name for name in given if name in known]
     if not wanted_findings:

@@ -12,6 +12,7 @@ from tasks.commands.common import (
     check_out_file,
     console,
     echo_notice,
+    labelled_findings,
     load_manifest,
     load_model,
     load_prompt_set,
@@ -89,7 +90,7 @@ def calibrate_maps(
     prompt_set = load_prompt_set(prompts)
     table = load_manifest(manifest, columns, allow_outside)
     rows = table.select(split=split, modality=modality).rows
-    known = {name for row in rows for name, value in row.labels.items() if value in (0, 1)}
+    known = labelled_findings(rows)
     if unknown := [name for name in findings if name not in prompt_set.findings]:
         raise click.UsageError(f"--finding {', '.join(unknown)}: no prompts for it; known: {', '.join(prompt_set.findings)}")
     names = [name for name in (dict.fromkeys(findings) or prompt_set.labels) if name in known and name in prompt_set.findings]

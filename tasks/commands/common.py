@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
-    from medvl.data.manifest import Manifest
+    from medvl.data.manifest import Manifest, StudyImage
     from medvl.model import DualEncoder
     from medvl.types import TextSource
     from reports.prompts import PromptSet
@@ -181,6 +181,11 @@ def load_manifest(table: Path, columns: Path | None, allow_outside: bool = False
     with usage_errors(ManifestError, ValueError, yaml.YAMLError):
         chosen = None if columns is None else ColumnMap.load(columns)
         return read_manifest(table, columns=chosen, allow_outside=allow_outside, strict=False)
+
+
+def labelled_findings(rows: Iterable[StudyImage]) -> list[str]:
+    """The findings that some row has as present or absent, by their names."""
+    return sorted({name for row in rows for name, value in row.labels.items() if value in (0, 1)})
 
 
 def json_text(value: Any) -> str:

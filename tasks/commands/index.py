@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
@@ -94,8 +96,36 @@ def index() -> None:
     """
 
 
+@dataclass(frozen=True)
+class SourceOptions:
+    """What studies are read of, and how, as :func:`reading_options` has it."""
+
+    source: Path
+    columns: Path | None
+    modality: str | None
+    allow_outside: bool
+    split: str | None
+    text_policy: str
+    no_images: bool
+    text_columns: tuple[str, ...]
+    id_column: str | None
+
+    def check(self) -> None:
+        """See that the source is there, before a model is loaded for it."""
+        if not self.source.exists():
+            raise click.UsageError(f"{self.source}: no such file or folder")
+
+
 def reading_options(command: F) -> F:
-    """What studies are read of, and how."""
+    """What studies are read of, and how: the command gets ``given``, :class:`SourceOptions`."""
+    names = [one.name for one in fields(SourceOptions)]
+
+    @wraps(command)
+    def gathered(*args: Any, **options: Any) -> Any:
+        given = SourceOptions(**{name: options.pop(name) for name in names})
+        return command(*args, given=given, **options)
+
+    found = cast(F, gathered)
     for option in (
         json_option,
         click.option("--rejected", "rejected_path", type=click.Path(path_type=Path), metavar="OUT", help="List what cannot be used."),
@@ -113,8 +143,8 @@ def reading_options(command: F) -> F:
         click.option("--columns", type=click.Path(path_type=Path), metavar="YAML", help="How a manifest names its columns."),
         click.argument("source", type=click.Path(path_type=Path), metavar="MANIFEST|FOLDER|XML|TABLE"),
     ):
-        command = option(command)
-    return command
+        found = option(found)
+    return found
 
 
 def source_options(command: F) -> F:
@@ -163,21 +193,13 @@ def _fill(
     *,
     create: bool,
     with_text: bool,
-    source: Path,
+    given: SourceOptions,
     model: Path,
     device: str | None,
-    columns: Path | None,
-    modality: str | None,
-    allow_outside: bool,
-    split: str | None,
-    text_policy: str,
-    no_images: bool,
-    text_columns: tuple[str, ...],
-    id_column: str | None,
     rejected_path: Path | None,
     as_json: bool,
 ) -> None:
-    check_source(source)
+    given.check()
     encoder = load_model(model, device)
     from reports.facts import LexiconFacts
     from reports.facts.ontology import load_ontology
@@ -187,7 +209,7 @@ def _fill(
     from tasks.archive.sources import ReportReader
     from tasks.report_tables import ReportTableError
 
-    texts = text_source(text_policy)
+    texts = text_source(given.text_policy)
     done = Ingested()
 
     def reject(place: str, reason: str) -> None:
@@ -198,12 +220,12 @@ def _fill(
         key = model_key(encoder, weights_sha256(model), texts)
         check_key(kept, key)
         number = kept.model(key)
-        studies = source_of(source, encoder, columns, modality, allow_outside, split, text_columns, id_column)(reject)
+        studies = source_of(given, encoder)(reject)
         with counting("studies") as advance:
             reader = ReportReader(texts, LexiconFacts(), load_ontology())
-            ingest(kept, studies, Encoder(encoder, with_images=not no_images), reader, number, done, advance)
+            ingest(kept, studies, Encoder(encoder, with_images=not given.no_images), reader, number, done, advance)
         studies_there = finished(kept)
-    report_rejected(done.rejected, f"of {source}", rejected_path)
+    report_rejected(done.rejected, f"of {given.source}", rejected_path)
     tell(done, kept.name, studies_there, as_json)
     if done.rejected:
         ctx.exit(REJECTED)
@@ -251,22 +273,7 @@ def counting(what: str) -> Iterator[Callable[[int], None]]:
         yield lambda count: bar.advance(task, count)
 
 
-def check_source(source: Path) -> None:
-    """See that a source is there, before a model is loaded for it."""
-    if not source.exists():
-        raise click.UsageError(f"{source}: no such file or folder")
-
-
-def source_of(
-    source: Path,
-    model: DualEncoder,
-    columns: Path | None,
-    modality: str | None,
-    allow_outside: bool,
-    split: str | None,
-    text_columns: tuple[str, ...],
-    id_column: str | None,
-) -> Source:
+def source_of(given: SourceOptions, model: DualEncoder) -> Source:
     """What gives the studies of a source, by what it is.
 
     Raises:
@@ -276,20 +283,20 @@ def source_of(
     from tasks.archive.sources import OPENI, of_folder, of_manifest, of_openi, of_table
     from tasks.report_tables import open_reports
 
-    read = _read_by(model)
-    kind = modality or (read[0] if len(read) == 1 else "xray")
+    source, read = given.source, _read_by(model)
+    kind = given.modality or (read[0] if len(read) == 1 else "xray")
     is_folder = source.is_dir()
     if source.name.lower().endswith(OPENI) or (is_folder and any(source.rglob("*.xml")) and not model.reader.find_images(source)):
         return lambda reject: of_openi(source, reject)
     if is_folder:
         return lambda reject: of_folder(source, model.reader, kind, reject)
-    if columns is None and not _is_manifest(source):
-        with open_reports(source, text_columns, id_column):  # whether it can be
-            return lambda reject: of_table(source, text_columns, id_column, kind, reject)
-    if text_columns or id_column:
+    if given.columns is None and not _is_manifest(source):
+        with open_reports(source, given.text_columns, given.id_column):  # whether it can be
+            return lambda reject: of_table(source, given.text_columns, given.id_column, kind, reject)
+    if given.text_columns or given.id_column:
         raise click.UsageError("--text-column and --id-column are for tables that are no manifest; this one has --columns for it")
-    table = load_manifest(source, columns, allow_outside)
-    rows = table.select(split=split, modality=modality or (read[0] if len(read) == 1 else None)).rows
+    table = load_manifest(source, given.columns, given.allow_outside)
+    rows = table.select(split=given.split, modality=given.modality or (read[0] if len(read) == 1 else None)).rows
 
     def of_rows(reject: Reject) -> Iterator[Candidate]:
         for bad in table.rejected:

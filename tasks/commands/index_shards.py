@@ -24,8 +24,8 @@ from tasks.commands.common import (
     weights_sha256,
 )
 from tasks.commands.index import (
+    SourceOptions,
     archive_errors,
-    check_source,
     check_store_folder,
     counting,
     finished,
@@ -59,7 +59,7 @@ def _silent(what: str) -> Iterator[Callable[[int], None]]:
 @click.pass_context
 def embed(
     ctx: click.Context,
-    source: Path,
+    given: SourceOptions,
     model: Path,
     out: Path,
     no_text: bool,
@@ -68,14 +68,6 @@ def embed(
     devices: str,
     num_nodes: int,
     strategy: str,
-    columns: Path | None,
-    modality: str | None,
-    allow_outside: bool,
-    split: str | None,
-    text_policy: str,
-    no_images: bool,
-    text_columns: tuple[str, ...],
-    id_column: str | None,
     rejected_path: Path | None,
     as_json: bool,
 ) -> None:
@@ -95,7 +87,7 @@ def embed(
       srun --nodes 4 --ntasks-per-node 8 medvl index embed large/manifest.csv --model demo/model --out shards --num-nodes 4 --devices 8
       medvl index merge shards --store archive.db
     """
-    check_source(source)
+    given.check()
     check_out_folder(out, mode=0o700)
     encoder = load_model(model, "cpu")  # each process takes it to its own device
     from medvl.training.ranks import Ranks
@@ -109,25 +101,25 @@ def embed(
     from tasks.archive.sources import ReportReader
     from tasks.report_tables import ReportTableError
 
-    texts = text_source(text_policy)
+    texts = text_source(given.text_policy)
     asked: dict[str, Any] = {
-        "SOURCE": source.name,
-        "--modality": modality,
-        "--split": split,
-        "--text-policy": text_policy,
-        "--no-images": no_images,
+        "SOURCE": given.source.name,
+        "--modality": given.modality,
+        "--split": given.split,
+        "--text-policy": given.text_policy,
+        "--no-images": given.no_images,
         "--no-text": no_text,
-        "--text-column": list(text_columns),
-        "--id-column": id_column,
+        "--text-column": list(given.text_columns),
+        "--id-column": given.id_column,
         "--shard-studies": shard_studies,
     }
     with archive_errors(), usage_errors(ReportTableError, UnreadableReportError, ShardError):
-        studies = source_of(source, encoder, columns, modality, allow_outside, split, text_columns, id_column)
+        studies = source_of(given, encoder)
         plan = planned(out, model_key(encoder, weights_sha256(model), texts), asked, with_text=not no_text)
         with usage_errors(ValueError):
             ranks = Ranks(encoder, accelerator=accelerator, devices=devices, num_nodes=num_nodes, strategy=strategy)
         reader = ReportReader(texts, LexiconFacts(), load_ontology())
-        embedding = Embedding(out, plan, studies, shard_studies, encoder, reader, with_images=not no_images)
+        embedding = Embedding(out, plan, studies, shard_studies, encoder, reader, with_images=not given.no_images)
         try:
             done = embedding.run(ranks, counting if ranks.first else _silent)
         except ShardError:
@@ -136,7 +128,7 @@ def embed(
             return  # all have found the same, and one says so
     if not ranks.first:
         return
-    report_rejected(done.rejected, f"of {source}", rejected_path)
+    report_rejected(done.rejected, f"of {given.source}", rejected_path)
     counts = {"shards": done.shards, "made": done.made, "damaged": done.damaged, "studies": done.studies, "rejected": len(done.rejected)}
     if as_json:
         click.echo(json_text({**counts, "out": str(out), "ok": True, "notice": RESEARCH_USE}))

@@ -18,6 +18,7 @@ from tasks.commands.common import (
     echo_notice,
     json_option,
     json_text,
+    labelled_findings,
     load_manifest,
     load_model,
     manifest_options,
@@ -208,7 +209,7 @@ def calibrate_reading(
     check_out_file(out, "--out")
     table = load_manifest(manifest, columns, allow_outside)
     rows = table.select(split=split, modality=modality).rows
-    known = sorted({name for row in rows for name, value in row.labels.items() if value in (0, 1)})
+    known = labelled_findings(rows)
     if not known:
         raise click.UsageError(f"{manifest}: no {modality} row of split {split!r} has a label")
     if missing := [name for name in findings if name not in known]:
