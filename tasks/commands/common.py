@@ -11,6 +11,8 @@ import json
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -29,6 +31,20 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 REJECTED, INTERNAL = 1, 3
 SHOWN = 10  # rejected inputs spelled out on standard error; the rest are counted
+
+
+def gathered(kind: type[Any], name: str) -> Callable[[F], F]:
+    """A command that gets the options of the names of a dataclass's fields as one of these, called ``name``."""
+    names = [one.name for one in fields(kind)]
+
+    def decorate(command: F) -> F:
+        @wraps(command)
+        def called(*args: Any, **options: Any) -> Any:
+            return command(*args, **{name: kind(**{one: options.pop(one) for one in names})}, **options)
+
+        return cast(F, called)
+
+    return decorate
 
 
 def model_options(command: F) -> F:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
-from functools import wraps
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -16,6 +15,7 @@ from tasks.commands.common import (
     check_out_folder,
     console,
     echo_notice,
+    gathered,
     json_option,
     json_text,
     load_manifest,
@@ -118,14 +118,7 @@ class SourceOptions:
 
 def reading_options(command: F) -> F:
     """What studies are read of, and how: the command gets ``given``, :class:`SourceOptions`."""
-    names = [one.name for one in fields(SourceOptions)]
-
-    @wraps(command)
-    def gathered(*args: Any, **options: Any) -> Any:
-        given = SourceOptions(**{name: options.pop(name) for name in names})
-        return command(*args, given=given, **options)
-
-    found = cast(F, gathered)
+    found = gathered(SourceOptions, "given")(command)
     for option in (
         json_option,
         click.option("--rejected", "rejected_path", type=click.Path(path_type=Path), metavar="OUT", help="List what cannot be used."),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -16,6 +17,7 @@ from tasks.commands.common import (
     check_out_file,
     console,
     echo_notice,
+    gathered,
     json_option,
     json_text,
     labelled_findings,
@@ -48,8 +50,21 @@ SHARES = "% +   -   ?  no"  # of the weight: present, absent, uncertain, nothing
 SOURCES = 3  # studies named below a statement on a terminal; the rest are counted
 
 
+@dataclass(frozen=True)
+class ScopeOptions:
+    """Where neighbours come from, and of what they are asked, as :func:`scope_options` has it."""
+
+    store: str
+    over: str | None
+    where: str | None
+    voting: str | None
+    text_policy: str
+    findings: tuple[str, ...]
+
+
 def scope_options(command: F) -> F:
-    """Where neighbours come from: ``--store``, ``--over``, ``--filter``, ``--voting``, ``--text-policy``, ``--finding``."""
+    """Where neighbours come from, and of what they are asked: the command gets ``asked``, :class:`ScopeOptions`."""
+    command = gathered(ScopeOptions, "asked")(command)
     for option in (
         click.option("--finding", "findings", multiple=True, metavar="NAME", help="Only this finding (repeatable)."),
         text_policy_option,
@@ -77,12 +92,7 @@ def read(
     files: tuple[Path, ...],
     model: Path,
     device: str | None,
-    store: str,
-    over: str | None,
-    where: str | None,
-    voting: str | None,
-    text_policy: str,
-    findings: tuple[str, ...],
+    asked: ScopeOptions,
     settings_path: Path | None,
     cache: Path | None,
     as_json: bool,
@@ -111,7 +121,7 @@ def read(
     if settings_path is not None:
         with usage_errors(ReadingError):
             settings = load_reading(settings_path)
-    if settings_path is not None and (unknown := [name for name in findings if name not in settings.limits]):
+    if settings_path is not None and (unknown := [name for name in asked.findings if name not in settings.limits]):
         raise click.UsageError(
             f"--finding {', '.join(unknown)}: {settings_path} was not fitted for it, but for {', '.join(settings.limits)}"
         )
@@ -119,13 +129,13 @@ def read(
     from medvl.types import RESEARCH_USE
     from tasks.archive.reading import read as read_neighbours
 
-    scope = _scope(encoder, model, text_policy, over, where, voting, settings.fitted_on.get("scope"))
+    scope = _scope(encoder, model, asked, settings.fitted_on.get("scope"))
     if settings_path is not None:
         with usage_errors(ReadingError):
             scope.check(settings)
-    wanted = list(dict.fromkeys(findings)) or list(settings.limits) or None
+    wanted = list(dict.fromkeys(asked.findings)) or list(settings.limits) or None
     lines: list[Sequence[Any]] = []
-    with _search(store, scope, wanted) as search:
+    with _search(asked.store, scope, wanted) as search:
         if settings_path is None and search.silent_findings:
             raise click.UsageError(f"--finding {', '.join(search.silent_findings)}: the archive says nothing of it")
         _tell_of_archive(settings, search)
@@ -177,12 +187,7 @@ def calibrate_reading(
     manifest: Path,
     model: Path,
     device: str | None,
-    store: str,
-    over: str | None,
-    where: str | None,
-    voting: str | None,
-    text_policy: str,
-    findings: tuple[str, ...],
+    asked: ScopeOptions,
     split: str,
     error: float,
     out: Path,
@@ -212,7 +217,7 @@ def calibrate_reading(
     known = labelled_findings(rows)
     if not known:
         raise click.UsageError(f"{manifest}: no {modality} row of split {split!r} has a label")
-    if missing := [name for name in findings if name not in known]:
+    if missing := [name for name in asked.findings if name not in known]:
         raise click.UsageError(f"--finding {', '.join(missing)}: no {modality} row of split {split!r} has a label of it")
     encoder = load_model(model, device, cache)
     import numpy as np
@@ -221,11 +226,11 @@ def calibrate_reading(
     from tasks.archive.reading import KS, fit_reading
     from tasks.evaluation import joined_labels
 
-    scope = _scope(encoder, model, text_policy, over, where, voting)
+    scope = _scope(encoder, model, asked)
     rejected = [(str(bad.path), str(bad)) for bad in table.rejected]
-    with _search(store, scope, list(dict.fromkeys(findings)) or known) as search:
-        asked = [name for name in search.findings if name not in search.silent_findings]
-        if not asked:
+    with _search(asked.store, scope, list(dict.fromkeys(asked.findings)) or known) as search:
+        voted = [name for name in search.findings if name not in search.silent_findings]
+        if not voted:
             raise click.UsageError(f"the archive says nothing of {', '.join(search.findings)}")
         groups = list(by_study(rows).values())
         studies = [
@@ -236,7 +241,7 @@ def calibrate_reading(
         leaks = leaks_checked(encoder.reader, manifest, table, rows, split, out.absolute().parent, allowed=allowed, **checked)
         ks = [k for k in KS if k <= search.patients] or [search.patients]
         near, truth, names, patients = [], [], [], []
-        labels = joined_labels(rows, asked, "study")
+        labels = joined_labels(rows, voted, "study")
         with progress("studies", len(groups)) as done:
             for group, (query, _, _) in zip(groups, _queries(encoder, search, studies, rejected), strict=True):
                 done(1)
@@ -249,7 +254,7 @@ def calibrate_reading(
             raise click.UsageError(f"none of {len(groups)} studies could be read")
         record = {"split": split, "manifest_sha256": table.sha256, "leak_check": leaks, "scope": scope.to_dict(), "archive": search.facts()}
         with usage_errors(ValueError):
-            settings = fit_reading(near, np.array(truth), asked, names, patients, ks=ks, error=error, fitted_on=record)
+            settings = fit_reading(near, np.array(truth), voted, names, patients, ks=ks, error=error, fitted_on=record)
     settings.save(out)
     _show_fit(settings)
     for name in search.silent_findings:
@@ -261,18 +266,17 @@ def calibrate_reading(
         ctx.exit(REJECTED)
 
 
-def _scope(
-    encoder: DualEncoder, model: Path, text_policy: str, over: str | None, where: str | None, voting: str | None, fitted: Any = None
-) -> Scope:
+def _scope(encoder: DualEncoder, model: Path, options: ScopeOptions, fitted: Any = None) -> Scope:
     """What is asked for; what is not told, as settings were fitted, where there are."""
     from tasks.archive.ingest import model_key
     from tasks.archive.neighbours import Scope
 
     known = fitted if isinstance(fitted, dict) else {}
-    given = {name: value for name, value in (("over", over), ("filter", where), ("voting", voting)) if value is not None}
+    told = (("over", options.over), ("filter", options.where), ("voting", options.voting))
+    given = {name: value for name, value in told if value is not None}
     asked = {name: known[name] for name in ("over", "filter", "voting") if name in known} | given
     with usage_errors(ValueError):
-        return Scope(model_key(encoder, weights_sha256(model), text_source(text_policy)), **asked)
+        return Scope(model_key(encoder, weights_sha256(model), text_source(options.text_policy)), **asked)
 
 
 @contextmanager
